@@ -1,0 +1,40 @@
+//! Criterion benchmarks of the core, without Python: `cargo bench -p ebpo-core`.
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ebpo_core::{Batch, EqualGroups, GroupStats, Layout, Options, State, apply};
+
+fn rewards(len: usize) -> Vec<f32> {
+    // A fixed linear congruential sequence of zeros and ones: verifiable rewards, without a dependency.
+    let mut state = 1_u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        f32::from(u8::from(state >> 30 == 0))
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn advantages(c: &mut Criterion) {
+    let mut group = c.benchmark_group("ebpo");
+    for (groups, size) in [(64, 8), (512, 8), (512, 17), (4096, 16), (65_536, 16)] {
+        let rewards = rewards(groups * size);
+        let mut out = vec![0.0_f32; rewards.len()];
+        let name = format!("{groups}x{size}");
+        group.throughput(Throughput::Elements(rewards.len() as u64));
+        let equal = EqualGroups::new(&rewards, size).expect("the sizes above divide");
+        group.bench_with_input(BenchmarkId::new("equal", &name), &equal, |b, equal| {
+            b.iter(|| equal.advantages(&Options::default(), 1, &mut out));
+        });
+        let batch = Batch::new(&rewards, Layout::Equal { size }, None).expect("the sizes above divide");
+        group.bench_with_input(BenchmarkId::new("general", &name), &batch, |b, batch| {
+            b.iter(|| {
+                let stats = GroupStats::collect(batch).expect("zeros and ones are in range");
+                let scored = State::default().advance(&Options::default(), &stats, true, None);
+                apply(batch, &scored.affine, &mut out);
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, advantages);
+criterion_main!(benches);

@@ -1,0 +1,19 @@
+"""Empirical-Bayes advantages for GRPO-style RL post-training (EBPO, arXiv 2602.05165), with a Rust core.
+
+Importing this package needs NumPy only. :mod:`ebpo_core.trainer` (TRL), :mod:`ebpo_core.tasks` and
+:mod:`ebpo_core.kernels` bring their own requirements, each behind an extra.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from ebpo_core import _core
+from ebpo_core._core import __version__
+from ebpo_core.estimator import EBPO, Diagnostics, advantages
+from ebpo_core.prior import Prior
+
+if _core.DEBUG_BUILD:  # pragma: no cover
+    warnings.warn("ebpo_core was compiled without optimisation; do not benchmark it", RuntimeWarning, stacklevel=2)
+
+__all__ = ["EBPO", "Diagnostics", "Prior", "__version__", "advantages"]

@@ -1,0 +1,53 @@
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: Final[str]
+MAX_REWARD: Final[float]
+DEBUG_BUILD: Final[bool]
+
+_Rewards: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
+_Groups: TypeAlias = int | tuple[NDArray[np.uint32], int]
+_Mask: TypeAlias = NDArray[np.bool_] | None
+_Vector: TypeAlias = NDArray[np.float64]
+_Parts: TypeAlias = tuple[float, float, float, float, float, float, float, float, float]
+
+@final
+class Options:
+    def __new__(
+        cls,
+        *,
+        normalize: str,
+        sigma2: str,
+        tau2: str,
+        score: str,
+        leave_one_out: bool,
+        decay: float,
+        eps: float,
+        ddof: int,
+        norm_ddof: int,
+    ) -> Options: ...
+
+@final
+class State:
+    def __new__(cls) -> State: ...
+    def advance(
+        self, options: Options, rewards: _Rewards, groups: _Groups, mask: _Mask, update: bool, step: int | None
+    ) -> tuple[NDArray[Any], tuple[_Vector, _Vector, _Vector], tuple[float, float, float, float, float, float]]: ...
+    def observe(self, rewards: _Rewards, groups: _Groups, mask: _Mask) -> None: ...
+    def merge(self, other: State) -> None: ...
+    def decay(self, rho: float) -> None: ...
+    def parts(self) -> tuple[_Parts, int | None]: ...
+    def load(self, parts: _Parts, step: int | None) -> None: ...
+    def sigma2(self, kind: str, ddof: int) -> float: ...
+    def tau2(self, kind: str, ddof: int) -> float: ...
+
+def equal_advantages(rewards: object, /) -> NDArray[Any] | None: ...
+def baseline_advantages(
+    method: str, eps: float, rewards: _Rewards, groups: _Groups, mask: _Mask
+) -> NDArray[Any]: ...
+def codes_of_ints(ids: NDArray[np.int64], /) -> tuple[NDArray[np.uint32], int]: ...
+def codes_of_bytes(ids: NDArray[np.uint8], /) -> tuple[NDArray[np.uint32], int]: ...
+def codes_of_objects(ids: Sequence[object], /) -> tuple[NDArray[np.uint32], int]: ...

@@ -1,0 +1,164 @@
+"""Lists, arrays and tensors to what the Rust core reads, and its answer back to what the caller passed.
+
+The core reads flat, C-contiguous float32 or float64. Everything else (float16, ints, strides, byte order, tensors) is
+converted here, in f64 where float32 would round, and the result is rounded once, to the caller's own dtype.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebpo_core import _core
+
+if TYPE_CHECKING:
+    import torch
+
+Groups: TypeAlias = "int | tuple[NDArray[np.uint32], int]"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the core reads, and how to give its flat result the caller's container, shape, device and dtype."""
+
+    rewards: NDArray[Any]
+    groups: Groups
+    mask: NDArray[np.bool_] | None
+    restore: Callable[[NDArray[Any]], Any]
+
+
+def read_batch(rewards: Any, groups: Any = None, mask: Any = None) -> Batch:
+    """Check and convert a call's arguments. Raises TypeError or ValueError naming the argument and the remedy."""
+    array, restore = _read_rewards(rewards)
+    if array.ndim == 2 and groups is not None:
+        raise ValueError(
+            f"groups was given with rewards of shape {array.shape}: rows of a 2-D array are groups already; "
+            "pass 1-D rewards to name groups yourself"
+        )
+    if array.ndim == 1 and groups is None:
+        raise ValueError(
+            f"rewards has shape {array.shape} and groups is None: pass rewards of shape (M, G), one row per group, "
+            "or name each reward's group with groups="
+        )
+    if array.ndim not in (1, 2):
+        raise ValueError(f"rewards has shape {array.shape}: expected (M, G), or (N,) with groups=")
+    if array.size == 0:
+        raise ValueError(f"rewards has shape {array.shape}, which holds no reward: pass at least one")
+    coded: Groups = array.shape[1] if groups is None else group_codes(groups, array.size)
+    return Batch(np.require(array.reshape(-1), requirements=["C", "A"]), coded, _read_mask(mask, array.shape), restore)
+
+
+def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
+    """Whether ``value`` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _read_rewards(rewards: Any) -> tuple[NDArray[Any], Callable[[NDArray[Any]], Any]]:
+    if is_tensor(rewards):
+        return _read_tensor(rewards)
+    if isinstance(rewards, np.ma.MaskedArray):
+        raise TypeError("rewards is a masked array, whose mask means the opposite: pass rewards.data and mask=~rewards.mask")
+    try:
+        array = np.asarray(rewards)
+    except ValueError as error:
+        raise ValueError(
+            f"rewards is not rectangular ({error}): for groups of uneven size pass 1-D rewards and groups="
+        ) from None
+    if array.dtype.kind not in "fiub":
+        raise TypeError(
+            f"rewards has dtype {array.dtype}: expected real numbers (floats, ints or bools); "
+            "use NaN, not None, for a completion that could not be scored"
+        )
+    dtype = array.dtype if array.dtype.kind == "f" else np.dtype(np.float64)
+    work = np.float32 if dtype == np.float32 else np.float64
+    as_list = isinstance(rewards, (list, tuple))
+
+    def restore(flat: NDArray[Any]) -> Any:
+        shaped = flat.reshape(array.shape)
+        if as_list:
+            return shaped.tolist()
+        return shaped if shaped.dtype == dtype and dtype.isnative else _round_to(shaped, dtype)
+
+    return _finite_cast(array, work), restore
+
+
+def _finite_cast(array: NDArray[Any], work: type[np.floating[Any]]) -> NDArray[Any]:
+    if array.dtype.itemsize <= 8:
+        return array.astype(work, copy=False)
+    with np.errstate(over="ignore"):  # a long double beyond float64 becomes inf, which the core refuses by name
+        return array.astype(work)
+
+
+def _round_to(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if dtype.itemsize < 4:  # only float16 is narrower than what the core writes; a value beyond its range saturates
+        bound = float(np.finfo(dtype).max)
+        values = np.clip(values, -bound, bound)
+    return values.astype(dtype)
+
+
+def _read_tensor(rewards: torch.Tensor) -> tuple[NDArray[Any], Callable[[NDArray[Any]], Any]]:
+    import torch
+
+    if rewards.is_complex():
+        raise TypeError(f"rewards has dtype {rewards.dtype}: expected real numbers (floats, ints or bools)")
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    work = torch.float32 if dtype == torch.float32 and rewards.dtype == dtype else torch.float64
+    # One copy from the device, one back to it; the CPU copy of a float32 or float64 tensor shares its memory.
+    array = rewards.detach().to(device="cpu", dtype=work).numpy()
+
+    def restore(flat: NDArray[Any]) -> Any:
+        values = torch.from_numpy(flat if dtype in (torch.float32, torch.float64) else _round_to_torch(flat, dtype))
+        return values.reshape(rewards.shape).to(device=rewards.device, dtype=dtype)
+
+    return array, restore
+
+
+def _round_to_torch(values: NDArray[np.float64], dtype: torch.dtype) -> NDArray[np.float64]:
+    """Values of a narrow torch dtype, still as f64: torch itself would round twice, by way of float32."""
+    import torch
+
+    info = torch.finfo(dtype)
+    exponent = np.frexp(values)[1] - 1  # values = m * 2**exponent with 1 <= |m| < 2
+    quantum = np.ldexp(info.eps, np.maximum(exponent, np.frexp(info.tiny)[1] - 1))
+    return np.asarray(np.clip(np.rint(values / quantum) * quantum, info.min, info.max))
+
+
+def _read_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
+    if mask is None:
+        return None
+    if is_tensor(mask):
+        mask = mask.detach().cpu().numpy()
+    array = np.asarray(mask)
+    if array.shape != shape:
+        raise ValueError(f"mask has shape {array.shape}, rewards {shape}: pass one entry per reward")
+    if array.dtype.kind in "iuf" and bool(np.isin(array, (0, 1)).all()):
+        array = array.astype(np.bool_)  # attention masks are often 0/1 integers
+    if array.dtype != np.bool_:
+        raise TypeError(f"mask has dtype {array.dtype}: expected booleans (True where a reward counts) or zeros and ones")
+    return np.require(array.reshape(-1), requirements=["C", "A"])
+
+
+def group_codes(groups: Any, rows: int) -> tuple[NDArray[np.uint32], int]:
+    """Dense codes, in order of first appearance, of ``rows`` group ids of any hashable kind, and how many there are."""
+    if is_tensor(groups):
+        groups = groups.detach().cpu().numpy()
+    ids: Any = groups if isinstance(groups, (np.ndarray, list, tuple)) else np.asarray(groups)
+    shape = ids.shape if isinstance(ids, np.ndarray) else (len(ids),)
+    if shape != (rows,):
+        raise ValueError(f"groups has shape {shape}, rewards ({rows},): pass one group id per reward")
+    if not isinstance(ids, np.ndarray):
+        return _core.codes_of_objects(list(ids))
+    kind = ids.dtype.kind
+    if kind in "iub":
+        wide = ids.astype(np.uint64).view(np.int64) if ids.dtype == np.uint64 else ids.astype(np.int64)
+        return _core.codes_of_ints(np.require(wide, requirements=["C", "A"]))
+    if kind in "US":
+        rows_of_bytes = np.ascontiguousarray(ids).view(np.uint8).reshape(rows, ids.dtype.itemsize)
+        return _core.codes_of_bytes(rows_of_bytes)
+    return _core.codes_of_objects(ids.tolist())

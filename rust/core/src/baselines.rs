@@ -1,0 +1,62 @@
+//! The stateless methods that users compare EBPO with, in one enum.
+
+use crate::estimator::inverse_scale;
+use crate::options::check_eps;
+use crate::{Affine, Error, GroupStats, Normalize, Options, Prior, james_stein};
+
+/// A method other than EBPO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// `(r - mu) / (s + eps)`, s with n - 1; 0 where s = 0 or n = 1.
+    Grpo,
+    /// `r - mu`.
+    DrGrpo,
+    /// `r` less the mean of the group's other rewards, `n / (n - 1) (r - mu)`; 0 where n = 1.
+    Rloo,
+    /// `(r - mean) / (std + eps)` over the batch, std with n - 1.
+    ReinforcePp,
+    /// See [`james_stein()`].
+    JamesStein,
+}
+
+impl Method {
+    /// The method of that name.
+    pub fn parse(name: &str) -> Result<Self, Error> {
+        match name {
+            "grpo" => Ok(Self::Grpo),
+            "dr_grpo" => Ok(Self::DrGrpo),
+            "rloo" => Ok(Self::Rloo),
+            "reinforce_pp" => Ok(Self::ReinforcePp),
+            "james_stein" => Ok(Self::JamesStein),
+            _ => Err(Error::InvalidOption {
+                name: "method",
+                value: format!("{name:?}"),
+                expected: "\"ebpo\", \"grpo\", \"dr_grpo\", \"rloo\", \"reinforce_pp\" or \"james_stein\"",
+            }),
+        }
+    }
+
+    /// The advantages of a batch; `eps` matters to those that divide by a standard deviation.
+    pub fn affine(self, groups: &GroupStats, eps: f64) -> Result<Affine, Error> {
+        check_eps(eps)?;
+        let scale = |n: f64, ssw: f64| match self {
+            Self::Grpo if ssw > 0.0 => 1.0 / ((ssw / (n - 1.0)).sqrt() + eps),
+            Self::Rloo if n > 1.0 => n / (n - 1.0),
+            Self::DrGrpo => 1.0,
+            _ => 0.0,
+        };
+        Ok(match self {
+            Self::JamesStein => james_stein(groups),
+            Self::ReinforcePp => {
+                let batch = *Prior::of(groups).rewards();
+                let options = Options { normalize: Normalize::Batch, eps, ..Options::default() };
+                let scale = inverse_scale(&options, batch.count(), batch.m2());
+                Affine { offset: vec![batch.mean(); groups.len()], scale: vec![scale; groups.len()] }
+            }
+            Self::Grpo | Self::DrGrpo | Self::Rloo => Affine {
+                offset: groups.iter().map(|g| g.mean).collect(),
+                scale: groups.iter().map(|g| scale(g.n, g.ssw)).collect(),
+            },
+        })
+    }
+}

@@ -1,0 +1,156 @@
+//! A batch of rewards with its groups, and the one way advantages are written: an affine map per group.
+
+use crate::{Error, Float};
+
+/// How rows belong to groups.
+#[derive(Clone, Copy, Debug)]
+pub enum Layout<'a> {
+    /// Consecutive groups of `size` rows: a C-ordered `(M, size)` array.
+    Equal {
+        /// Rows of each group.
+        size: usize,
+    },
+    /// `codes[row]` is the group of a row; rows of a group may stand anywhere.
+    Codes {
+        /// One code per row, below `groups`.
+        codes: &'a [u32],
+        /// Number of groups; some may be empty.
+        groups: usize,
+    },
+}
+
+/// Rewards, their groups, and which rows count.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a, T> {
+    pub(crate) rewards: &'a [T],
+    pub(crate) layout: Layout<'a>,
+    pub(crate) mask: Option<&'a [bool]>,
+}
+
+impl<'a, T: Float> Batch<'a, T> {
+    /// A batch; lengths and codes are checked here once, so that the kernels need not.
+    pub fn new(rewards: &'a [T], layout: Layout<'a>, mask: Option<&'a [bool]>) -> Result<Self, Error> {
+        match layout {
+            Layout::Equal { size } => {
+                if size == 0 || rewards.len() % size != 0 {
+                    return Err(Error::NotDivisible { len: rewards.len(), size });
+                }
+            }
+            Layout::Codes { codes, groups } => {
+                if codes.len() != rewards.len() {
+                    let (name, got) = ("groups", codes.len());
+                    return Err(Error::LengthMismatch { name, got, expected: rewards.len() });
+                }
+                if let Some(index) = codes.iter().position(|&code| code as usize >= groups) {
+                    return Err(Error::GroupOutOfRange { index, code: codes[index], groups });
+                }
+            }
+        }
+        if let Some(mask) = mask
+            && mask.len() != rewards.len()
+        {
+            return Err(Error::LengthMismatch { name: "mask", got: mask.len(), expected: rewards.len() });
+        }
+        Ok(Self { rewards, layout, mask })
+    }
+
+    /// Number of groups, the empty ones included.
+    pub fn groups(&self) -> usize {
+        match self.layout {
+            Layout::Equal { size } => self.rewards.len() / size,
+            Layout::Codes { groups, .. } => groups,
+        }
+    }
+
+    /// Call `f(group, reward)` for each row that counts (mask true and reward not NaN), in row order.
+    #[inline(always)]
+    pub(crate) fn for_each(&self, mut f: impl FnMut(usize, f64)) {
+        let valid = |row: usize, value: f64| self.mask.is_none_or(|mask| mask[row]) && !value.is_nan();
+        match self.layout {
+            Layout::Equal { size } => {
+                for (group, rows) in self.rewards.chunks_exact(size).enumerate() {
+                    for (i, reward) in rows.iter().enumerate() {
+                        let value = reward.widen();
+                        if valid(group * size + i, value) {
+                            f(group, value);
+                        }
+                    }
+                }
+            }
+            Layout::Codes { codes, .. } => {
+                for (row, (&code, reward)) in codes.iter().zip(self.rewards).enumerate() {
+                    let value = reward.widen();
+                    if valid(row, value) {
+                        f(code as usize, value);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Largest distance of a counted reward from `centre`; NaN when no row counts.
+    pub fn max_distance(&self, centre: f64) -> f64 {
+        let mut max = f64::NAN;
+        self.for_each(|_, value| max = max.max((value - centre).abs()));
+        max
+    }
+
+    /// Refuse counted rewards that are infinite or too large to be squared.
+    pub(crate) fn check_range(&self) -> Result<(), Error> {
+        let out_of_range = |(row, reward): (usize, &T)| {
+            let value = reward.widen();
+            let counted = self.mask.is_none_or(|mask| mask[row]) && !value.is_nan();
+            counted && value.abs() > crate::MAX_REWARD
+        };
+        match self.rewards.iter().enumerate().position(out_of_range) {
+            Some(index) => Err(Error::RewardOutOfRange { index, value: self.rewards[index].widen() }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The advantages of a batch as a map of its rewards: `(reward - offset[group]) * scale[group]`.
+///
+/// Every estimator here has this form, so statistics are all it has to compute and one kernel writes the result.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Affine {
+    /// Per group: what is subtracted.
+    pub offset: Vec<f64>,
+    /// Per group: what multiplies the difference.
+    pub scale: Vec<f64>,
+}
+
+/// Write the advantages; rows that do not count get 0.
+///
+/// # Panics
+/// If `out` is not as long as the rewards, or `affine` not as long as the groups.
+pub fn apply<T: Float>(batch: &Batch<'_, T>, affine: &Affine, out: &mut [T]) {
+    assert_eq!(out.len(), batch.rewards.len());
+    assert_eq!(affine.offset.len(), batch.groups());
+    let maps = || affine.offset.iter().zip(&affine.scale);
+    // A difference can leave the range of f32 although both terms are in it; such a value saturates instead of
+    // becoming infinite. f64 rewards are at most 1e140, so theirs cannot.
+    let advantage = |value: f64, offset: f64, scale: f64| ((value - offset) * scale).clamp(-T::MAX, T::MAX);
+    if let (Layout::Equal { size }, None) = (batch.layout, batch.mask) {
+        for ((rows, out), (&offset, &scale)) in
+            batch.rewards.chunks_exact(size).zip(out.chunks_exact_mut(size)).zip(maps())
+        {
+            for (reward, out) in rows.iter().zip(out) {
+                let value = reward.widen();
+                *out = if value.is_nan() { T::default() } else { T::narrow(advantage(value, offset, scale)) };
+            }
+        }
+        return;
+    }
+    out.fill(T::default());
+    let mut write = |row: usize, group: usize| {
+        let value = batch.rewards[row].widen();
+        if batch.mask.is_none_or(|mask| mask[row]) && !value.is_nan() {
+            out[row] = T::narrow(advantage(value, affine.offset[group], affine.scale[group]));
+        }
+    };
+    match batch.layout {
+        Layout::Equal { size } => (0..batch.rewards.len()).for_each(|row| write(row, row / size)),
+        Layout::Codes { codes, .. } => codes.iter().enumerate().for_each(|(row, &code)| write(row, code as usize)),
+    }
+}

@@ -1,0 +1,71 @@
+//! What a caller can do wrong; every message names the argument, the value and the remedy.
+
+use crate::MAX_REWARD;
+
+/// Errors of this crate. Nothing is modified by a call that returns one.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A counted reward is infinite or too large to be squared.
+    #[error(
+        "rewards[{index}] (flat index) is {value}: a counted reward must be finite and of magnitude at most {MAX_REWARD:e}; \
+         clip it, or mark a completion that could not be scored with NaN or mask=False"
+    )]
+    RewardOutOfRange {
+        /// Position in the flattened rewards.
+        index: usize,
+        /// The reward found there.
+        value: f64,
+    },
+    /// Two arguments that must have one length do not.
+    #[error("{name} has length {got}, expected {expected}: pass one entry per reward")]
+    LengthMismatch {
+        /// Name of the argument.
+        name: &'static str,
+        /// Its length.
+        got: usize,
+        /// The length of the rewards.
+        expected: usize,
+    },
+    /// Equal groups were asked for, but the rewards do not divide into them.
+    #[error("rewards has length {len}, not a multiple of the group size {size}")]
+    NotDivisible {
+        /// Number of rewards.
+        len: usize,
+        /// The group size asked for.
+        size: usize,
+    },
+    /// A group code is not below the number of groups.
+    #[error("group code {code} at row {index} is out of range for {groups} groups")]
+    GroupOutOfRange {
+        /// The row.
+        index: usize,
+        /// Its code.
+        code: u32,
+        /// Number of groups.
+        groups: usize,
+    },
+    /// More distinct groups than a 32-bit code can name.
+    #[error("more than {} distinct groups in one batch; split the batch", u32::MAX)]
+    TooManyGroups,
+    /// An option outside its domain.
+    #[error("{name}={value}: expected {expected}")]
+    InvalidOption {
+        /// Name of the option.
+        name: &'static str,
+        /// The value passed, as text.
+        value: String,
+        /// What is accepted.
+        expected: &'static str,
+    },
+    /// A stored statistic that no sequence of updates can produce.
+    #[error("state field {field}={value} is not a valid statistic: expected {expected}")]
+    InvalidState {
+        /// Name of the field.
+        field: &'static str,
+        /// Its value.
+        value: f64,
+        /// What is accepted.
+        expected: &'static str,
+    },
+}

@@ -1,0 +1,162 @@
+//! EBPO itself: shrink each group's mean toward the prior, then normalise (paper §3.2-3.3, Algorithm 1).
+//!
+//! ```text
+//! S_m     = (sigma2 / n_m) / (sigma2 / n_m + tau2)      shrinkage factor in [0, 1]
+//! V_m     = (1 - S_m) mu_m + S_m mu_glob                baseline, the posterior mean of the group's reward
+//! raw_mi  = r_mi - V_m
+//! A_mi    = (raw_mi - mean(raw)) / (std(raw) + eps)     over all valid rows of the batch
+//! ```
+//!
+//! With `b_m = mu_m - V_m = S_m (mu_m - mu_glob)`, the mean and the variance of `raw` follow from the groups' statistics
+//! alone, so rewards are read twice in all: once for the statistics, once to write the advantages.
+
+use crate::groups::Group;
+use crate::{Affine, GroupStats, Normalize, Options, Prior, Score};
+
+/// What the estimator remembers between batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct State {
+    /// Statistics of the rewards seen.
+    pub prior: Prior,
+    /// Id of the last update applied.
+    pub step: Option<i64>,
+}
+
+/// A scored batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scored {
+    /// Rewards to advantages.
+    pub affine: Affine,
+    /// S per group; NaN for an empty group.
+    pub shrinkage: Vec<f64>,
+    /// V per group; NaN for an empty group.
+    pub baseline: Vec<f64>,
+    /// The prior that the batch was scored with (before any leave-one-out).
+    pub prior: Prior,
+    /// The prior as it was before this batch.
+    pub before: Prior,
+}
+
+/// Mean, noise and spread of a prior, as the options estimate them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Shrinkage {
+    pub(crate) mu: f64,
+    sigma2: f64,
+    tau2: f64,
+}
+
+impl Shrinkage {
+    pub(crate) fn new(prior: &Prior, options: &Options) -> Self {
+        Self {
+            mu: prior.rewards().mean(),
+            sigma2: prior.sigma2(options.sigma2, options.ddof),
+            tau2: prior.tau2(options.tau2, options.ddof),
+        }
+    }
+
+    /// S of a group of `n` rows: 0 where all rewards seen are equal, and for an empty prior.
+    #[inline]
+    pub(crate) fn factor(&self, n: f64) -> f64 {
+        let noise = self.sigma2 / n;
+        let total = noise + self.tau2;
+        if total > 0.0 { noise / total } else { 0.0 }
+    }
+}
+
+impl State {
+    /// Score a batch and, if `update`, take it into the prior.
+    ///
+    /// A `step` that is not newer than the last one applied marks a retry or a replay: it scores against the stored
+    /// prior, which already holds that batch, and updates nothing.
+    pub fn advance(&mut self, options: &Options, groups: &GroupStats, update: bool, step: Option<i64>) -> Scored {
+        let replayed = matches!((step, self.step), (Some(new), Some(last)) if new <= last);
+        let update = update && !replayed;
+        let before = self.prior;
+        let mut decayed = before;
+        decayed.decay(options.decay);
+        let mut after = decayed;
+        after.merge(&Prior::of(groups));
+
+        let prior = if update && options.score == Score::After { after } else { before };
+        let shrunk = if update && options.leave_one_out {
+            leave_one_out(&decayed, options, groups)
+        } else {
+            let shrinkage = Shrinkage::new(&prior, options);
+            groups.iter().map(|g| (shrinkage.factor(g.n), shrinkage.mu)).collect()
+        };
+        if update {
+            self.prior = after;
+            self.step = step.or(self.step);
+        }
+        finish(options, groups, &shrunk, prior, before)
+    }
+}
+
+/// `(S_m, mu_glob)` of each group against history and batch without that group.
+///
+/// Prefixes and suffixes are merged rather than the group subtracted from the whole: where one group dominates, the
+/// difference would have no digits left.
+fn leave_one_out(history: &Prior, options: &Options, groups: &GroupStats) -> Vec<(f64, f64)> {
+    let of_group = |g: &Group| Prior::of_group(g.n, g.mean, g.ssw);
+    let mut suffixes = vec![Prior::default(); groups.len()];
+    let mut suffix = Prior::default();
+    for (slot, g) in suffixes.iter_mut().zip(groups.iter()).rev() {
+        *slot = suffix;
+        suffix.merge(&of_group(g));
+    }
+    let mut prefix = *history;
+    let factor = |(g, suffix): (&Group, &Prior)| {
+        let mut rest = prefix;
+        rest.merge(suffix);
+        prefix.merge(&of_group(g));
+        let shrinkage = Shrinkage::new(&rest, options);
+        (shrinkage.factor(g.n), shrinkage.mu)
+    };
+    groups.iter().zip(&suffixes).map(factor).collect()
+}
+
+fn finish(options: &Options, groups: &GroupStats, shrunk: &[(f64, f64)], prior: Prior, before: Prior) -> Scored {
+    let counted = || groups.iter().zip(shrunk).filter(|(g, _)| g.n > 0.0);
+    // b_m = mean of raw in group m
+    let bias = |g: &Group, &(s, mu): &(f64, f64)| s * (g.mean - mu);
+    let (mut rows, mut ssw, mut sum) = (0.0, 0.0, 0.0);
+    let first = counted().next().map_or(0.0, |(g, s)| bias(g, s));
+    for (g, s) in counted() {
+        rows += g.n;
+        ssw += g.ssw;
+        sum += g.n * (bias(g, s) - first);
+    }
+    let mean = if rows > 0.0 { first + sum / rows } else { 0.0 };
+    let centre = if options.normalize == Normalize::Batch { mean } else { 0.0 };
+    let squares = ssw + counted().map(|(g, s)| g.n * (bias(g, s) - centre).powi(2)).sum::<f64>();
+    let scale = inverse_scale(options, rows, squares);
+
+    let mut scored = Scored {
+        affine: Affine { offset: Vec::with_capacity(shrunk.len()), scale: vec![scale; shrunk.len()] },
+        shrinkage: Vec::with_capacity(shrunk.len()),
+        baseline: Vec::with_capacity(shrunk.len()),
+        prior,
+        before,
+    };
+    for (g, s) in groups.iter().zip(shrunk) {
+        let empty = g.n == 0.0;
+        // mu_m - (b_m - centre), not V_m + centre: where every b_m is the same this is exactly mu_m.
+        scored.affine.offset.push(g.mean - (bias(g, s) - centre));
+        scored.shrinkage.push(if empty { f64::NAN } else { s.0 });
+        scored.baseline.push(if empty { f64::NAN } else { g.mean - bias(g, s) });
+    }
+    scored
+}
+
+/// `1 / (std + eps)`, `1 / (rms + eps)` or 1; 0 where the denominator is 0, since every deviation then is.
+#[inline]
+pub(crate) fn inverse_scale(options: &Options, rows: f64, squares: f64) -> f64 {
+    let divisor = match options.normalize {
+        Normalize::None => return 1.0,
+        Normalize::Scale => rows,
+        Normalize::Batch => rows - f64::from(options.norm_ddof),
+    };
+    let spread = if divisor > 0.0 { (squares / divisor).sqrt() } else { 0.0 };
+    let denominator = spread + options.eps;
+    if denominator > 0.0 { 1.0 / denominator } else { 0.0 }
+}

@@ -1,0 +1,143 @@
+//! The estimator's options: the paper's choices are the defaults, the others answer its known weak spots.
+
+use crate::Error;
+
+/// What divides and centres the raw advantages (step 6 of Algorithm 1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Normalize {
+    /// `(raw - mean(raw)) / (std(raw) + eps)` over the batch: the paper's.
+    #[default]
+    Batch,
+    /// `raw / (rms(raw) + eps)`: no centring, so a failed group keeps its negative sign.
+    Scale,
+    /// `raw`.
+    None,
+}
+
+/// Which variance of rewards is the noise of a group's mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sigma2 {
+    /// Variance of all rewards seen: the paper's.
+    #[default]
+    Total,
+    /// Variance within groups, pooled; `Total` until some group has had two rows.
+    Within,
+}
+
+/// Which variance of group means is the spread of the prior.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tau2 {
+    /// Variance of the observed group means: the paper's.
+    #[default]
+    Raw,
+    /// The same less its sampling noise, at least 0 (method of moments).
+    Debiased,
+}
+
+/// Whether the batch is in the prior it is scored with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Score {
+    /// Update, then score: the paper's.
+    #[default]
+    After,
+    /// Score, then update.
+    Before,
+}
+
+macro_rules! named {
+    ($type:ident, $option:literal, $expected:literal, $($name:literal => $variant:ident),+) => {
+        impl $type {
+            /// The variant of that name.
+            pub fn parse(name: &str) -> Result<Self, Error> {
+                match name {
+                    $($name => Ok(Self::$variant),)+
+                    _ => Err(Error::InvalidOption {
+                        name: $option,
+                        value: format!("{name:?}"),
+                        expected: $expected,
+                    }),
+                }
+            }
+
+            /// Its name.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)+
+                }
+            }
+        }
+    };
+}
+
+named!(Normalize, "normalize", "\"batch\", \"scale\" or \"none\"", "batch" => Batch, "scale" => Scale, "none" => None);
+named!(Sigma2, "sigma2", "\"total\" or \"within\"", "total" => Total, "within" => Within);
+named!(Tau2, "tau2", "\"raw\" or \"debiased\"", "raw" => Raw, "debiased" => Debiased);
+named!(Score, "score", "\"after\" or \"before\"", "after" => After, "before" => Before);
+
+/// Every option of the estimator.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Options {
+    /// Step 6.
+    pub normalize: Normalize,
+    /// The noise variance.
+    pub sigma2: Sigma2,
+    /// The prior variance.
+    pub tau2: Tau2,
+    /// Order of update and score.
+    pub score: Score,
+    /// Take each group out of the prior that it is shrunk toward.
+    pub leave_one_out: bool,
+    /// Weight that the past keeps at each update, in (0, 1].
+    pub decay: f64,
+    /// Added to the denominator of step 6.
+    pub eps: f64,
+    /// Delta degrees of freedom of sigma2 `Total` and tau2 `Raw`: 0 or 1.
+    pub ddof: u8,
+    /// Delta degrees of freedom of the standard deviation of step 6: 0 or 1.
+    pub norm_ddof: u8,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            normalize: Normalize::Batch,
+            sigma2: Sigma2::Total,
+            tau2: Tau2::Raw,
+            score: Score::After,
+            leave_one_out: false,
+            decay: 1.0,
+            eps: 1e-6,
+            ddof: 0,
+            norm_ddof: 1,
+        }
+    }
+}
+
+impl Options {
+    /// Refuse values outside their domain and combinations without a meaning.
+    pub fn validate(&self) -> Result<(), Error> {
+        let invalid = |name, value: String, expected| Err(Error::InvalidOption { name, value, expected });
+        if !(self.decay > 0.0 && self.decay <= 1.0) {
+            return invalid("decay", self.decay.to_string(), "a number in (0, 1]; 1 never forgets");
+        }
+        check_eps(self.eps)?;
+        for (name, value) in [("ddof", self.ddof), ("norm_ddof", self.norm_ddof)] {
+            if value > 1 {
+                return invalid(name, value.to_string(), "0 or 1");
+            }
+        }
+        if self.leave_one_out && self.score == Score::Before {
+            let expected = "False with score=\"before\": a prior taken before the update does not hold the batch";
+            return invalid("leave_one_out", "True".into(), expected);
+        }
+        Ok(())
+    }
+}
+
+/// Refuse an `eps` that could turn a denominator negative or not finite.
+pub(crate) fn check_eps(eps: f64) -> Result<(), Error> {
+    if eps.is_finite() && eps >= 0.0 {
+        return Ok(());
+    }
+    Err(Error::InvalidOption { name: "eps", value: eps.to_string(), expected: "a finite number, at least 0" })
+}

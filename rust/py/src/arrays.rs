@@ -1,0 +1,181 @@
+//! Arrays in and out, and the stateless functions over them.
+
+use std::num::NonZero;
+use std::sync::OnceLock;
+
+use ebpo_core::{Affine, Batch, EqualGroups, Float, GroupStats, Layout, Method, Options, apply};
+use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::IntoPyDict;
+
+use crate::error::{BindingError, Result};
+
+/// Rewards above which a kernel runs with the interpreter released: below, another thread could not use the time.
+const DETACH: usize = 1 << 17;
+
+/// Bytes from which a new array is left to NumPy's allocator, which neither clears it nor, if large, uses small pages.
+const LARGE: usize = 1 << 16;
+
+/// Flat rewards of either element type.
+#[derive(FromPyObject)]
+pub(crate) enum Rewards<'py> {
+    #[pyo3(transparent)]
+    F32(PyReadonlyArray1<'py, f32>),
+    #[pyo3(transparent)]
+    F64(PyReadonlyArray1<'py, f64>),
+}
+
+/// How rows belong to groups: `size` consecutive rows each, or one code per row.
+#[derive(FromPyObject)]
+pub(crate) enum Groups<'py> {
+    #[pyo3(transparent)]
+    Equal(usize),
+    #[pyo3(transparent)]
+    Codes((PyReadonlyArray1<'py, u32>, usize)),
+}
+
+pub(crate) type Mask<'py> = Option<PyReadonlyArray1<'py, bool>>;
+
+/// Build the batch and run `f` on it, with the interpreter released if the batch is large.
+pub(crate) fn with_batch<T: Float + Element, R: Send>(
+    py: Python<'_>,
+    rewards: &PyReadonlyArray1<'_, T>,
+    groups: &Groups<'_>,
+    mask: &Mask<'_>,
+    f: impl FnOnce(&Batch<'_, T>) -> R + Send,
+) -> Result<R> {
+    let rewards = slice(rewards)?;
+    let layout = match groups {
+        Groups::Equal(size) => Layout::Equal { size: *size },
+        Groups::Codes((codes, groups)) => Layout::Codes { codes: slice(codes)?, groups: *groups },
+    };
+    let mask = mask.as_ref().map(slice).transpose()?;
+    let batch = Batch::new(rewards, layout, mask)?;
+    Ok(if rewards.len() >= DETACH { py.detach(|| f(&batch)) } else { f(&batch) })
+}
+
+/// The advantages of a batch as a new flat array.
+pub(crate) fn write<'py, T: Float + Element>(
+    py: Python<'py>,
+    rewards: &PyReadonlyArray1<'py, T>,
+    groups: &Groups<'_>,
+    mask: &Mask<'_>,
+    affine: &Affine,
+) -> Result<Bound<'py, PyAny>> {
+    let out = PyArray1::<T>::zeros(py, rewards.len(), false);
+    {
+        let mut writable = out.try_readwrite()?;
+        let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
+        with_batch(py, rewards, groups, mask, |batch| apply(batch, affine, slots))?;
+    }
+    Ok(out.into_any())
+}
+
+fn slice<'a, T: Element>(array: &'a PyReadonlyArray1<'_, T>) -> Result<&'a [T]> {
+    if !array.data().is_aligned() {
+        return Err(BindingError::NotContiguous);
+    }
+    array.as_slice().map_err(|_| BindingError::NotContiguous)
+}
+
+/// Advantages of `method` (any but "ebpo") for flat rewards.
+#[pyfunction]
+#[pyo3(signature = (method, eps, rewards, groups, mask))]
+pub(crate) fn baseline_advantages<'py>(
+    py: Python<'py>,
+    method: &str,
+    eps: f64,
+    rewards: Rewards<'py>,
+    groups: Groups<'py>,
+    mask: Mask<'py>,
+) -> Result<Bound<'py, PyAny>> {
+    let method = Method::parse(method)?;
+    match rewards {
+        Rewards::F32(rewards) => baseline(py, method, eps, &rewards, &groups, &mask),
+        Rewards::F64(rewards) => baseline(py, method, eps, &rewards, &groups, &mask),
+    }
+}
+
+fn baseline<'py, T: Float + Element>(
+    py: Python<'py>,
+    method: Method,
+    eps: f64,
+    rewards: &PyReadonlyArray1<'py, T>,
+    groups: &Groups<'_>,
+    mask: &Mask<'_>,
+) -> Result<Bound<'py, PyAny>> {
+    let stats = with_batch(py, rewards, groups, mask, GroupStats::collect)??;
+    write(py, rewards, groups, mask, &method.affine(&stats, eps)?)
+}
+
+/// Default EBPO advantages of an `(M, G)` matrix with the batch as its own prior, in full speed.
+///
+/// Returns None for whatever the general path must look at: another type, dtype or order, no rows, NaN, infinities.
+#[pyfunction]
+#[pyo3(signature = (rewards, /))]
+pub(crate) fn equal_advantages<'py>(rewards: &Bound<'py, PyAny>) -> Result<Option<Bound<'py, PyAny>>> {
+    if let Ok(rewards) = rewards.cast_exact::<PyArray2<f32>>() {
+        equal(rewards)
+    } else if let Ok(rewards) = rewards.cast_exact::<PyArray2<f64>>() {
+        equal(rewards)
+    } else {
+        Ok(None)
+    }
+}
+
+fn equal<'py, T: Float + Element>(rewards: &Bound<'py, PyArray2<T>>) -> Result<Option<Bound<'py, PyAny>>> {
+    let py = rewards.py();
+    if !rewards.is_c_contiguous() || !rewards.data().is_aligned() {
+        return Ok(None);
+    }
+    let readable = rewards.try_readonly()?;
+    let values = readable.as_slice().map_err(|_| BindingError::NotContiguous)?;
+    let Some(groups) = EqualGroups::new(values, rewards.dims()[1]) else {
+        return Ok(None);
+    };
+    let out = new_like(rewards)?;
+    let mut writable = out.try_readwrite()?;
+    let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
+    let options = Options::default();
+    let done = if values.len() >= DETACH {
+        let threads = threads();
+        py.detach(|| groups.advantages(&options, threads, slots))
+    } else {
+        groups.advantages(&options, 1, slots)
+    };
+    drop(writable);
+    Ok(done.then(|| out.into_any()))
+}
+
+/// A new array of the same shape and dtype, of unspecified content.
+fn new_like<'py, T: Element>(array: &Bound<'py, PyArray2<T>>) -> Result<Bound<'py, PyArray2<T>>> {
+    static EMPTY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let py = array.py();
+    if array.len() * size_of::<T>() < LARGE {
+        return Ok(PyArray2::zeros(py, array.dims(), false));
+    }
+    let empty = EMPTY.get_or_try_init(py, || PyResult::Ok(py.import("numpy")?.getattr("empty")?.unbind()))?;
+    let dtype = [("dtype", array.as_any().cast::<PyUntypedArray>().map_err(PyErr::from)?.dtype())].into_py_dict(py)?;
+    let new = empty.bind(py).call((array.dims().into_pattern(),), Some(&dtype))?;
+    let wrong = |_| PyTypeError::new_err("numpy.empty returned no array of the dtype asked for");
+    Ok(new.cast_into::<PyArray2<T>>().map_err(wrong)?)
+}
+
+/// Dimensions as the tuple that NumPy's functions take.
+trait Pattern {
+    fn into_pattern(self) -> (usize, usize);
+}
+
+impl Pattern for numpy::Ix2 {
+    fn into_pattern(self) -> (usize, usize) {
+        (self[0], self[1])
+    }
+}
+
+/// Threads for a large batch; more than a few only compete for memory bandwidth.
+fn threads() -> usize {
+    static THREADS: OnceLock<usize> = OnceLock::new();
+    *THREADS.get_or_init(|| std::thread::available_parallelism().map_or(1, NonZero::get).min(8))
+}

@@ -1,0 +1,43 @@
+//! The estimator's options as a frozen Python object.
+
+use ebpo_core::{Normalize, Options, Score, Sigma2, Tau2};
+use pyo3::prelude::*;
+
+use crate::error::Result;
+
+/// Validated options of the estimator; see `ebpo_core.EBPO`.
+#[pyclass(name = "Options", module = "ebpo_core._core", frozen, skip_from_py_object)]
+#[derive(Clone, Copy)]
+pub(crate) struct PyOptions(pub(crate) Options);
+
+#[pymethods]
+impl PyOptions {
+    #[new]
+    #[pyo3(signature = (*, normalize, sigma2, tau2, score, leave_one_out, decay, eps, ddof, norm_ddof))]
+    #[allow(clippy::too_many_arguments)] // one per option of the estimator, all by keyword
+    fn new(
+        normalize: &str,
+        sigma2: &str,
+        tau2: &str,
+        score: &str,
+        leave_one_out: bool,
+        decay: f64,
+        eps: f64,
+        ddof: u8,
+        norm_ddof: u8,
+    ) -> Result<Self> {
+        let options = Options {
+            normalize: Normalize::parse(normalize)?,
+            sigma2: Sigma2::parse(sigma2)?,
+            tau2: Tau2::parse(tau2)?,
+            score: Score::parse(score)?,
+            leave_one_out,
+            decay,
+            eps,
+            ddof,
+            norm_ddof,
+        };
+        options.validate()?;
+        Ok(Self(options))
+    }
+}
