@@ -94,7 +94,7 @@ class EBPO:
     An object may be shared by threads and is intact in a forked child. Arrays must not change during a call.
     """
 
-    __slots__ = ("_checked", "_diagnostics", "_options", "_state")
+    __slots__ = ("_checked", "_last", "_options", "_state")
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class EBPO:
         )
         self._checked = _core.Options(**self._options)
         self._state = _core.State()
-        self._diagnostics: Diagnostics | None = None
+        self._last: tuple[Any, Any] | None = None
 
     def __call__(
         self, rewards: Rewards, groups: Any = None, *, mask: Any = None, update: bool = True, step: int | None = None
@@ -148,14 +148,15 @@ class EBPO:
         flat, vectors, scalars = self._state.advance(
             self._checked, batch.rewards, batch.groups, batch.mask, _flag("update", update), _step(step)
         )
-        self._diagnostics = Diagnostics(*vectors, *scalars)
+        self._last = vectors, scalars  # one assignment, so that threads never see a mixture of two calls
         result: Rewards = batch.restore(flat)
         return result
 
     @property
     def diagnostics(self) -> Diagnostics | None:
         """What the last call computed; None before the first."""
-        return self._diagnostics
+        last = self._last
+        return None if last is None else Diagnostics(*last[0], *last[1])
 
     @property
     def options(self) -> Options:
@@ -183,7 +184,7 @@ class EBPO:
 
     def reset(self) -> None:
         """Forget everything seen; the options stay."""
-        self._state, self._diagnostics = _core.State(), None
+        self._state, self._last = _core.State(), None
 
     def state_dict(self) -> dict[str, Any]:
         """Options, prior and step as a JSON-safe dict, exact to the bit."""
@@ -202,7 +203,7 @@ class EBPO:
             raise ValueError("state has no fields 'options' and 'prior': pass what EBPO.state_dict() returned")
         self._same_options(options, "state")
         load_statistics(self._state, prior, _step(step))
-        self._diagnostics = None
+        self._last = None
 
     def _same_options(self, options: Mapping[str, Any], what: str) -> None:
         for name, mine in self._options.items():

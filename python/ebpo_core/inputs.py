@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 Groups: TypeAlias = "int | tuple[NDArray[np.uint32], int]"
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """What the core reads, and how to give its flat result the caller's container, shape, device and dtype."""
 
     rewards: NDArray[Any]
@@ -50,7 +48,13 @@ def read_batch(rewards: Any, groups: Any = None, mask: Any = None) -> Batch:
     if array.size == 0:
         raise ValueError(f"rewards has shape {array.shape}, which holds no reward: pass at least one")
     coded: Groups = array.shape[1] if groups is None else group_codes(groups, array.size)
-    return Batch(np.require(array.reshape(-1), requirements=["C", "A"]), coded, _read_mask(mask, array.shape), restore)
+    return Batch(_flat(array), coded, _read_mask(mask, array.shape), restore)
+
+
+def _flat(array: NDArray[Any]) -> NDArray[Any]:
+    flat = array.reshape(-1)
+    flags = flat.flags
+    return flat if flags.c_contiguous and flags.aligned else np.require(flat, requirements=["C", "A"])
 
 
 def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
@@ -62,7 +66,9 @@ def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
 def _read_rewards(rewards: Any) -> tuple[NDArray[Any], Callable[[NDArray[Any]], Any]]:
     if is_tensor(rewards):
         return _read_tensor(rewards)
-    if isinstance(rewards, np.ma.MaskedArray):
+    # Looked up, not imported: an import under way in one thread would block the child that another thread forks.
+    masked = sys.modules.get("numpy.ma")
+    if masked is not None and isinstance(rewards, masked.MaskedArray):
         raise TypeError("rewards is a masked array, whose mask means the opposite: pass rewards.data and mask=~rewards.mask")
     try:
         array = np.asarray(rewards)
@@ -141,7 +147,7 @@ def _read_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
         array = array.astype(np.bool_)  # attention masks are often 0/1 integers
     if array.dtype != np.bool_:
         raise TypeError(f"mask has dtype {array.dtype}: expected booleans (True where a reward counts) or zeros and ones")
-    return np.require(array.reshape(-1), requirements=["C", "A"])
+    return _flat(array)
 
 
 def group_codes(groups: Any, rows: int) -> tuple[NDArray[np.uint32], int]:
@@ -157,7 +163,7 @@ def group_codes(groups: Any, rows: int) -> tuple[NDArray[np.uint32], int]:
     kind = ids.dtype.kind
     if kind in "iub":
         wide = ids.astype(np.uint64).view(np.int64) if ids.dtype == np.uint64 else ids.astype(np.int64)
-        return _core.codes_of_ints(np.require(wide, requirements=["C", "A"]))
+        return _core.codes_of_ints(_flat(wide))
     if kind in "US":
         rows_of_bytes = np.ascontiguousarray(ids).view(np.uint8).reshape(rows, ids.dtype.itemsize)
         return _core.codes_of_bytes(rows_of_bytes)

@@ -1,5 +1,8 @@
 //! A batch of rewards with its groups, and the one way advantages are written: an affine map per group.
 
+use core::array;
+
+use crate::lanes::LANES;
 use crate::{Error, Float};
 
 /// How rows belong to groups.
@@ -32,7 +35,7 @@ impl<'a, T: Float> Batch<'a, T> {
     pub fn new(rewards: &'a [T], layout: Layout<'a>, mask: Option<&'a [bool]>) -> Result<Self, Error> {
         match layout {
             Layout::Equal { size } => {
-                if size == 0 || rewards.len() % size != 0 {
+                if size == 0 || !rewards.len().is_multiple_of(size) {
                     return Err(Error::NotDivisible { len: rewards.len(), size });
                 }
             }
@@ -88,11 +91,24 @@ impl<'a, T: Float> Batch<'a, T> {
         }
     }
 
-    /// Largest distance of a counted reward from `centre`; NaN when no row counts.
+    /// Largest distance of a counted reward from `centre`; 0 when no row counts.
     pub fn max_distance(&self, centre: f64) -> f64 {
-        let mut max = f64::NAN;
-        self.for_each(|_, value| max = max.max((value - centre).abs()));
-        max
+        let mut lanes = [0.0; LANES];
+        if self.mask.is_none() {
+            let (chunks, rest) = self.rewards.as_chunks::<LANES>();
+            // A comparison with NaN is false, so a reward that does not count changes nothing.
+            let farther = |lane: f64, reward: T| {
+                let distance = (reward.widen() - centre).abs();
+                if distance > lane { distance } else { lane }
+            };
+            for chunk in chunks {
+                lanes = array::from_fn(|i| farther(lanes[i], chunk[i]));
+            }
+            lanes[0] = rest.iter().fold(lanes[0], |lane, &reward| farther(lane, reward));
+        } else {
+            self.for_each(|_, value| lanes[0] = lanes[0].max((value - centre).abs()));
+        }
+        lanes.into_iter().fold(0.0, f64::max)
     }
 
     /// Refuse counted rewards that are infinite or too large to be squared.
@@ -127,30 +143,34 @@ pub struct Affine {
 pub fn apply<T: Float>(batch: &Batch<'_, T>, affine: &Affine, out: &mut [T]) {
     assert_eq!(out.len(), batch.rewards.len());
     assert_eq!(affine.offset.len(), batch.groups());
-    let maps = || affine.offset.iter().zip(&affine.scale);
-    // A difference can leave the range of f32 although both terms are in it; such a value saturates instead of
-    // becoming infinite. f64 rewards are at most 1e140, so theirs cannot.
-    let advantage = |value: f64, offset: f64, scale: f64| ((value - offset) * scale).clamp(-T::MAX, T::MAX);
-    if let (Layout::Equal { size }, None) = (batch.layout, batch.mask) {
-        for ((rows, out), (&offset, &scale)) in
-            batch.rewards.chunks_exact(size).zip(out.chunks_exact_mut(size)).zip(maps())
-        {
-            for (reward, out) in rows.iter().zip(out) {
-                let value = reward.widen();
-                *out = if value.is_nan() { T::default() } else { T::narrow(advantage(value, offset, scale)) };
+    let advantage = |value: f64, offset: f64, scale: f64| {
+        // A difference can leave the range of f32 although both terms are in it; such a value saturates instead of
+        // becoming infinite. f64 rewards are at most 1e140, so theirs cannot.
+        let scaled = ((value - offset) * scale).clamp(-T::MAX, T::MAX);
+        T::narrow(if value.is_nan() { 0.0 } else { scaled })
+    };
+    let counts = |row: usize| batch.mask.is_none_or(|mask| mask[row]);
+    match batch.layout {
+        Layout::Equal { size } => {
+            let maps = affine.offset.iter().zip(&affine.scale);
+            let rows = batch.rewards.chunks_exact(size).zip(out.chunks_exact_mut(size));
+            for ((rewards, out), (&offset, &scale)) in rows.zip(maps) {
+                for (&reward, out) in rewards.iter().zip(out) {
+                    *out = advantage(reward.widen(), offset, scale);
+                }
+            }
+            if let Some(mask) = batch.mask {
+                for (out, _) in out.iter_mut().zip(mask).filter(|(_, counts)| !**counts) {
+                    *out = T::default();
+                }
             }
         }
-        return;
-    }
-    out.fill(T::default());
-    let mut write = |row: usize, group: usize| {
-        let value = batch.rewards[row].widen();
-        if batch.mask.is_none_or(|mask| mask[row]) && !value.is_nan() {
-            out[row] = T::narrow(advantage(value, affine.offset[group], affine.scale[group]));
+        Layout::Codes { codes, .. } => {
+            for (row, ((&code, &reward), out)) in codes.iter().zip(batch.rewards).zip(out).enumerate() {
+                let group = code as usize;
+                let value = if counts(row) { reward.widen() } else { f64::NAN };
+                *out = advantage(value, affine.offset[group], affine.scale[group]);
+            }
         }
-    };
-    match batch.layout {
-        Layout::Equal { size } => (0..batch.rewards.len()).for_each(|row| write(row, row / size)),
-        Layout::Codes { codes, .. } => codes.iter().enumerate().for_each(|(row, &code)| write(row, code as usize)),
     }
 }

@@ -4,9 +4,13 @@
 //! `(r - (mu_m + S (centre - mu_m))) * scale`. Blocks of a fixed number of groups are reduced on their own and merged in
 //! order: the result does not depend on how many threads did it.
 
+use core::hint::black_box;
+
+use pulp::{Arch, NullaryFnOnce};
+
 use crate::estimator::{Shrinkage, inverse_scale};
 use crate::groups::in_range;
-use crate::lanes::{mean, mean_and_ssw};
+use crate::lanes::{LANES, fold, mean_and_squares, mean_and_ssw};
 use crate::{Float, Moments, Options, Prior};
 
 /// Groups reduced together; fixed, because it decides the order of rounding.
@@ -20,12 +24,12 @@ pub struct EqualGroups<'a, T> {
 }
 
 impl<'a, T: Float> EqualGroups<'a, T> {
-    /// Rewards from which threads are worth their start: about 20 microseconds for two of them.
-    pub const PARALLEL: usize = 1 << 18;
+    /// Rewards of a thread's smallest share: fewer are done sooner than a thread starts.
+    const SHARE: usize = 1 << 17;
 
     /// Groups of `size` rewards; `None` if there is none or they do not divide.
     pub fn new(rewards: &'a [T], size: usize) -> Option<Self> {
-        (size > 0 && !rewards.is_empty() && rewards.len() % size == 0).then_some(Self { rewards, size })
+        (size > 0 && !rewards.is_empty() && rewards.len().is_multiple_of(size)).then_some(Self { rewards, size })
     }
 
     /// Stateless EBPO advantages into `out` with the batch as its own prior (`score = After`, no leave-one-out).
@@ -37,77 +41,95 @@ impl<'a, T: Float> EqualGroups<'a, T> {
     /// If `out` is not as long as the rewards.
     pub fn advantages(&self, options: &Options, threads: usize, out: &mut [T]) -> bool {
         assert_eq!(out.len(), self.rewards.len());
-        let threads = threads.clamp(1, self.rewards.len().div_ceil(Self::PARALLEL / 2));
-        let prior = match self.size {
+        match self.size {
             // A group size known to the compiler lets it keep a whole group in registers.
-            2 => self.prior::<2>(threads),
-            4 => self.prior::<4>(threads),
-            8 => self.prior::<8>(threads),
-            16 => self.prior::<16>(threads),
-            32 => self.prior::<32>(threads),
-            _ => self.prior::<0>(threads),
-        };
-        let (rewards, means) = (prior.rewards(), prior.means());
-        if !in_range(rewards.mean(), rewards.m2()) {
+            2 => self.run::<2>(options, threads, out),
+            4 => self.run::<4>(options, threads, out),
+            8 => self.run::<8>(options, threads, out),
+            16 => self.run::<16>(options, threads, out),
+            32 => self.run::<32>(options, threads, out),
+            _ => self.run::<0>(options, threads, out),
+        }
+    }
+
+    /// `G` is the group size, or 0 for one known at run time.
+    fn run<const G: usize>(&self, options: &Options, threads: usize, out: &mut [T]) -> bool {
+        let threads = threads.clamp(1, self.rewards.len().div_ceil(Self::SHARE));
+        let mut means = vec![0.0; self.rewards.len() / self.size];
+        let sums = self.statistics::<G>(threads, &mut means);
+        let prior = sums.into_prior(self.size as f64);
+        if !in_range(prior.rewards().mean(), prior.rewards().m2()) {
             return false;
         }
-        let n = self.size as f64;
-        let s = Shrinkage::new(&prior, options).factor(n);
-        // Groups are equal and the batch is its own prior, so mu_glob, the mean of the means and the mean of raw + V are
-        // one number: every `normalize` centres there.
-        let centre = means.mean();
-        let squares = prior.ssw() + n * s * s * means.m2();
-        let scale = inverse_scale(options, rewards.count(), squares);
-        let map = Map { shrink: s, centre, scale, saturate: rewards.m2() > 1e70 || rewards.mean().abs() > 1e35 };
-        match self.size {
-            2 => self.write::<2>(map, threads, out),
-            4 => self.write::<4>(map, threads, out),
-            8 => self.write::<8>(map, threads, out),
-            16 => self.write::<16>(map, threads, out),
-            32 => self.write::<32>(map, threads, out),
-            _ => self.write::<0>(map, threads, out),
-        }
+        self.write::<G>(Map::new(&prior, self.size as f64, options), threads, &means, out);
         true
     }
 
-    /// Statistics of the batch; `G` is the group size, or 0 for one known at run time.
-    fn prior<const G: usize>(&self, threads: usize) -> Prior {
-        let rows = BLOCK * self.size;
-        let reduce = |part: &[T]| part.chunks(rows).map(|block| Sums::of::<T, G>(block, self.size)).collect::<Vec<_>>();
+    fn statistics<const G: usize>(&self, threads: usize, means: &mut [f64]) -> Sums {
         let mut total = Sums::default();
+        let groups = self.groups_of_share(threads);
         if threads == 1 {
-            self.rewards.chunks(rows).for_each(|block| total.merge(&Sums::of::<T, G>(block, self.size)));
-        } else {
-            std::thread::scope(|scope| {
-                let parts = self.rewards.chunks(self.rows_of_part(threads));
-                let reduce = &reduce;
-                let handles: Vec<_> = parts.map(|part| scope.spawn(move || reduce(part))).collect();
-                for handle in handles {
-                    // A panic of a worker is a bug of ours; pass it on as it is.
-                    let sums = handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                    sums.iter().for_each(|sum| total.merge(sum));
-                }
-            });
+            let each = |sums: Sums| total.merge(&sums);
+            Arch::new().dispatch(Blocks::<T, _, G> { rewards: self.rewards, size: self.size, means, each });
+            return total;
         }
-        total.into_prior(self.size as f64)
+        std::thread::scope(|scope| {
+            let shares = self.rewards.chunks(groups * self.size).zip(means.chunks_mut(groups));
+            let start = |(rewards, means)| {
+                scope.spawn(move || {
+                    let mut sums = Vec::with_capacity(groups / BLOCK);
+                    let each = |block| sums.push(block);
+                    Arch::new().dispatch(Blocks::<T, _, G> { rewards, size: self.size, means, each });
+                    sums
+                })
+            };
+            for handle in shares.map(start).collect::<Vec<_>>() {
+                // A panic of a worker is a bug of ours; pass it on as it is.
+                let sums = handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                for block in &sums {
+                    total.merge(block);
+                }
+            }
+        });
+        total
     }
 
-    fn write<const G: usize>(&self, map: Map, threads: usize, out: &mut [T]) {
+    fn write<const G: usize>(&self, map: Map, threads: usize, means: &[f64], out: &mut [T]) {
         if threads == 1 {
-            return map.write::<T, G>(self.rewards, self.size, out);
+            return Arch::new().dispatch(Write::<T, G> { map, rewards: self.rewards, size: self.size, means, out });
         }
-        let rows = self.rows_of_part(threads);
+        let groups = self.groups_of_share(threads);
+        let rows = groups * self.size;
         std::thread::scope(|scope| {
-            for (part, out) in self.rewards.chunks(rows).zip(out.chunks_mut(rows)) {
-                scope.spawn(move || map.write::<T, G>(part, self.size, out));
+            for ((rewards, means), out) in self.rewards.chunks(rows).zip(means.chunks(groups)).zip(out.chunks_mut(rows))
+            {
+                scope.spawn(move || Arch::new().dispatch(Write::<T, G> { map, rewards, size: self.size, means, out }));
             }
         });
     }
 
-    /// Rewards of one thread's share: whole blocks.
-    fn rows_of_part(&self, threads: usize) -> usize {
-        let rows = BLOCK * self.size;
-        self.rewards.len().div_ceil(rows).div_ceil(threads) * rows
+    /// Groups of one thread's share: whole blocks.
+    fn groups_of_share(&self, threads: usize) -> usize {
+        (self.rewards.len() / self.size).div_ceil(BLOCK).div_ceil(threads) * BLOCK
+    }
+}
+
+/// Reduce block by block, writing each group's mean.
+struct Blocks<'a, T, F, const G: usize> {
+    rewards: &'a [T],
+    size: usize,
+    means: &'a mut [f64],
+    each: F,
+}
+
+impl<T: Float, F: FnMut(Sums), const G: usize> NullaryFnOnce for Blocks<'_, T, F, G> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(mut self) {
+        for (rewards, means) in self.rewards.chunks(BLOCK * self.size).zip(self.means.chunks_mut(BLOCK)) {
+            (self.each)(Sums::of::<T, G>(rewards, self.size, means));
+        }
     }
 }
 
@@ -119,25 +141,23 @@ struct Sums {
 }
 
 impl Sums {
-    #[inline]
-    fn of<T: Float, const G: usize>(block: &[T], size: usize) -> Self {
+    #[inline(always)]
+    fn of<T: Float, const G: usize>(rewards: &[T], size: usize, means: &mut [f64]) -> Self {
         let inv_n = 1.0 / size as f64;
-        let mut means = [0.0; BLOCK];
-        let mut ssw = 0.0;
-        let groups = block.len() / size;
-        let mut put = |mean_slot: &mut f64, rows: &[T]| {
-            let (mean, squares) = mean_and_ssw(rows, inv_n);
-            *mean_slot = mean;
-            ssw += squares;
-        };
+        // One set of lanes for the whole block: folding them once per group would cost as much as filling them.
+        let mut squares = [0.0; LANES];
         if G > 0 {
-            means.iter_mut().zip(block.as_chunks::<G>().0).for_each(|(slot, rows)| put(slot, rows));
+            for (mean, rows) in means.iter_mut().zip(rewards.as_chunks::<G>().0) {
+                *mean = mean_and_squares(rows, inv_n, &mut squares);
+            }
         } else {
-            means.iter_mut().zip(block.chunks_exact(size)).for_each(|(slot, rows)| put(slot, rows));
+            for (mean, rows) in means.iter_mut().zip(rewards.chunks_exact(size)) {
+                *mean = mean_and_squares(rows, inv_n, &mut squares);
+            }
         }
-        let means = &means[..groups];
-        let (mean, m2) = mean_and_ssw(means, 1.0 / groups as f64);
-        Self { means: Moments::new(groups as f64, mean, m2), ssw }
+        let groups = means.len() as f64;
+        let (mean, m2) = mean_and_ssw(means, 1.0 / groups);
+        Self { means: Moments::new(groups, mean, m2), ssw: fold(squares) }
     }
 
     fn merge(&mut self, other: &Self) {
@@ -163,32 +183,70 @@ struct Map {
 }
 
 impl Map {
-    fn write<T: Float, const G: usize>(self, rewards: &[T], size: usize, out: &mut [T]) {
-        let inv_n = 1.0 / size as f64;
+    fn new(prior: &Prior, n: f64, options: &Options) -> Self {
+        let (rewards, means) = (prior.rewards(), prior.means());
+        let shrink = Shrinkage::new(prior, options).factor(n);
+        let squares = prior.ssw() + n * shrink * shrink * means.m2();
+        Self {
+            shrink,
+            // Groups are equal and the batch is its own prior: mu_glob is the mean of the means, about which raw has
+            // mean 0, so every `normalize` centres here.
+            centre: means.mean(),
+            scale: inverse_scale(options, rewards.count(), squares),
+            saturate: rewards.m2() > 1e70 || rewards.mean().abs() > 1e35,
+        }
+    }
+}
+
+/// Write the advantages of some groups.
+struct Write<'a, T, const G: usize> {
+    map: Map,
+    rewards: &'a [T],
+    size: usize,
+    means: &'a [f64],
+    out: &'a mut [T],
+}
+
+impl<T: Float, const G: usize> NullaryFnOnce for Write<'_, T, G> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        // `for`, not `for_each`: a closure that is not inlined would lose the vectors that this runs under.
         if G > 0 {
-            for (rows, out) in rewards.as_chunks::<G>().0.iter().zip(out.as_chunks_mut::<G>().0) {
-                self.write_group(rows, inv_n, out);
+            let rows = self.rewards.as_chunks::<G>().0.iter().zip(self.out.as_chunks_mut::<G>().0);
+            for ((rows, out), &mean) in rows.zip(self.means) {
+                self.map.write(rows, mean, out);
             }
         } else {
-            for (rows, out) in rewards.chunks_exact(size).zip(out.chunks_exact_mut(size)) {
-                self.write_group(rows, inv_n, out);
+            let rows = self.rewards.chunks_exact(self.size).zip(self.out.chunks_exact_mut(self.size));
+            for ((rows, out), &mean) in rows.zip(self.means) {
+                self.map.write(rows, mean, out);
             }
         }
     }
+}
 
-    /// The group's mean is computed anew: its rewards are in cache, an array of means would not be.
+impl Map {
     #[inline(always)]
-    fn write_group<T: Float>(self, rows: &[T], inv_n: f64, out: &mut [T]) {
-        let mean = mean(rows, inv_n);
-        let offset = mean + self.shrink * (self.centre - mean);
+    fn write<T: Float>(self, rows: &[T], mean: f64, out: &mut [T]) {
+        // Opaque to the compiler, which would otherwise vectorise across groups: it would shuffle more than it computes.
+        let offset = black_box(mean + self.shrink * (self.centre - mean));
         if self.saturate {
             for (reward, out) in rows.iter().zip(out) {
                 *out = T::narrow(((reward.widen() - offset) * self.scale).clamp(-T::MAX, T::MAX));
             }
             return;
         }
-        for (reward, out) in rows.iter().zip(out) {
-            *out = T::narrow((reward.widen() - offset) * self.scale);
+        let advantage = |reward: T| T::narrow((reward.widen() - offset) * self.scale);
+        // Arrays by value become vectors without a proof that `rows` and `out` are apart.
+        let (chunks, rest) = rows.as_chunks::<LANES>();
+        let (out_chunks, out_rest) = out.as_chunks_mut::<LANES>();
+        for (chunk, out) in chunks.iter().zip(out_chunks) {
+            *out = chunk.map(advantage);
+        }
+        for (&reward, out) in rest.iter().zip(out_rest) {
+            *out = advantage(reward);
         }
     }
 }

@@ -1,47 +1,67 @@
 //! Sums in independent lanes: the compiler may not reorder a plain `f64` sum, so one accumulator would be latency-bound.
+//!
+//! The order of additions is fixed by the code, not by the CPU's vectors: every machine gives the same bits.
+
+use core::array;
+use core::hint::black_box;
 
 use crate::Float;
 
-const LANES: usize = 4;
+/// Independent accumulators: two AVX registers, four of SSE.
+pub(crate) const LANES: usize = 8;
 
-/// Sum of `f(x)` over a slice in four lanes, folded in a fixed order.
+/// Add `f(x)` of each element to its lane.
 #[inline(always)]
-pub(crate) fn lane_sum<T: Float>(x: &[T], f: impl Fn(f64) -> f64) -> f64 {
+pub(crate) fn accumulate<T: Float>(lanes: &mut [f64; LANES], x: &[T], f: impl Fn(f64) -> f64) {
     let (chunks, rest) = x.as_chunks::<LANES>();
-    let mut lanes = [0.0; LANES];
     for chunk in chunks {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane += f(value.widen());
-        }
+        // Arrays by value, so that the compiler sees vectors rather than eight scalars.
+        let terms = chunk.map(|value| f(value.widen()));
+        *lanes = array::from_fn(|i| lanes[i] + terms[i]);
     }
-    let tail: f64 = rest.iter().map(|value| f(value.widen())).sum();
-    (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]) + tail
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        *lane += f(value.widen());
+    }
+}
+
+/// The sum of the lanes, in a fixed order.
+#[inline(always)]
+pub(crate) fn fold(lanes: [f64; LANES]) -> f64 {
+    // Opaque to the compiler, which would otherwise cut everything before into pairs to suit the pairs added here.
+    let four: [f64; 4] = black_box(array::from_fn(|i| lanes[i] + lanes[i + 4]));
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// Mean of a non-empty slice; exactly the common value where all are equal, which makes their deviations exactly zero.
 #[inline(always)]
 pub(crate) fn mean<T: Float>(x: &[T], inv_len: f64) -> f64 {
+    let first = x[0].widen();
+    let mut lanes = [0.0; LANES];
     if T::EXACT_SUM && x.len() <= 1 << 28 {
-        // inv_len is rounded, so a sum of equal values need not divide back exactly: correct by the first value's own sum.
-        let first = x[0].widen();
-        let sum = lane_sum(x, |v| v);
-        let len = x.len() as f64;
-        first + (sum - first * len) * inv_len
+        // 1/len is rounded, so len equal values need not divide back to themselves: only the excess is scaled by it.
+        accumulate(&mut lanes, x, |v| v);
+        first + (fold(lanes) - first * x.len() as f64) * inv_len
     } else {
-        let first = x[0].widen();
-        first + lane_sum(x, |v| v - first) * inv_len
+        accumulate(&mut lanes, x, |v| v - first);
+        first + fold(lanes) * inv_len
     }
 }
 
-/// Mean and sum of squared deviations of a non-empty slice, in two passes.
+/// Mean of a non-empty slice, and its squared deviations added to `squares`.
 ///
-/// Two passes over data in cache are faster than Welford's division per element, and lose no digits to a large offset.
+/// Two passes over data in registers or cache are faster than Welford's division per element, and lose no digits to a
+/// large offset.
+#[inline(always)]
+pub(crate) fn mean_and_squares<T: Float>(x: &[T], inv_len: f64, squares: &mut [f64; LANES]) -> f64 {
+    let mean = mean(x, inv_len);
+    accumulate(squares, x, |v| (v - mean) * (v - mean));
+    mean
+}
+
+/// Mean and sum of squared deviations of a non-empty slice.
 #[inline(always)]
 pub(crate) fn mean_and_ssw<T: Float>(x: &[T], inv_len: f64) -> (f64, f64) {
-    let mean = mean(x, inv_len);
-    let ssw = lane_sum(x, |v| {
-        let d = v - mean;
-        d * d
-    });
-    (mean, ssw)
+    let mut squares = [0.0; LANES];
+    let mean = mean_and_squares(x, inv_len, &mut squares);
+    (mean, fold(squares))
 }

@@ -92,7 +92,9 @@ mod tests {
 
     fn of(values: &[f64]) -> Moments {
         let mut m = Moments::default();
-        values.iter().for_each(|&v| m.push(v));
+        for &v in values {
+            m.push(v);
+        }
         m
     }
 

@@ -158,20 +158,9 @@ fn new_like<'py, T: Element>(array: &Bound<'py, PyArray2<T>>) -> Result<Bound<'p
     }
     let empty = EMPTY.get_or_try_init(py, || PyResult::Ok(py.import("numpy")?.getattr("empty")?.unbind()))?;
     let dtype = [("dtype", array.as_any().cast::<PyUntypedArray>().map_err(PyErr::from)?.dtype())].into_py_dict(py)?;
-    let new = empty.bind(py).call((array.dims().into_pattern(),), Some(&dtype))?;
+    let new = empty.bind(py).call(((array.shape()[0], array.shape()[1]),), Some(&dtype))?;
     let wrong = |_| PyTypeError::new_err("numpy.empty returned no array of the dtype asked for");
     Ok(new.cast_into::<PyArray2<T>>().map_err(wrong)?)
-}
-
-/// Dimensions as the tuple that NumPy's functions take.
-trait Pattern {
-    fn into_pattern(self) -> (usize, usize);
-}
-
-impl Pattern for numpy::Ix2 {
-    fn into_pattern(self) -> (usize, usize) {
-        (self[0], self[1])
-    }
 }
 
 /// Threads for a large batch; more than a few only compete for memory bandwidth.

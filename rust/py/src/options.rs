@@ -6,8 +6,7 @@ use pyo3::prelude::*;
 use crate::error::Result;
 
 /// Validated options of the estimator; see `ebpo_core.EBPO`.
-#[pyclass(name = "Options", module = "ebpo_core._core", frozen, skip_from_py_object)]
-#[derive(Clone, Copy)]
+#[pyclass(name = "Options", module = "ebpo_core._core", frozen)]
 pub(crate) struct PyOptions(pub(crate) Options);
 
 #[pymethods]

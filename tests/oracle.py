@@ -1,0 +1,106 @@
+"""Batches for the property tests, and how closely two implementations must agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from ebpo_core import reference
+
+
+@dataclass
+class Case:
+    """One call: float64 rewards with their groups and mask."""
+
+    rewards: np.ndarray
+    groups: Any = None
+    mask: np.ndarray | None = None
+
+    @property
+    def args(self) -> tuple[np.ndarray, Any]:
+        return self.rewards, self.groups
+
+    @property
+    def counted(self) -> np.ndarray:
+        valid = ~np.isnan(self.rewards)
+        return self.rewards[valid if self.mask is None else valid & self.mask]
+
+
+values = st.one_of(
+    st.sampled_from([0.0, 1.0, -1.0, 0.5, 0.1, 0.25]),
+    st.floats(-10, 10, allow_nan=False, width=32).filter(lambda x: x == 0 or abs(x) > 1e-6),
+)
+scales = st.sampled_from([1.0, 1.0, 1.0, 1e-140, 1e-30, 1e30, 1e138])
+offsets = st.sampled_from([0.0, 0.0, 0.0, 1e8, -3.0])
+
+
+@st.composite
+def cases(draw: st.DrawFn, scale: float | None = None, offset: float | None = None) -> Case:
+    """Equal or uneven groups, in any row order, with masked and unscorable rows."""
+    scale = draw(scales) if scale is None else scale
+    offset = draw(offsets) if offset is None else offset
+    equal = draw(st.booleans())
+    if equal:
+        shape = (draw(st.integers(1, 7)), draw(st.sampled_from([1, 2, 3, 4, 8, 9, 16, 17])))
+        n = shape[0] * shape[1]
+        groups = None
+    else:
+        sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=7))
+        n, shape = sum(sizes), (sum(sizes),)
+        groups = np.array(draw(st.permutations(np.repeat(np.arange(len(sizes)), sizes).tolist())))
+    kind = draw(st.sampled_from(["mixed", "binary", "constant"]))
+    if kind == "mixed":
+        r = draw(st.lists(values, min_size=n, max_size=n))
+    elif kind == "binary":
+        r = draw(st.lists(st.sampled_from([0.0, 1.0]), min_size=n, max_size=n))
+    else:
+        r = [draw(values)] * n
+    rewards = np.array(r) * scale + offset * min(scale, 1.0)
+    if draw(st.booleans()):
+        holes = draw(st.lists(st.booleans(), min_size=n, max_size=n))
+        rewards = np.where(holes, np.nan, rewards)
+    mask = None
+    if draw(st.booleans()):
+        mask = np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n))).reshape(shape)
+    return Case(rewards.reshape(shape), groups, mask)
+
+
+@st.composite
+def options(draw: st.DrawFn) -> dict[str, Any]:
+    chosen: dict[str, Any] = {
+        "normalize": draw(st.sampled_from(["batch", "scale", "none"])),
+        "sigma2": draw(st.sampled_from(["total", "within"])),
+        "tau2": draw(st.sampled_from(["raw", "debiased"])),
+        "score": draw(st.sampled_from(["after", "before"])),
+        "leave_one_out": draw(st.booleans()),
+        "decay": draw(st.sampled_from([1.0, 0.95, 0.5])),
+        "eps": draw(st.sampled_from([1e-6, 1e-4, 1.0])),
+        "ddof": draw(st.integers(0, 1)),
+        "norm_ddof": draw(st.integers(0, 1)),
+    }
+    if chosen["score"] == "before":
+        chosen["leave_one_out"] = False
+    return chosen
+
+
+def tolerance(expected: np.ndarray, seen: list[np.ndarray], spread: float) -> float:
+    """1e-12, relative to the largest advantage, times how much larger the rewards are than what is left of them.
+
+    ``spread`` is the standard deviation that the result was divided by: rounding of a reward is as large as its last
+    digit, whatever remains of it after the baseline has been subtracted.
+    """
+    largest = max((float(np.abs(x).max()) for x in seen if x.size), default=0.0)
+    condition = largest / spread if spread > 0 else np.inf
+    top = float(np.abs(expected).max()) if expected.size else 0.0
+    return 1e-12 * max(1.0, condition) * top if np.isfinite(condition) else max(top, 1e-12 * largest / 1e-6)
+
+
+def raw_spread(estimator: reference.EBPO, case: Case, **call: Any) -> float:
+    """Standard deviation of r - V, from the twin without its last step."""
+    twin = reference.replace(estimator, normalize="none")
+    raw = twin(*case.args, mask=case.mask, **call)
+    valid = ~np.isnan(case.rewards) if case.mask is None else case.mask & ~np.isnan(case.rewards)
+    return float(raw[valid].std()) if valid.any() else 0.0

@@ -1,0 +1,333 @@
+"""State: exact round trips, merging, replays, threads, forks, and real processes that merge to one prior."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ebpo_core
+from oracle import Case, cases
+
+OPTIONS = dict(sigma2="within", tau2="debiased", normalize="scale", decay=0.9)
+R = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.1]]
+
+
+def trained(**options: Any) -> ebpo_core.EBPO:
+    ebpo = ebpo_core.EBPO(**options)
+    rng = np.random.default_rng(0)
+    for step in range(5):
+        ebpo(rng.random((3, 4)), step=step)
+    return ebpo
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS])
+def test_round_trips_are_exact(options: dict[str, Any]) -> None:
+    ebpo = trained(**options)
+    through_json = ebpo_core.EBPO(**options)
+    through_json.load_state_dict(json.loads(json.dumps(ebpo.state_dict(), allow_nan=False)))
+    copies = [
+        through_json,
+        pickle.loads(pickle.dumps(ebpo)),
+        cloudpickle.loads(cloudpickle.dumps(ebpo)),
+        copy.copy(ebpo),
+        copy.deepcopy(ebpo),
+    ]
+    expected = copy.deepcopy(ebpo)(R)
+    for same in copies:
+        assert same == ebpo
+        assert same.state_dict() == ebpo.state_dict()
+        assert same.options == ebpo.options
+        assert same(R) == expected  # bit for bit
+        assert same != ebpo  # a copy shares nothing: ebpo has not seen R
+
+
+@given(case=cases())
+def test_prior_round_trips_are_exact_at_any_scale(case: Case) -> None:
+    prior = ebpo_core.Prior()
+    prior.update(case.rewards, case.groups, mask=case.mask)
+    other = ebpo_core.Prior()
+    other.load_state_dict(json.loads(json.dumps(prior.state_dict(), allow_nan=False)))
+    assert other == prior == pickle.loads(pickle.dumps(prior)) == copy.deepcopy(prior)
+
+
+def corrupt(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    state = json.loads(json.dumps(state))
+    *parents, last = path.split(".")
+    node = state
+    for name in parents:
+        node = node[name]
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("version", 2, "version=2.*upgrade"),
+        ("version", "1", "version='1'"),
+        ("version", None, "version=None"),
+        ("prior.rewards.count", -1.0, "count=-1"),
+        ("prior.rewards.m2", float("nan"), "m2=NaN"),
+        ("prior.rewards.mean", 1e200, "mean=.*1e140"),
+        ("prior.rewards.mean", "0.5", "prior.*|'rewards.mean' is '0.5'"),
+        ("prior.group_means", None, "group_means.count"),
+        ("prior.group_means.count", 0.0, "0"),
+        ("prior.group_means.count", 1e9, "at most rewards.count"),
+        ("prior.ssw", -0.1, "ssw=-0.1"),
+        ("prior.dof", True, "'dof' is True"),
+        ("options.decay", 0.5, "decay=0.5.*decay=1.0"),
+        ("options.tau2", None, "tau2='missing'"),
+        ("options.extra", 1, "unknown option 'extra'"),
+        ("options", None, "'options' and 'prior'"),
+        ("step", -3, "step=-3"),
+        ("step", 1.5, "step=1.5"),
+    ],
+)
+def test_garbage_is_refused_and_nothing_changes(path: str, value: Any, message: str) -> None:
+    ebpo = trained()
+    before = ebpo.state_dict()
+    with pytest.raises((ValueError, TypeError), match=message):
+        ebpo.load_state_dict(corrupt(before, path, value))
+    assert ebpo.state_dict() == before
+
+
+def test_wrong_types_are_refused() -> None:
+    ebpo, prior = trained(), ebpo_core.Prior()
+    with pytest.raises(TypeError, match="list"):
+        ebpo.load_state_dict([])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="version=None"):
+        prior.load_state_dict({})
+    with pytest.raises(TypeError, match="Prior"):
+        ebpo.merge(prior)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="EBPO"):
+        prior.merge(ebpo)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="decay=1.0.*decay=0.9|sigma2|normalize"):
+        ebpo.merge(trained(**OPTIONS))
+    with pytest.raises(ValueError, match="decay=2"):
+        prior.decay(2.0)
+    with pytest.raises(ValueError, match='sigma2="x"'):
+        prior.sigma2("x")
+
+
+def test_repr_eq_and_hash() -> None:
+    ebpo = trained(decay=0.9)
+    assert repr(ebpo).startswith("EBPO(decay=0.9) with Prior(count=")
+    assert repr(ebpo_core.EBPO()) == "EBPO() with Prior(empty)"
+    assert ebpo != ebpo_core.EBPO(decay=0.9)
+    assert ebpo_core.EBPO() != ebpo_core.EBPO(eps=1e-4)
+    assert ebpo != 3
+    assert ebpo_core.Prior() != 3
+    for mutable in (ebpo, ebpo.prior):
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(mutable)
+
+
+def test_reset_and_empty_prior() -> None:
+    ebpo = trained()
+    ebpo.reset()
+    assert ebpo == ebpo_core.EBPO()
+    assert ebpo.diagnostics is None
+    assert ebpo.step is None
+    prior = ebpo.prior
+    assert np.isnan([prior.mean, prior.sigma2(), prior.tau2()]).all()
+    assert prior.count == prior.group_count == 0.0
+
+
+def test_prior_statistics() -> None:
+    prior = ebpo_core.Prior()
+    batches = [np.random.default_rng(i).random((4, 3 + i)) for i in range(3)]
+    for r in batches:
+        prior.update(r)
+    flat = np.concatenate([r.ravel() for r in batches])
+    means = np.concatenate([r.mean(1) for r in batches])
+    assert (prior.count, prior.group_count) == (flat.size, means.size)
+    assert prior.mean == pytest.approx(flat.mean(), rel=1e-13)
+    for ddof in (0, 1):
+        assert prior.sigma2(ddof=ddof) == pytest.approx(flat.var(ddof=ddof), rel=1e-12)
+        assert prior.tau2(ddof=ddof) == pytest.approx(means.var(ddof=ddof), rel=1e-12)
+    within = sum(r.shape[1] * r.var(1).sum() for r in batches) / sum(r.size - len(r) for r in batches)
+    assert prior.sigma2("within") == pytest.approx(within, rel=1e-12)
+    debiased = means.var(ddof=1) - within * np.mean([1 / r.shape[1] for r in batches])
+    assert prior.tau2("debiased") == pytest.approx(max(0.0, debiased), rel=1e-10)
+    prior.decay(0.5)
+    assert prior.count == flat.size / 2
+    assert prior.mean == pytest.approx(flat.mean(), rel=1e-13)
+    assert prior.sigma2() == pytest.approx(flat.var(), rel=1e-12)
+
+
+@given(parts=st.lists(cases(scale=1.0), min_size=2, max_size=5), data=st.data())
+def test_merge_is_order_independent_and_equals_seeing_all(parts: list[Case], data: st.DataObject) -> None:
+    whole = ebpo_core.Prior()
+    priors = []
+    for case in parts:
+        priors.append(ebpo_core.Prior())
+        priors[-1].update(case.rewards, case.groups, mask=case.mask)
+        whole.update(case.rewards, case.groups, mask=case.mask)
+    order = data.draw(st.permutations(range(len(priors))))
+    cut = data.draw(st.integers(0, len(order)))
+    left, right = ebpo_core.Prior(), ebpo_core.Prior()
+    for i in order[:cut]:
+        left.merge(priors[i])
+    for i in order[cut:]:
+        right.merge(priors[i])
+    right.merge(left)
+    assert_close(right, whole)
+
+
+def assert_close(a: ebpo_core.Prior, b: ebpo_core.Prior) -> None:
+    x, y = a.state_dict(), b.state_dict()
+    largest = max(abs(y["rewards"]["mean"]), np.sqrt(y["rewards"]["m2"]))
+    for left, right in ((x["rewards"], y["rewards"]), (x["group_means"], y["group_means"])):
+        assert left["count"] == right["count"]
+        assert left["mean"] == pytest.approx(right["mean"], rel=1e-12, abs=1e-12 * largest)
+        assert left["m2"] == pytest.approx(right["m2"], rel=1e-12, abs=1e-12 * largest**2)
+    for name in ("ssw", "dof", "inv_n"):
+        assert x[name] == pytest.approx(y[name], rel=1e-12)
+
+
+def test_merging_with_oneself_and_step() -> None:
+    ebpo = trained()
+    count = ebpo.prior.count
+    ebpo.merge(ebpo)
+    assert ebpo.prior.count == 2 * count
+    newer = ebpo_core.EBPO()
+    newer(R, step=99)
+    ebpo.merge(newer)
+    assert ebpo.step == 99
+
+
+def test_replayed_steps_are_idempotent() -> None:
+    ebpo = trained()
+    first = ebpo(R, step=10)
+    state = ebpo.state_dict()
+    assert ebpo(R, step=10) == first  # a retry: the same advantages, bit for bit
+    ebpo(R, step=3)
+    assert ebpo.state_dict() == state
+    ebpo(R, step=11)
+    assert ebpo.prior.count == state["prior"]["rewards"]["count"] + 8
+    for bad in (-1, 2**63):
+        with pytest.raises(ValueError, match="step="):
+            ebpo(R, step=bad)
+    with pytest.raises(TypeError, match="step=1.0"):
+        ebpo(R, step=1.0)  # type: ignore[arg-type]
+
+
+def test_update_false_changes_nothing() -> None:
+    ebpo = trained()
+    before = ebpo.state_dict()
+    assert ebpo(R, update=False) == ebpo(R, update=False)
+    assert ebpo.state_dict() == before
+    with pytest.raises(TypeError, match="update=0"):
+        ebpo(R, update=0)  # type: ignore[arg-type]
+    assert ebpo_core.EBPO(normalize="none")([[1.0, 0.0]], update=False) == [[0.5, -0.5]]  # an empty prior: S = 0
+
+
+def test_threads_lose_no_update() -> None:
+    ebpo = ebpo_core.EBPO()
+    r = np.random.default_rng(0).random((64, 4096))  # large enough that the kernels release the interpreter
+    barrier = threading.Barrier(4)
+
+    def work() -> None:
+        barrier.wait()
+        for _ in range(10):
+            ebpo(r)
+            ebpo.state_dict()
+            assert ebpo.diagnostics is not None
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ebpo.prior.count == 40 * r.size
+    assert ebpo.prior.mean == pytest.approx(r.mean(), rel=1e-12)
+
+
+def run(script: str, *args: str) -> str:
+    result = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_child_can_go_on() -> None:
+    """Fork while other threads are inside calls: the child must neither hang on a lock nor see a torn state."""
+    script = """
+import os, threading, numpy as np, ebpo_core
+ebpo, r, stop = ebpo_core.EBPO(), np.random.default_rng(0).random((64, 4096)), threading.Event()
+def work():
+    while not stop.is_set():
+        ebpo(r)
+threads = [threading.Thread(target=work) for _ in range(3)]
+[t.start() for t in threads]
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        count = ebpo.prior.count
+        ebpo(r)
+        os._exit(0 if count % r.size == 0 and ebpo.prior.count == count + r.size else 1)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+[t.join() for t in threads]
+print("done")
+"""
+    assert run(script).strip() == "done"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_merge_to_the_same_prior(ranks: int, tmp_path: Path) -> None:
+    """Real gloo processes, each with its own shard, exchange state dicts and hold one prior afterwards."""
+    pytest.importorskip("torch")
+    script = """
+import json, sys, numpy as np, torch.distributed as dist, ebpo_core
+rank, ranks, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+r = np.random.default_rng(7).random((8, 4, 5))
+mine = ebpo_core.Prior()
+for batch in r[rank::ranks]:
+    mine.update(batch)
+states = [None] * ranks
+dist.all_gather_object(states, mine.state_dict())
+merged = ebpo_core.Prior()
+for state in states:
+    part = ebpo_core.Prior()
+    part.load_state_dict(state)
+    merged.merge(part)
+json.dump(merged.state_dict(), open(f"{out}/{rank}.json", "w"))
+dist.barrier()
+dist.destroy_process_group()
+"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-c", script]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(ranks), port, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
+    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * ranks, errors
+    states = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+    assert all(state == states[0] for state in states)  # the same order of merging: the same bits
+    merged, whole = ebpo_core.Prior(), ebpo_core.Prior()
+    merged.load_state_dict(states[0])
+    for batch in np.random.default_rng(7).random((8, 4, 5)):
+        whole.update(batch)
+    assert_close(merged, whole)
