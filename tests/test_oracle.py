@@ -105,7 +105,9 @@ def assert_same_prior(ours: ebpo_core.EBPO, twin: reference.EBPO, seen: list[np.
         assert got["count"] == pytest.approx(moments.count, rel=1e-12)
         assert got["mean"] == pytest.approx(moments.mean, rel=1e-12, abs=1e-12 * largest)
         # M2 is a sum of count squares, each of which rounds like the largest reward.
-        assert got["m2"] == pytest.approx(moments.m2, rel=1e-11, abs=1e-12 * (largest * 1e-4) ** 2 * max(1, moments.count))
+        assert got["m2"] == pytest.approx(
+            moments.m2, rel=1e-11, abs=1e-12 * (largest * 1e-4) ** 2 * max(1, moments.count)
+        )
     assert state["ssw"] == pytest.approx(twin.prior.ssw, rel=1e-11, abs=1e-12 * (largest * 1e-4) ** 2 * 100)
     assert state["dof"] == pytest.approx(twin.prior.dof, rel=1e-12)
     assert state["inv_n"] == pytest.approx(twin.prior.inv_n, rel=1e-12)
@@ -125,7 +127,9 @@ def test_the_other_methods_equal_the_twin(case: Case, method: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("groups", "size"), [(1, 1), (3, 2), (513, 4), (700, 7), (1024, 8), (5000, 16), (1025, 32), (9, 1000)])
+@pytest.mark.parametrize(
+    ("groups", "size"), [(1, 1), (3, 2), (513, 4), (700, 7), (1024, 8), (5000, 16), (1025, 32), (9, 1000)]
+)
 def test_the_fast_path_equals_the_general_one(groups: int, size: int, dtype: Any) -> None:
     """Equal groups without a mask take kernels of their own; an explicit mask of all True takes the general ones."""
     rng = np.random.default_rng(groups * size)

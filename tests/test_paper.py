@@ -49,7 +49,9 @@ def test_a_failed_group_is_never_silent(normalize: Any, batch: Any, history: Any
     assert (a_pass > 0).all()
     if normalize == "none":
         np.testing.assert_allclose(a_fail, np.broadcast_to(-d.shrinkage[:, None] * d.mu_glob, failed.shape), atol=1e-15)
-        np.testing.assert_allclose(a_pass, np.broadcast_to(d.shrinkage[:, None] * (1 - d.mu_glob), failed.shape), atol=1e-15)
+        np.testing.assert_allclose(
+            a_pass, np.broadcast_to(d.shrinkage[:, None] * (1 - d.mu_glob), failed.shape), atol=1e-15
+        )
     assert not np.any(ebpo_core.advantages(failed, method="grpo"))  # plain GRPO learns nothing from it
 
 

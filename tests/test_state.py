@@ -261,7 +261,9 @@ def test_threads_lose_no_update() -> None:
 
 
 def run(script: str, *args: str) -> str:
-    result = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 

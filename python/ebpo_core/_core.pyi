@@ -4,6 +4,19 @@ from typing import Any, Final, TypeAlias, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "DEBUG_BUILD",
+    "MAX_REWARD",
+    "Options",
+    "State",
+    "__version__",
+    "baseline_advantages",
+    "codes_of_bytes",
+    "codes_of_ints",
+    "codes_of_objects",
+    "equal_advantages",
+]
+
 __version__: Final[str]
 MAX_REWARD: Final[float]
 DEBUG_BUILD: Final[bool]
@@ -45,9 +58,7 @@ class State:
     def tau2(self, kind: str, ddof: int) -> float: ...
 
 def equal_advantages(rewards: object, /) -> NDArray[Any] | None: ...
-def baseline_advantages(
-    method: str, eps: float, rewards: _Rewards, groups: _Groups, mask: _Mask
-) -> NDArray[Any]: ...
+def baseline_advantages(method: str, eps: float, rewards: _Rewards, groups: _Groups, mask: _Mask) -> NDArray[Any]: ...
 def codes_of_ints(ids: NDArray[np.int64], /) -> tuple[NDArray[np.uint32], int]: ...
 def codes_of_bytes(ids: NDArray[np.uint8], /) -> tuple[NDArray[np.uint32], int]: ...
 def codes_of_objects(ids: Sequence[object], /) -> tuple[NDArray[np.uint32], int]: ...

@@ -58,15 +58,15 @@ class Diagnostics:
     tau2: float
     """Variance of group means, as the option ``tau2`` estimates it; NaN if that prior was empty."""
     saturated_fail: float
-    """Share of the non-empty groups whose valid rewards all equal one value below ``mu_glob`` (or equal to it, and <= 0)."""
+    """Share of the non-empty groups whose valid rewards are all equal and below ``mu_glob`` (or at it, and <= 0)."""
     saturated_pass: float
-    """Share of the non-empty groups whose valid rewards all equal one value above ``mu_glob`` (or equal to it, and > 0)."""
+    """Share of the non-empty groups whose valid rewards are all equal and above ``mu_glob`` (or at it, and > 0)."""
     outlier: float
     """Largest ``|r - mean| / std`` of the batch against the prior before it; NaN if that had no variance."""
 
     @property
     def saturated(self) -> float:
-        """Share of the non-empty groups whose valid rewards are all equal: those that plain GRPO learns nothing from."""
+        """Share of the non-empty groups whose valid rewards are all equal: plain GRPO learns nothing from them."""
         return self.saturated_fail + self.saturated_pass
 
 
@@ -231,8 +231,8 @@ class EBPO:
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
-        defaults = EBPO.__init__.__kwdefaults__
-        changed = [f"{name}={value!r}" for name, value in self._options.items() if value != defaults[name]]
+        defaults = EBPO.__init__.__kwdefaults__ or {}
+        changed = [f"{name}={value!r}" for name, value in self._options.items() if value != defaults.get(name)]
         return f"EBPO({', '.join(changed)}) with {self.prior!r}"
 
 

@@ -69,7 +69,9 @@ def _read_rewards(rewards: Any) -> tuple[NDArray[Any], Callable[[NDArray[Any]], 
     # Looked up, not imported: an import under way in one thread would block the child that another thread forks.
     masked = sys.modules.get("numpy.ma")
     if masked is not None and isinstance(rewards, masked.MaskedArray):
-        raise TypeError("rewards is a masked array, whose mask means the opposite: pass rewards.data and mask=~rewards.mask")
+        raise TypeError(
+            "rewards is a masked array, whose mask means the opposite: pass rewards.data and mask=~rewards.mask"
+        )
     try:
         array = np.asarray(rewards)
     except ValueError as error:
@@ -146,7 +148,9 @@ def _read_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
     if array.dtype.kind in "iuf" and bool(np.isin(array, (0, 1)).all()):
         array = array.astype(np.bool_)  # attention masks are often 0/1 integers
     if array.dtype != np.bool_:
-        raise TypeError(f"mask has dtype {array.dtype}: expected booleans (True where a reward counts) or zeros and ones")
+        raise TypeError(
+            f"mask has dtype {array.dtype}: expected booleans (True where a reward counts) or zeros and ones"
+        )
     return _flat(array)
 
 

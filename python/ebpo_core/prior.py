@@ -122,7 +122,7 @@ def load_statistics(target: _core.State, state: Mapping[str, Any], step: int | N
     parts = [_number(state, "rewards", name) for name in _MOMENTS]
     parts += [_number(state, "group_means", name) for name in _MOMENTS]
     parts += [_number(state, name) for name in _SUMS]
-    target.load(cast(Any, tuple(parts)), step)
+    target.load(cast("Any", tuple(parts)), step)
 
 
 def check_version(state: Mapping[str, Any], what: str) -> None:

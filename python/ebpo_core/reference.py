@@ -108,12 +108,10 @@ class Prior:
 
     def decay(self, rho: float) -> Prior:
         """Multiply every count and sum by ``rho``; means are unchanged."""
-        return Prior(
-            self.rewards.decay(rho), self.means.decay(rho), self.ssw * rho, self.dof * rho, self.inv_n * rho
-        )
+        return Prior(self.rewards.decay(rho), self.means.decay(rho), self.ssw * rho, self.dof * rho, self.inv_n * rho)
 
     def sigma2(self, kind: str, ddof: int) -> float:
-        """``total``: variance of all rewards. ``within``: pooled within groups, ``total`` while no group has two rows."""
+        """``total``: variance of all rewards. ``within``: pooled within groups; ``total`` until one has two rows."""
         if kind == "within" and self.dof > 0:
             return self.ssw / self.dof
         return self.rewards.variance(ddof)
