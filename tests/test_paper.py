@@ -73,7 +73,7 @@ def test_batch_centring_can_flip_the_sign_of_a_failed_group() -> None:
 
 @pytest.mark.parametrize("G", [2, 4, 8])
 def test_shrinkage_lowers_the_error_of_the_baseline(G: int) -> None:
-    """§3b: MSE(V) = (1 - S) sigma2 / G < sigma2 / G with latent variances, Gaussian model; 99.9% interval of the mean."""
+    """§3b: MSE(V) = (1 - S) sigma2 / G < sigma2 / G, Gaussian model with known variances; 99.9% interval."""
     rng = np.random.default_rng(G)
     M, tau2, sigma2, mu_glob = 200_000, 0.04, 0.2, 0.3
     theta = rng.normal(mu_glob, np.sqrt(tau2), M)

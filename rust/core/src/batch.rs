@@ -2,6 +2,8 @@
 
 use core::array;
 
+use pulp::{Arch, NullaryFnOnce};
+
 use crate::lanes::LANES;
 use crate::{Error, Float};
 
@@ -143,22 +145,10 @@ pub struct Affine {
 pub fn apply<T: Float>(batch: &Batch<'_, T>, affine: &Affine, out: &mut [T]) {
     assert_eq!(out.len(), batch.rewards.len());
     assert_eq!(affine.offset.len(), batch.groups());
-    let advantage = |value: f64, offset: f64, scale: f64| {
-        // A difference can leave the range of f32 although both terms are in it; such a value saturates instead of
-        // becoming infinite. f64 rewards are at most 1e140, so theirs cannot.
-        let scaled = ((value - offset) * scale).clamp(-T::MAX, T::MAX);
-        T::narrow(if value.is_nan() { 0.0 } else { scaled })
-    };
-    let counts = |row: usize| batch.mask.is_none_or(|mask| mask[row]);
+    assert_eq!(affine.scale.len(), batch.groups());
     match batch.layout {
         Layout::Equal { size } => {
-            let maps = affine.offset.iter().zip(&affine.scale);
-            let rows = batch.rewards.chunks_exact(size).zip(out.chunks_exact_mut(size));
-            for ((rewards, out), (&offset, &scale)) in rows.zip(maps) {
-                for (&reward, out) in rewards.iter().zip(out) {
-                    *out = advantage(reward.widen(), offset, scale);
-                }
-            }
+            Arch::new().dispatch(ApplyEqual { rewards: batch.rewards, size, affine, out: &mut *out });
             if let Some(mask) = batch.mask {
                 for (out, _) in out.iter_mut().zip(mask).filter(|(_, counts)| !**counts) {
                     *out = T::default();
@@ -167,9 +157,48 @@ pub fn apply<T: Float>(batch: &Batch<'_, T>, affine: &Affine, out: &mut [T]) {
         }
         Layout::Codes { codes, .. } => {
             for (row, ((&code, &reward), out)) in codes.iter().zip(batch.rewards).zip(out).enumerate() {
-                let group = code as usize;
-                let value = if counts(row) { reward.widen() } else { f64::NAN };
-                *out = advantage(value, affine.offset[group], affine.scale[group]);
+                let (offset, scale) = (affine.offset[code as usize], affine.scale[code as usize]);
+                let counts = batch.mask.is_none_or(|mask| mask[row]);
+                *out = if counts { advantage(reward, offset, scale) } else { T::default() };
+            }
+        }
+    }
+}
+
+/// The advantage of one reward, 0 for NaN.
+///
+/// A difference can leave the range of `f32` although both terms are in it; such a value saturates instead of becoming
+/// infinite. `f64` rewards are at most 1e140, so theirs cannot.
+#[inline(always)]
+fn advantage<T: Float>(reward: T, offset: f64, scale: f64) -> T {
+    let value = reward.widen();
+    let scaled = ((value - offset) * scale).clamp(-T::MAX, T::MAX);
+    T::narrow(if value.is_nan() { 0.0 } else { scaled })
+}
+
+/// Write consecutive groups, under the widest vectors of the CPU.
+struct ApplyEqual<'a, T> {
+    rewards: &'a [T],
+    size: usize,
+    affine: &'a Affine,
+    out: &'a mut [T],
+}
+
+impl<T: Float> NullaryFnOnce for ApplyEqual<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let maps = self.affine.offset.iter().zip(&self.affine.scale);
+        let rows = self.rewards.chunks_exact(self.size).zip(self.out.chunks_exact_mut(self.size));
+        for ((rewards, out), (&offset, &scale)) in rows.zip(maps) {
+            let (chunks, rest) = rewards.as_chunks::<LANES>();
+            let (out_chunks, out_rest) = out.as_chunks_mut::<LANES>();
+            for (chunk, out) in chunks.iter().zip(out_chunks) {
+                *out = chunk.map(|reward| advantage(reward, offset, scale));
+            }
+            for (&reward, out) in rest.iter().zip(out_rest) {
+                *out = advantage(reward, offset, scale);
             }
         }
     }

@@ -82,7 +82,14 @@ impl State {
             leave_one_out(&decayed, options, groups)
         } else {
             let shrinkage = Shrinkage::new(&prior, options);
-            groups.iter().map(|g| (shrinkage.factor(g.n), shrinkage.mu)).collect()
+            let mut known = (1.0, shrinkage.factor(1.0));
+            let factor = |g: &Group| {
+                if g.n != known.0 {
+                    known = (g.n, shrinkage.factor(g.n)); // mostly once: groups are mostly of one size
+                }
+                (known.1, shrinkage.mu)
+            };
+            groups.iter().map(factor).collect()
         };
         if update {
             self.prior = after;
@@ -116,36 +123,32 @@ fn leave_one_out(history: &Prior, options: &Options, groups: &GroupStats) -> Vec
 }
 
 fn finish(options: &Options, groups: &GroupStats, shrunk: &[(f64, f64)], prior: Prior, before: Prior) -> Scored {
-    let counted = || groups.iter().zip(shrunk).filter(|(g, _)| g.n > 0.0);
-    // b_m = mean of raw in group m
-    let bias = |g: &Group, &(s, mu): &(f64, f64)| s * (g.mean - mu);
+    // b_m = mean of raw in group m; about the first one, so that equal ones have exactly that value as mean
+    let biases: Vec<f64> = groups.iter().zip(shrunk).map(|(g, &(s, mu))| s * (g.mean - mu)).collect();
+    let counted = || groups.iter().zip(&biases).filter(|(g, _)| g.n > 0.0);
     let (mut rows, mut ssw, mut sum) = (0.0, 0.0, 0.0);
-    let first = counted().next().map_or(0.0, |(g, s)| bias(g, s));
-    for (g, s) in counted() {
+    let first = counted().next().map_or(0.0, |(_, &b)| b);
+    for (g, b) in counted() {
         rows += g.n;
         ssw += g.ssw;
-        sum += g.n * (bias(g, s) - first);
+        sum += g.n * (b - first);
     }
     let mean = if rows > 0.0 { first + sum / rows } else { 0.0 };
     let centre = if options.normalize == Normalize::Batch { mean } else { 0.0 };
-    let squares = ssw + counted().map(|(g, s)| g.n * (bias(g, s) - centre).powi(2)).sum::<f64>();
+    let squares = ssw + counted().map(|(g, b)| g.n * (b - centre) * (b - centre)).sum::<f64>();
     let scale = inverse_scale(options, rows, squares);
-
-    let mut scored = Scored {
-        affine: Affine { offset: Vec::with_capacity(shrunk.len()), scale: vec![scale; shrunk.len()] },
-        shrinkage: Vec::with_capacity(shrunk.len()),
-        baseline: Vec::with_capacity(shrunk.len()),
+    let or_nan = |g: &Group, value: f64| if g.n > 0.0 { value } else { f64::NAN };
+    Scored {
+        affine: Affine {
+            // mu_m - (b_m - centre), not V_m + centre: where every b_m is the same this is exactly mu_m.
+            offset: groups.iter().zip(&biases).map(|(g, b)| g.mean - (b - centre)).collect(),
+            scale: vec![scale; shrunk.len()],
+        },
+        shrinkage: groups.iter().zip(shrunk).map(|(g, s)| or_nan(g, s.0)).collect(),
+        baseline: groups.iter().zip(&biases).map(|(g, b)| or_nan(g, g.mean - b)).collect(),
         prior,
         before,
-    };
-    for (g, s) in groups.iter().zip(shrunk) {
-        let empty = g.n == 0.0;
-        // mu_m - (b_m - centre), not V_m + centre: where every b_m is the same this is exactly mu_m.
-        scored.affine.offset.push(g.mean - (bias(g, s) - centre));
-        scored.shrinkage.push(if empty { f64::NAN } else { s.0 });
-        scored.baseline.push(if empty { f64::NAN } else { g.mean - bias(g, s) });
     }
-    scored
 }
 
 /// `1 / (std + eps)`, `1 / (rms + eps)` or 1; 0 where the denominator is 0, since every deviation then is.

@@ -1,5 +1,7 @@
 //! Count, mean and sum of squares within, for each group of a batch.
 
+use pulp::{Arch, NullaryFnOnce};
+
 use crate::lanes::mean_and_ssw;
 use crate::{Batch, Error, Float, Layout, MAX_REWARD};
 
@@ -74,13 +76,9 @@ impl GroupStats {
     }
 
     fn of_equal<T: Float>(rewards: &[T], size: usize) -> Self {
-        let n = size as f64;
-        let inv_n = 1.0 / n;
-        let group = |rows: &[T]| {
-            let (mean, ssw) = mean_and_ssw(rows, inv_n);
-            Group { n, mean, ssw }
-        };
-        Self { groups: rewards.chunks_exact(size).map(group).collect() }
+        let mut groups = vec![Group::default(); rewards.len() / size];
+        Arch::new().dispatch(OfEqual { rewards, size, groups: &mut groups });
+        Self { groups }
     }
 
     fn of_rows<T: Float>(batch: &Batch<'_, T>) -> Self {
@@ -113,6 +111,27 @@ impl GroupStats {
     /// makes every comparison false.
     fn surely_in_range(&self) -> bool {
         self.groups.iter().all(|g| in_range(g.mean, g.ssw))
+    }
+}
+
+/// Statistics of consecutive groups, under the widest vectors of the CPU.
+struct OfEqual<'a, T> {
+    rewards: &'a [T],
+    size: usize,
+    groups: &'a mut [Group],
+}
+
+impl<T: Float> NullaryFnOnce for OfEqual<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let n = self.size as f64;
+        let inv_n = 1.0 / n;
+        for (group, rows) in self.groups.iter_mut().zip(self.rewards.chunks_exact(self.size)) {
+            let (mean, ssw) = mean_and_ssw(rows, inv_n);
+            *group = Group { n, mean, ssw };
+        }
     }
 }
 

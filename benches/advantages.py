@@ -1,0 +1,178 @@
+"""EBPO advantages by our core, the NumPy twin, torch and verl (if installed), with a copy of the input as the floor.
+
+    python benches/advantages.py [--json PATH] [--smoke]
+
+All rows of a size are timed in turn, in rounds, and the best round counts: on a shared machine the minimum is what the
+code costs, the rest is what the neighbours did. Ratios are against the NumPy twin of the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ebpo_core
+from ebpo_core import reference
+
+SIZES = [(64, 8), (512, 8), (4096, 16), (65_536, 16), (1 << 20, 16)]
+GOALS = {(64, 8): 25, (512, 8): 15, (4096, 16): 8, (65_536, 16): 20, (1 << 20, 16): 12}
+Row = tuple[str, Callable[[], Any]]
+
+
+def peers(r: np.ndarray) -> list[Row]:
+    """The implementations that take an ``(M, G)`` matrix."""
+    stateful = ebpo_core.EBPO()
+    rows: list[Row] = [
+        ("copy of the input", r.copy),
+        ("NumPy twin", lambda: reference.algorithm_1(r)),
+        ("ebpo_core.advantages", lambda: ebpo_core.advantages(r)),
+        ("ebpo_core.EBPO (stateful)", lambda: stateful(r)),
+        ('ebpo_core method="grpo"', lambda: ebpo_core.advantages(r, method="grpo")),
+    ]
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        t = torch.from_numpy(r)
+        rows.append(("ebpo_core.advantages, tensor", lambda: ebpo_core.advantages(t)))
+        rows.append(("torch EBPO", lambda: torch_ebpo(t)))
+        rows.append(("torch GRPO, as TRL", lambda: trl_grpo(t)))
+    if importlib.util.find_spec("verl") and r.size <= 65_536:  # its loop takes seconds beyond
+        rows += verl_rows(r)
+    return rows
+
+
+def torch_ebpo(r: Any) -> Any:
+    """Algorithm 1 in plain torch, float64 inside as ours."""
+    x = r.double()
+    G = x.shape[1]
+    mu = x.mean(1, keepdim=True)
+    noise, tau2 = x.var(correction=0) / G, mu.var(correction=0)
+    S = noise / (noise + tau2)
+    raw = x - ((1 - S) * mu + S * x.mean())
+    return ((raw - raw.mean()) / (raw.std() + 1e-6)).to(r.dtype)
+
+
+def trl_grpo(r: Any) -> Any:
+    """The advantage lines of TRL's GRPOTrainer (scale_rewards="group"), float32 as there."""
+    import torch
+
+    flat, G = r.view(-1), r.shape[1]
+    mean = torch.nanmean(flat.view(-1, G), dim=1).repeat_interleave(G)
+    variance = torch.nanmean((flat.view(-1, G) - mean.view(-1, G)) ** 2, dim=1)
+    std = torch.sqrt(variance * (G / (G - 1))).repeat_interleave(G)
+    return torch.nan_to_num((flat - mean) / (std + 1e-4), nan=0.0)
+
+
+def verl_rows(r: np.ndarray) -> list[Row]:
+    """verl's estimators on the shape that it gives them: token rewards (N, 1), a mask, and uuid strings."""
+    import torch
+    from verl.trainer.ppo import core_algos
+
+    rewards = torch.from_numpy(r.reshape(-1, 1))
+    mask = torch.ones_like(rewards)
+    index = np.repeat(np.array([str(uuid.uuid4()) for _ in range(len(r))], dtype=object), r.shape[1])
+    rows: list[Row] = []
+    for name in ("grpo", "grpo_vectorized"):
+        estimator = core_algos.get_adv_estimator_fn(name)
+        rows.append((f"verl {name}", lambda f=estimator: f(rewards, mask, index)))
+    return rows
+
+
+def ragged_peers(rows: int) -> tuple[str, list[Row]]:
+    """Groups of 4 to 12 rows named by uuid strings, shuffled, float32."""
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(4, 13, rows // 4)
+    ids = np.repeat(np.array([str(uuid.UUID(int=int(i))) for i in range(sizes.size)], dtype=object), sizes)[:rows]
+    ids = ids[rng.permutation(rows)]
+    r = (rng.random(rows) < 0.3).astype(np.float32)
+
+    def numpy_ebpo() -> np.ndarray:
+        index = np.unique(ids.astype(str), return_inverse=True)[1]
+        n = np.bincount(index)
+        mu = np.bincount(index, r) / n
+        sigma2, tau2 = r.var(dtype=np.float64), mu.var()
+        S = (sigma2 / n) / (sigma2 / n + tau2)
+        raw = r - ((1 - S) * mu + S * r.mean(dtype=np.float64))[index]
+        return (raw - raw.mean()) / (raw.std(ddof=1) + 1e-6)
+
+    np.testing.assert_allclose(ebpo_core.advantages(r, ids), numpy_ebpo(), atol=1e-5)
+    return f"{rows} ragged, string ids", [
+        ("copy of the input", r.copy),
+        ("NumPy twin", numpy_ebpo),
+        ("ebpo_core.advantages", lambda: ebpo_core.advantages(r, ids)),
+    ]
+
+
+def measure(rows: list[Row], budget: float, rounds: int) -> dict[str, float]:
+    """Best seconds per call of each row, over interleaved rounds."""
+    best = {name: float("inf") for name, _ in rows}
+    repeats = {}
+    for name, call in rows:
+        start = time.perf_counter()
+        call()
+        once = max(time.perf_counter() - start, 1e-7)
+        repeats[name] = max(1, int(budget / rounds / once))
+    for _ in range(rounds):
+        for name, call in rows:
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            best[name] = min(best[name], (time.perf_counter() - start) / repeats[name])
+    return best
+
+
+def report(title: str, best: dict[str, float], goal: float | None) -> dict[str, Any]:
+    twin, copy = best["NumPy twin"], best["copy of the input"]
+    print(f"\n{title}" + (f"   (goal: {goal}x the twin)" if goal else ""))
+    print(f"  {'':30} {'microseconds':>12} {'x twin':>8} {'x copy':>8}")
+    for name, seconds in best.items():
+        print(f"  {name:30} {seconds * 1e6:12.2f} {twin / seconds:8.1f} {seconds / copy:8.2f}")
+    return {"size": title, "microseconds": {name: seconds * 1e6 for name, seconds in best.items()}}
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "ebpo_core": ebpo_core.__version__}
+    for module in ("torch", "verl"):
+        if module in sys.modules:
+            versions[module] = str(sys.modules[module].__version__)
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system(), "versions": versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--smoke", action="store_true", help="smallest sizes, once: does it run?")
+    args = parser.parse_args()
+    budget, rounds = (0.01, 1) if args.smoke else (1.5, 15)
+    results = []
+    for M, G in SIZES[:2] if args.smoke else SIZES:
+        r = (np.random.default_rng(0).random((M, G)) < 0.3).astype(np.float32)
+        np.testing.assert_allclose(ebpo_core.advantages(r), reference.algorithm_1(r), atol=1e-5)
+        results.append(report(f"{M} x {G}, float32", measure(peers(r), budget, rounds), GOALS[M, G]))
+    title, rows = ragged_peers(512 if args.smoke else 65_536)
+    results.append(report(title, measure(rows, budget, rounds), None))
+    info = machine()
+    print(f"\n{info['cpu']}, {info['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in info["versions"].items()))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": info, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""``EBPOConfig``: TRL's ``GRPOConfig`` with the EBPO estimator's options (arXiv 2602.05165) as ``ebpo_`` fields."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl import GRPOConfig  # type: ignore[attr-defined]
+
+from ebpo_core import EBPO
+
+# No `from __future__ import annotations` here: argparse-building parsers (HfArgumentParser, TrlParser) read the
+# field types of this dataclass at run time.
+
+
+@dataclass
+class EBPOArguments:
+    """The ``ebpo_`` fields alone, to put in front of another GRPO-like config: ``class C(EBPOArguments, RLOOConfig)``.
+
+    Every estimator option is explained, with its formula, in :class:`ebpo_core.EBPO`.
+    """
+
+    ebpo_normalize: Literal["batch", "scale", "none"] = field(
+        default="batch",
+        metadata={
+            "help": "Last step of the estimator: 'batch' (the paper's) centres and divides by the standard deviation "
+            "of the batch, 'scale' divides by its root mean square and keeps the sign of a failed group, 'none' "
+            "leaves r - V."
+        },
+    )
+    ebpo_sigma2: Literal["total", "within"] = field(
+        default="total",
+        metadata={"help": "Reward variance: of all rewards seen ('total', the paper's) or pooled within groups."},
+    )
+    ebpo_tau2: Literal["raw", "debiased"] = field(
+        default="raw",
+        metadata={
+            "help": "Variance of group means: 'raw' (the paper's) or 'debiased', which subtracts their sampling noise."
+        },
+    )
+    ebpo_score: Literal["after", "before"] = field(
+        default="after",
+        metadata={"help": "Score a batch 'after' (the paper's) or 'before' the prior has been updated with it."},
+    )
+    ebpo_leave_one_out: bool = field(
+        default=False,
+        metadata={"help": "Score each group with a prior that leaves that group out."},
+    )
+    ebpo_decay: float = field(
+        default=1.0,
+        metadata={"help": "Exponential forgetting of the prior per generation batch, in (0, 1]; 1 never forgets."},
+    )
+    ebpo_eps: float = field(
+        default=1e-6,
+        metadata={"help": "Added to the denominator of the last step."},
+    )
+    ebpo_ddof: int = field(
+        default=0,
+        metadata={"help": "Delta degrees of freedom of the prior's variances."},
+    )
+    ebpo_norm_ddof: int = field(
+        default=1,
+        metadata={"help": "Delta degrees of freedom of the batch's standard deviation."},
+    )
+    ebpo_shadow: bool = field(
+        default=False,
+        metadata={
+            "help": "Train with TRL's own advantages and only log EBPO's beside them: metrics `ebpo/shadow_*` and a "
+            "column of the completions table."
+        },
+    )
+    ebpo_prior: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint folder or prior file to start the prior from. On resume the checkpoint's own wins."
+        },
+    )
+    ebpo_allow_missing_prior: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume from a checkpoint without a prior (one of plain GRPO): the prior then starts empty, or "
+            "from `ebpo_prior`."
+        },
+    )
+
+    def ebpo_options(self) -> dict[str, Any]:
+        """The keyword arguments of :class:`ebpo_core.EBPO` that these fields stand for."""
+        names = ("normalize", "sigma2", "tau2", "score", "leave_one_out", "decay", "eps", "ddof", "norm_ddof")
+        return {name: getattr(self, f"ebpo_{name}") for name in names}
+
+    def check_ebpo_options(self) -> None:
+        """Raise the estimator's own error for an illegal option or combination now, not at the first step."""
+        try:
+            EBPO(**self.ebpo_options())
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (an `ebpo_` field of {type(self).__name__})") from error
+
+
+@dataclass
+class EBPOConfig(EBPOArguments, GRPOConfig):
+    """``GRPOConfig`` for :class:`EBPOTrainer`; every field of GRPO stays, with these differences.
+
+    ``scale_rewards`` defaults to ``"none"``: the estimator scales the advantages itself, and another value raises.
+    With ``ebpo_shadow=True`` TRL's own advantages are what trains, so every value is allowed there and the default is
+    TRL's, ``"group"``. ``multi_objective_aggregation="normalize_then_sum"`` raises too outside shadow mode: the prior
+    needs one reward per completion on one scale, which is the weighted sum.
+
+    Raises:
+        ValueError: one of the above, or an option that the estimator refuses.
+    """
+
+    scale_rewards: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "'none' is the default and the only value allowed: EBPO scales the advantages itself. With "
+            "`ebpo_shadow` it is TRL's ('group' by default, 'batch' or 'none'), since TRL's advantages train there."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.scale_rewards is None:
+            self.scale_rewards = "group" if self.ebpo_shadow else "none"
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if not self.ebpo_shadow and self.scale_rewards != "none":
+            raise ValueError(
+                f"scale_rewards={self.scale_rewards!r}: EBPO scales the advantages itself; leave scale_rewards unset "
+                "or 'none', or set ebpo_shadow=True to train with TRL's advantages and only log EBPO's"
+            )
+        if not self.ebpo_shadow and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r}: EBPO's prior is over the weighted "
+                "sum of the rewards; use 'sum_then_normalize' (with reward_weights), or ebpo_shadow=True to train "
+                "with TRL's advantages and only log EBPO's"
+            )
+        self.check_ebpo_options()

@@ -1,0 +1,92 @@
+"""What the trainer computes from rewards beside the advantages: the weighted sum, and the numbers it logs."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ebpo_core import Diagnostics
+
+    Array = NDArray[np.float64]
+
+
+def weighted_sum(rewards_per_func: Array, weights: Array) -> Array:
+    """One reward per completion, by TRL's convention but in float64.
+
+    Args:
+        rewards_per_func: ``(N, n_funcs)``, NaN where a reward function returned None.
+        weights: ``(n_funcs,)``.
+
+    Returns:
+        ``(N,)``: the weighted sum of what is not NaN, NaN where every function returned None, and infinite where any
+        weighted reward is, so that the estimator refuses it (``inf - inf`` would pass for "unscorable").
+    """
+    with np.errstate(invalid="ignore"):
+        products = rewards_per_func * weights
+        rewards = np.nansum(products, axis=1)
+    rewards[np.isinf(products).any(axis=1)] = np.inf
+    rewards[np.isnan(rewards_per_func).all(axis=1)] = np.nan
+    return np.asarray(rewards, dtype=np.float64)
+
+
+def prior_metrics(diagnostics: Diagnostics) -> dict[str, float]:
+    """The ``ebpo/`` metrics of one generation batch. What is undefined (NaN: an empty prior) is left out, not logged.
+
+    Keys: ``shrinkage`` (mean S over groups), ``prior_mean``, ``sigma2``, ``tau2`` (of the prior the batch was scored
+    with), ``saturated_fail``, ``saturated_pass`` (shares of groups), ``outlier`` (the largest distance of a reward from
+    the prior before this batch, in its standard deviations: one bad value poisons a running variance).
+    """
+    shrinkage = np.asarray(diagnostics.shrinkage, dtype=np.float64)
+    shrinkage = shrinkage[~np.isnan(shrinkage)]
+    values = {
+        "ebpo/shrinkage": float(shrinkage.mean()) if shrinkage.size else math.nan,
+        "ebpo/prior_mean": diagnostics.mu_glob,
+        "ebpo/sigma2": diagnostics.sigma2,
+        "ebpo/tau2": diagnostics.tau2,
+        "ebpo/saturated_fail": diagnostics.saturated_fail,
+        "ebpo/saturated_pass": diagnostics.saturated_pass,
+        "ebpo/outlier": diagnostics.outlier,
+    }
+    return _without_nan(values)
+
+
+def shadow_metrics(trl: Array, ebpo: Array, rewards: Array) -> dict[str, float]:
+    """How EBPO's advantages would differ from TRL's, which are the ones that train in shadow mode.
+
+    Args:
+        trl: ``(n,)`` TRL's advantages.
+        ebpo: ``(n,)`` EBPO's, of the same completions.
+        rewards: ``(M, G)`` rewards of all groups; the last ``n`` completions are the ones compared.
+
+    Returns:
+        ``ebpo/shadow_advantage_correlation`` (Pearson), ``ebpo/shadow_sign_disagreement`` (share of completions pushed
+        in opposite directions), ``ebpo/shadow_scale_ratio`` (root mean square of EBPO's over TRL's: how far a learning
+        rate tuned for TRL's is off), ``ebpo/shadow_saturated_advantage`` (mean ``|A|`` that EBPO gives to groups whose
+        rewards are all equal, where TRL's is 0). What is undefined is left out.
+    """
+    valid = ~np.isnan(rewards)
+    top = np.where(valid, rewards, -np.inf).max(axis=1)
+    bottom = np.where(valid, rewards, np.inf).min(axis=1)
+    saturated = (valid & (top == bottom)[:, None]).reshape(-1)[-ebpo.size :]
+    scored = valid.reshape(-1)[-ebpo.size :]
+    trl, ebpo, saturated = trl[scored], ebpo[scored], saturated[scored]
+    if not ebpo.size:
+        return {}
+    values = {"ebpo/shadow_sign_disagreement": float((trl * ebpo < 0).mean())}
+    if trl.std() > 0 and ebpo.std() > 0:
+        values["ebpo/shadow_advantage_correlation"] = float(np.corrcoef(trl, ebpo)[0, 1])
+    if (trl != 0).any():
+        values["ebpo/shadow_scale_ratio"] = math.sqrt(float((ebpo**2).mean() / (trl**2).mean()))
+    if saturated.any():
+        values["ebpo/shadow_saturated_advantage"] = float(np.abs(ebpo[saturated]).mean())
+    return _without_nan(values)
+
+
+def _without_nan(values: dict[str, float]) -> dict[str, float]:
+    # TRL drops NaN before it averages, but logs None when nothing else is left, which TensorBoard warns about.
+    return {name: float(value) for name, value in values.items() if not math.isnan(value)}

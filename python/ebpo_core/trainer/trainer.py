@@ -1,0 +1,286 @@
+"""``EBPOTrainer``: TRL's ``GRPOTrainer`` with EBPO advantages (arXiv 2602.05165), and the mixin that makes it one.
+
+Two of TRL's methods are the seam. ``_calculate_rewards`` returns the rewards of all ranks, the same tensor on each, so
+every rank keeps the same prior without a collective of its own. ``_generate_and_score_completions`` leaves this rank's
+advantages in its output, where the mixin replaces them; nothing has used them by then.
+
+Resuming, as TRL does it (read in TRL 1.16 and transformers 5.23):
+
+* ``_step`` counts micro-batches since the *process* started and is not saved. A generation batch is made when
+  ``_step % generate_every == 0`` with ``generate_every = steps_per_generation * num_iterations``, and kept in
+  ``_buffered_inputs``, which is not saved either.
+* On resume the data loader is moved to micro-batch ``p = updates_in_epoch * gradient_accumulation_steps``, ``_step``
+  starts at 0 and there is no buffer, so TRL generates at once, from the block of prompts that holds ``p``: block
+  ``p // generate_every`` of the epoch (an epoch is a whole number of blocks). If ``p`` is inside a block, that block is
+  generated again, by the newer policy, and used for ``generate_every`` micro-batches, so every later generation is
+  shifted by ``p % generate_every`` against the blocks.
+* Hence the rule for a checkpoint: the batch at hand is *unfinished*, and its rewards are left out of the saved prior,
+  if and only if the block it came from is the block that a resumed run will generate first. Without earlier resumes
+  that is ``_step % generate_every != 0``; after one, the shift counts, so the phase travels in the prior's file.
+* ``RepeatSampler`` draws each epoch's order from one generator that is not saved: a run resumed in its second epoch
+  would get the first epoch's order again. :meth:`EBPOMixin._load_optimizer_and_scheduler` moves it on.
+* A checkpoint between generation batches and its resume therefore repeat the unbroken run exactly, prior included. One
+  inside a batch cannot (the batch is generated again), but counts every block once.
+* ``save_only_model`` drops the optimizer and the random state, not the prior. ``save_total_limit`` deletes folders, the
+  prior with them. ``load_best_model_at_end`` puts back the best weights and leaves the prior of the last step.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer  # type: ignore[attr-defined]
+
+from ebpo_core import EBPO
+
+from .checkpoint import PRIOR_NAME, TRAINER_STATE_NAME, last_complete_checkpoint, read_prior, write_prior
+from .config import EBPOArguments, EBPOConfig
+from .metrics import prior_metrics, shadow_metrics, weighted_sum
+
+if TYPE_CHECKING:
+    import os
+
+    from numpy.typing import NDArray
+
+# The mixin's base is whatever trainer it is put in front of; type checkers see one with every attribute.
+_Base: Any = object
+
+logger = logging.getLogger(__name__)
+
+
+class EBPOMixin(_Base):  # type: ignore[misc]
+    """Put in front of a GRPO-like trainer, its advantages become EBPO's: ``class T(EBPOMixin, GRPOTrainer)``.
+
+    The trainer's ``args`` must be an :class:`EBPOArguments`. The base class must keep TRL's names
+    (``_calculate_rewards``, ``_generate_and_score_completions``, ``_metrics``, ``_logs``, ``_step``), as
+    ``RLOOTrainer`` and the classes Unsloth patches do; what such a class adds to the reward beyond the weighted sum
+    (RLOO's KL term and clipping) is not in EBPO's advantages, so those settings raise.
+
+    Attributes:
+        ebpo: the estimator (:class:`ebpo_core.EBPO`); its ``prior`` is the same on every rank.
+    """
+
+    ebpo: EBPO
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_args(self.args)
+        if hasattr(self, "reward_clip_range"):  # RLOO
+            for name, neutral in (("beta", 0.0), ("reward_clip_range", None), ("normalize_advantages", False)):
+                if getattr(self.args, name, neutral) != neutral:
+                    raise ValueError(
+                        f"{name}={getattr(self.args, name)!r}: {type(self).__name__} changes the reward or the "
+                        f"advantages with it, which EBPO would not see; set {name}={neutral!r}"
+                    )
+        self.ebpo = EBPO(**self.args.ebpo_options())
+        if self.args.ebpo_prior is not None:
+            self.ebpo.load_state_dict(read_prior(self.args.ebpo_prior)["ebpo"])
+        self._ebpo_rewards: torch.Tensor | None = None  # gathered rewards, from one seam method to the other
+        self._ebpo_before: dict[str, Any] | None = None  # the estimator before the generation batch at hand
+        self._ebpo_generated_at = 0  # `_step` when that batch was generated
+        self._ebpo_shift = 0  # `_step + shift` is the micro-batch's place in the data, modulo generate_every
+        self._ebpo_sampler: Any = None
+
+    # ---- the seam -----------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        self._ebpo_rewards = rewards
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        mode = "train" if self.model.training else "eval"
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self._ebpo_rewards is None:
+            raise RuntimeError(f"{type(self).__name__}: the base class scored completions without _calculate_rewards")
+        gathered, self._ebpo_rewards = self._ebpo_rewards, None
+        group_size = self.num_generations if mode == "train" else self.num_generations_eval
+        rewards_per_func = gathered.detach().cpu().double().numpy()
+        rewards = weighted_sum(rewards_per_func, self.reward_weights.cpu().double().numpy()).reshape(-1, group_size)
+
+        before = self.ebpo.state_dict() if mode == "train" else None
+        advantages = self._ebpo_advantages(rewards, rewards_per_func, update=mode == "train")
+        if mode == "train":
+            self._ebpo_before, self._ebpo_generated_at = before, self._step
+        diagnostics = self.ebpo.diagnostics
+        metrics = prior_metrics(diagnostics) if diagnostics is not None else {}
+
+        local: torch.Tensor = output["advantages"]
+        ours = torch.from_numpy(advantages.reshape(-1)).to(local.dtype)  # of all ranks, rounded once
+        logged = self._logs["advantages"]
+        if self.args.ebpo_shadow:
+            # TRL keeps at most one training batch in its log; the same tail of ours is compared and shown beside it.
+            shown = min(len(ours), len(logged))
+            trl = np.array(list(logged)[len(logged) - shown :], dtype=np.float64)
+            metrics |= shadow_metrics(trl, advantages.reshape(-1)[len(ours) - shown :], rewards)
+            self._logs["extra"]["ebpo_advantage"].extend(ours.tolist())
+        else:
+            start = self.accelerator.process_index * len(local)  # rank-major, as TRL slices
+            output["advantages"] = ours[start : start + len(local)].to(local.device)
+            for _ in range(min(len(ours), len(logged))):
+                logged.pop()
+            logged.extend(ours.tolist())
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        return output
+
+    def _ebpo_advantages(
+        self, rewards: NDArray[np.float64], rewards_per_func: NDArray[np.float64], *, update: bool
+    ) -> NDArray[np.float64]:
+        """EBPO on ``rewards`` ``(M, G)``; a refusal by the core names the reward functions it came from."""
+        try:
+            return self.ebpo(rewards, update=update)
+        except (TypeError, ValueError) as error:
+            infinite = np.isinf(rewards_per_func)
+            functions = [self.reward_func_names[i] for i in np.unique(np.nonzero(infinite)[1])]
+            error.add_note(
+                f"These rewards are the weighted sum of the reward functions {self.reward_func_names}; infinite values "
+                f"(in float32) came from {functions}, completions {np.unique(np.nonzero(infinite)[0]).tolist()[:8]} "
+                "of the gathered batch. Return a finite number, or None for a completion that cannot be scored."
+            )
+            raise
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def save_prior(self, path: str | os.PathLike[str]) -> Path:
+        """Write the prior as it is now, for ``ebpo_prior`` of a later run. Call it on one process.
+
+        Args:
+            path: a folder, or a file name ending in ``.json``.
+        """
+        return write_prior(path, self.ebpo.state_dict(), global_step=self.state.global_step)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``, but ``resume_from_checkpoint=True`` takes the last *complete* checkpoint.
+
+        Raises:
+            FileNotFoundError: the checkpoint has no prior and ``ebpo_allow_missing_prior`` is not set.
+            ValueError: ``True`` and no complete checkpoint in ``output_dir``, or a prior that cannot be loaded.
+        """
+        self._ebpo_shift = -self._step
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True: no complete checkpoint in output_dir={self.args.output_dir!r}; "
+                    "give the path of one, or leave it unset to start from the beginning"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _generate_every(self) -> int:
+        return int(self.args.steps_per_generation * self.num_iterations)
+
+    def _ebpo_finished_state(self) -> dict[str, Any]:
+        """The estimator's state without the batch that a run resumed from here generates again."""
+        every = self._generate_every()
+        block = (self._ebpo_generated_at + self._ebpo_shift) // every
+        resumed = (self._step + self._ebpo_shift) // every
+        if self._ebpo_before is None or block != resumed or self.args.ignore_data_skip:
+            return self.ebpo.state_dict()
+        return self._ebpo_before
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            run = Path(self._get_output_dir(trial=trial))
+            folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            # A folder of an earlier, longer run may be written over: until it is done it must not look complete.
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            every = self._generate_every()
+            write_prior(
+                folder,
+                self._ebpo_finished_state(),
+                global_step=self.state.global_step,
+                generation_phase=(self._step + self._ebpo_shift) % every,
+                generate_every=every,
+                written_after=["entropy_ctrl_state.json"] if getattr(self, "use_adaptive_entropy", False) else [],
+            )
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process writes trainer_state.json next; with every rank's file in place it proves the whole folder.
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._ebpo_resume(Path(checkpoint))
+
+    def _ebpo_resume(self, checkpoint: Path) -> None:
+        every = self._generate_every()
+        phase = self.state.global_step * self.args.gradient_accumulation_steps % every
+        if (checkpoint / PRIOR_NAME).is_file() or not self.args.ebpo_allow_missing_prior:
+            try:
+                content = read_prior(checkpoint)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{error}; to resume a run that had no prior, set ebpo_allow_missing_prior=True"
+                ) from error
+            self.ebpo.load_state_dict(content["ebpo"])
+            if content.get("generate_every") == every:
+                phase = content["generation_phase"]
+        else:
+            logger.warning(
+                "%s has no %s: the prior starts %s",
+                checkpoint,
+                PRIOR_NAME,
+                "empty" if self.args.ebpo_prior is None else f"from {self.args.ebpo_prior}",
+            )
+        self._ebpo_shift = (0 if self.args.ignore_data_skip else phase) - self._step
+        # Left from an earlier train() of this very trainer, these would stand in for the batch to be generated again.
+        self._buffered_inputs = None
+        self._ebpo_before = None
+        sampler = self._ebpo_sampler
+        if getattr(sampler, "shuffle", False):
+            for _ in range(int(self.state.epoch or 0)):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._ebpo_sampler = super()._get_train_sampler(dataset)
+        return self._ebpo_sampler
+
+
+def _check_args(args: object) -> None:
+    if not isinstance(args, EBPOArguments):
+        raise TypeError(
+            f"args is a {type(args).__name__}, which has no `ebpo_` fields: use EBPOConfig, or a dataclass that also "
+            "derives from EBPOArguments"
+        )
+
+
+class EBPOTrainer(EBPOMixin, GRPOTrainer):
+    """``trl.GRPOTrainer`` with EBPO advantages: the same arguments, with ``args`` an :class:`EBPOConfig`.
+
+    Metrics beside TRL's own: ``ebpo/shrinkage``, ``ebpo/prior_mean``, ``ebpo/sigma2``, ``ebpo/tau2``,
+    ``ebpo/saturated_fail``, ``ebpo/saturated_pass``, ``ebpo/outlier`` (in evaluation with the prefix ``eval_``, against
+    the prior as training left it), and ``ebpo/shadow_*`` in shadow mode.
+    """
+
+    _tag_names = ["trl", "grpo", "ebpo"]  # noqa: RUF012 -- TRL declares it so
+    _name = "EBPO"
+    _paper = {  # noqa: RUF012
+        "title": "EBPO: Empirical Bayes Shrinkage for Stabilizing Group-Relative Policy Optimization",
+        "id": "2602.05165",
+        "citation": (
+            "@article{han2026ebpo,\n"
+            "    title  = {{EBPO: Empirical Bayes Shrinkage for Stabilizing Group-Relative Policy Optimization}},\n"
+            "    author = {Han and Zhou and Gao and Zhou and Li and Kumar and Fan and Li and Zhang},\n"
+            "    year   = 2026,\n"
+            "    eprint = {arXiv:2602.05165}\n"
+            "}"
+        ),
+    }
+
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: EBPOConfig | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = EBPOConfig(f"{str(name).rstrip('/').split('/')[-1] or 'model'}-EBPO")
+        _check_args(args)  # before a model is loaded for nothing
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
