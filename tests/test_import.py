@@ -1,0 +1,41 @@
+"""Importing ``ebpo_core`` costs NumPy and nothing else; what needs more says what to install."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY = "torch transformers triton trl ray vllm verl datasets accelerate peft matplotlib pandas rich tensorboard yaml"
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_brings_numpy_only():
+    loaded = run(f"import sys, ebpo_core; print(*[name for name in {HEAVY.split()} if name in sys.modules])")
+    assert loaded == ""
+
+
+def test_computing_brings_numpy_only():
+    code = f"""
+import sys, numpy, ebpo_core
+ebpo = ebpo_core.EBPO()
+ebpo(numpy.array([[1.0, 0.0], [0.0, 0.0]]))
+ebpo_core.advantages([1.0, 0.0, 1.0], ["a", "a", "b"])
+print(*[name for name in {HEAVY.split()} if name in sys.modules])
+"""
+    assert run(code) == ""
+
+
+def test_every_public_name_exists():
+    assert run("import ebpo_core; print(*[n for n in ebpo_core.__all__ if not hasattr(ebpo_core, n)])") == ""
+
+
+def test_the_version_is_the_distributions():
+    module, distribution = run(
+        "import ebpo_core, importlib.metadata as m; print(ebpo_core.__version__, m.version('ebpo-core'))"
+    ).split()
+    assert module == distribution

@@ -1,0 +1,227 @@
+"""``ebpo_core.kernels.select_add_argmax`` against a loop over scalars."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from ebpo_core.kernels import SelectedTokens, select_add_argmax  # noqa: E402
+
+INF, NAN = float("inf"), float("nan")
+
+
+def first_best(values) -> int:
+    """Index of the first NaN, else of the first maximum: what torch.argmax promises, in scalars."""
+    best = 0
+    for i, value in enumerate(values):
+        if math.isnan(value):
+            return i
+        if value > values[best]:
+            best = i
+    return best
+
+
+def brute_force(router, weights, experts, alpha=1.0, vocab_size=None) -> tuple[list[int], list[int]]:
+    """The definition, one float32 operation at a time."""
+    size = vocab_size or min(x.shape[-1] for x in [router, *experts])
+    tokens, chosen = [], []
+    with np.errstate(invalid="ignore", over="ignore"):
+        for b in range(router.shape[0]):
+            e = first_best(weights[b].tolist())
+            row = []
+            for v in range(size):
+                product = np.float32(alpha) * np.float32(experts[e][b, v].item())
+                row.append(float(np.float32(router[b, v].item()) + product))
+            tokens.append(first_best(row))
+            chosen.append(e)
+    return tokens, chosen
+
+
+def check(router, weights, experts, **options) -> SelectedTokens:
+    out = select_add_argmax(router, weights, experts, **options)
+    expected = brute_force(router, weights, list(experts), **options)
+    assert (out.token_ids.tolist(), out.expert_ids.tolist()) == expected
+    assert out.token_ids.dtype == out.expert_ids.dtype == torch.int64
+    assert out.token_ids.shape == out.expert_ids.shape == router.shape[:1]
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "n", "vocab"), [(1, 1, 1), (2, 3, 17), (7, 2, 128), (5, 8, 33)])
+def test_equals_the_definition(dtype, batch, n, vocab):
+    g = torch.Generator().manual_seed(batch * 100 + vocab)
+    router = torch.randn(batch, vocab, generator=g).to(dtype)
+    weights = torch.randn(batch, n, generator=g)
+    experts = torch.randn(n, batch, vocab, generator=g).to(dtype)
+    stacked = check(router, weights, experts, alpha=0.7)
+    listed = check(router, weights, list(experts), alpha=0.7)
+    assert torch.equal(stacked.token_ids, listed.token_ids)
+
+
+# Few distinct values, so that ties, NaN and infinities meet in nearly every example; 256 is the first value after which
+# bfloat16 sums round, and the subnormal shows that nothing is flushed to zero.
+VALUES = st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.0, 256.0, 257.0, 1e-40, 3.0e38, INF, -INF, -INF, NAN])
+
+
+@st.composite
+def steps(draw):
+    batch, n = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+    def matrix(rows, columns, dtype):
+        values = draw(st.lists(VALUES, min_size=rows * columns, max_size=rows * columns))
+        return torch.tensor(values, dtype=torch.float64).reshape(rows, columns).to(dtype)
+
+    router = matrix(batch, draw(st.integers(1, 6)), draw(dtypes))
+    experts = [matrix(batch, draw(st.integers(1, 6)), draw(dtypes)) for _ in range(n)]
+    smallest = min(x.shape[1] for x in [router, *experts])
+    options = {
+        "alpha": draw(st.sampled_from([1.0, 0.0, -1.0, 0.1, 2.0])),
+        "vocab_size": draw(st.one_of(st.none(), st.integers(1, smallest))),
+    }
+    return router, matrix(batch, n, torch.float32), experts, options
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps())
+def test_equals_the_definition_with_ties_nan_and_infinities(step):
+    router, weights, experts, options = step
+    check(router, weights, experts, **options)
+
+
+def test_ties_go_to_the_lowest_index():
+    router = torch.zeros(1, 5)
+    out = select_add_argmax(router, torch.tensor([[1.0, 3.0, 3.0]]), torch.zeros(3, 1, 5))
+    assert out.expert_ids.tolist() == [1]
+    assert out.token_ids.tolist() == [0]
+
+
+def test_a_tie_made_by_the_sum_and_signed_zeros():
+    router = torch.tensor([[-0.0, 1.0, 0.0, 2.0]])
+    expert = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+    assert select_add_argmax(router, torch.ones(1, 1), [expert]).token_ids.tolist() == [1]  # 2.0 at 1 and at 3
+    assert select_add_argmax(router[:, [0, 2]], torch.ones(1, 1), [expert[:, [0, 2]]]).token_ids.tolist() == [0]
+
+
+def test_sums_are_taken_in_float32_not_in_the_inputs_dtype():
+    router = torch.tensor([[256.0, 256.0]], dtype=torch.bfloat16)
+    expert = torch.tensor([[0.25, 0.5]], dtype=torch.bfloat16)
+    assert (router + expert).argmax(-1).item() == 0  # bfloat16 rounds both sums to 256
+    assert select_add_argmax(router, torch.ones(1, 1), [expert]).token_ids.item() == 1
+
+
+@pytest.mark.parametrize("side", ["router", "expert"])
+def test_float32_inputs_keep_all_their_bits(side):
+    close, zeros = torch.tensor([[1.0, 1.0 + 2**-20]]), torch.zeros(1, 2, dtype=torch.bfloat16)
+    router, expert = (close, zeros) if side == "router" else (zeros, close)
+    assert select_add_argmax(router, torch.ones(1, 1), [expert]).token_ids.item() == 1
+
+
+def test_the_product_is_rounded_before_the_sum():
+    """A fused multiply-add keeps 0.1 * 3's low bits and would separate the two columns."""
+    alpha = 0.1
+    product = (torch.tensor(3.0) * alpha).item()
+    router = torch.tensor([[-product, 0.0]])
+    out = select_add_argmax(router, torch.ones(1, 1), [torch.tensor([[3.0, 0.0]])], alpha=alpha)
+    assert out.token_ids.item() == 0
+    router = torch.tensor([[0.0, -product]])
+    out = select_add_argmax(router, torch.ones(1, 1), [torch.tensor([[0.0, 3.0]])], alpha=alpha)
+    assert out.token_ids.item() == 0
+
+
+@pytest.mark.parametrize("masked", ["router", "expert"])
+def test_minus_infinity_masks_hold_on_either_side(masked):
+    router, expert = torch.tensor([[9.0, 1.0, 8.0]]), torch.tensor([[9.0, 1.0, 0.0]])
+    (router if masked == "router" else expert)[0, 0] = -INF
+    assert select_add_argmax(router, torch.ones(1, 1), [expert]).token_ids.item() == 2
+
+
+def test_rows_without_a_finite_score_give_a_valid_token():
+    router = torch.tensor([[-INF, -INF], [NAN, NAN], [INF, 0.0], [0.0, NAN]])
+    expert = torch.tensor([[-INF, -INF], [0.0, 0.0], [-INF, 0.0], [9.0, 0.0]])
+    out = select_add_argmax(router, torch.ones(4, 1), [expert])
+    assert out.token_ids.tolist() == [0, 0, 0, 1]
+
+
+def test_nan_in_an_expert_that_was_not_selected_is_not_seen():
+    experts = [torch.tensor([[0.0, 1.0]]), torch.tensor([[NAN, NAN]])]
+    out = select_add_argmax(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), experts)
+    assert (out.token_ids.item(), out.expert_ids.item()) == (1, 0)
+
+
+def test_nan_weight_selects_its_expert_as_argmax_does():
+    out = select_add_argmax(torch.zeros(1, 2), torch.tensor([[5.0, NAN, NAN]]), torch.zeros(3, 1, 2))
+    assert out.expert_ids.item() == 1
+
+
+def test_widths_differ_and_the_smallest_is_the_vocabulary():
+    router, experts = torch.zeros(1, 6), [torch.zeros(1, 4), torch.zeros(1, 8)]
+    router[0, 5] = experts[1][0, 7] = 100.0
+    router[0, 3] = 1.0
+    weights = torch.tensor([[0.0, 1.0]])
+    assert select_add_argmax(router, weights, experts).token_ids.item() == 3
+    assert select_add_argmax(router, weights, experts, vocab_size=3).token_ids.item() == 0
+
+
+def test_strided_inputs_give_what_contiguous_ones_give():
+    g = torch.Generator().manual_seed(0)
+    router = torch.randn(4, 32, generator=g)[:, ::2]
+    experts = torch.randn(16, 4, 3, generator=g).permute(2, 1, 0)
+    weights = torch.randn(3, 4, generator=g).T
+    a = select_add_argmax(router, weights, experts)
+    b = select_add_argmax(router.contiguous(), weights.contiguous(), experts.contiguous())
+    assert torch.equal(a.token_ids, b.token_ids)
+    check(router, weights, experts)
+
+
+def test_an_empty_batch_gives_empty_ids():
+    out = select_add_argmax(torch.zeros(0, 4), torch.zeros(0, 2), torch.zeros(2, 0, 4))
+    assert out.token_ids.shape == out.expert_ids.shape == (0,)
+
+
+def test_inputs_are_left_as_they_were():
+    router, weights, experts = torch.randn(3, 8), torch.randn(3, 2), torch.randn(2, 3, 8)
+    before = [x.clone() for x in (router, weights, experts)]
+    select_add_argmax(router, weights, experts, alpha=0.5)
+    for x, y in zip((router, weights, experts), before, strict=True):
+        assert torch.equal(x, y)
+
+
+R, W, E = torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(3, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((R.numpy(), W, E), {}, TypeError, r"router_logits is a ndarray: pass a torch.Tensor \[B, V\]"),
+        ((R, W.tolist(), E), {}, TypeError, r"weights is a list: pass a torch.Tensor"),
+        ((R, W, E.numpy()), {}, TypeError, r"expert_logits is a ndarray"),
+        ((R, W, [R, R, None]), {}, TypeError, r"expert_logits\[2\] is a NoneType"),
+        ((R.double(), W, E), {}, TypeError, r"router_logits has dtype torch.float64: pass bfloat16"),
+        ((R, W, E.long()), {}, TypeError, r"expert_logits\[0\] has dtype torch.int64"),
+        ((R, W.long(), E), {}, TypeError, r"weights has dtype torch.int64"),
+        ((R[0], W, E), {}, ValueError, r"router_logits has shape \[4\]"),
+        ((R, W[0], E), {}, ValueError, r"weights has shape \[3\]"),
+        ((R, W, E[0]), {}, ValueError, r"expert_logits has shape \[2, 4\]: pass one tensor \[n, B, V\]"),
+        ((R, W, E[:2]), {}, ValueError, r"weights has shape \[2, 3\].*holds 2 experts"),
+        ((R, W[:, :0], []), {}, ValueError, r"holds 0 experts"),
+        ((R, W[:1], E), {}, ValueError, r"weights has 1 rows, router_logits has 2"),
+        ((R, W, [R, R, R[:1]]), {}, ValueError, r"expert_logits\[2\] has 1 rows"),
+        ((R, W, E.to("meta")), {}, ValueError, r"expert_logits\[0\] is on meta, router_logits on cpu"),
+        ((R[:, :0], W, E), {}, ValueError, r"each needs at least one column"),
+        ((R, W, E), {"vocab_size": 5}, ValueError, r"vocab_size is 5: pass 1 to 4"),
+        ((R, W, E), {"vocab_size": 0}, ValueError, r"vocab_size is 0"),
+        ((R, W, E), {"vocab_size": 2.0}, TypeError, r"vocab_size is 2.0"),
+        ((R, W, E), {"alpha": NAN}, ValueError, r"alpha is nan: pass a finite number"),
+        ((R, W, E), {"alpha": "1"}, TypeError, r"alpha is '1': pass a real number"),
+    ],
+)
+def test_bad_input_names_argument_value_and_remedy(args, options, error, message):
+    with pytest.raises(error, match=message):
+        select_add_argmax(*args, **options)
