@@ -73,38 +73,47 @@ impl<'a, T: Float> EqualGroups<'a, T> {
             Arch::new().dispatch(Blocks::<T, _, G> { rewards: self.rewards, size: self.size, means, each });
             return total;
         }
+        let reduce = |(rewards, means): (&[T], &mut [f64])| {
+            let mut sums = Vec::with_capacity(groups / BLOCK);
+            let each = |block| sums.push(block);
+            Arch::new().dispatch(Blocks::<T, _, G> { rewards, size: self.size, means, each });
+            sums
+        };
         std::thread::scope(|scope| {
-            let shares = self.rewards.chunks(groups * self.size).zip(means.chunks_mut(groups));
-            let start = |(rewards, means)| {
-                scope.spawn(move || {
-                    let mut sums = Vec::with_capacity(groups / BLOCK);
-                    let each = |block| sums.push(block);
-                    Arch::new().dispatch(Blocks::<T, _, G> { rewards, size: self.size, means, each });
-                    sums
-                })
-            };
-            for handle in shares.map(start).collect::<Vec<_>>() {
-                // A panic of a worker is a bug of ours; pass it on as it is.
-                let sums = handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let mut shares = self.rewards.chunks(groups * self.size).zip(means.chunks_mut(groups));
+            let first = shares.next();
+            let others: Vec<_> = shares.map(|share| scope.spawn(move || reduce(share))).collect();
+            let mut merge = |sums: Vec<Sums>| {
                 for block in &sums {
                     total.merge(block);
                 }
+            };
+            // The first share is this thread's own: one thread less to start.
+            first.map(reduce).map(&mut merge);
+            for other in others {
+                // A panic of a worker is a bug of ours; pass it on as it is.
+                merge(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
             }
         });
         total
     }
 
     fn write<const G: usize>(&self, map: Map, threads: usize, means: &[f64], out: &mut [T]) {
-        if threads == 1 {
-            return Arch::new().dispatch(Write::<T, G> { map, rewards: self.rewards, size: self.size, means, out });
-        }
         let groups = self.groups_of_share(threads);
         let rows = groups * self.size;
+        let write = |((rewards, means), out)| {
+            Arch::new().dispatch(Write::<T, G> { map, rewards, size: self.size, means, out });
+        };
+        let mut shares = self.rewards.chunks(rows).zip(means.chunks(groups)).zip(out.chunks_mut(rows));
+        let Some(first) = shares.next() else { return };
+        if threads == 1 {
+            return write(first);
+        }
         std::thread::scope(|scope| {
-            for ((rewards, means), out) in self.rewards.chunks(rows).zip(means.chunks(groups)).zip(out.chunks_mut(rows))
-            {
-                scope.spawn(move || Arch::new().dispatch(Write::<T, G> { map, rewards, size: self.size, means, out }));
+            for share in shares {
+                scope.spawn(move || write(share));
             }
+            write(first);
         });
     }
 

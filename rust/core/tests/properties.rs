@@ -205,6 +205,22 @@ fn rewards_out_of_range_are_found_wherever_they_are() {
 }
 
 #[test]
+fn the_number_of_threads_does_not_change_a_bit() {
+    let rewards: Vec<f64> = (0..640_003 * 2_u32).map(|i| f64::from(i.wrapping_mul(2_654_435_761) >> 20)).collect();
+    let groups = EqualGroups::new(&rewards, 2).unwrap();
+    let with = |threads: usize| {
+        let mut out = vec![f64::NAN; rewards.len()];
+        assert!(groups.advantages(&Options::default(), threads, &mut out));
+        out
+    };
+    let alone = with(1);
+    assert!(alone.iter().all(|a| a.is_finite()));
+    for threads in [2, 3, 7, 64] {
+        assert_eq!(with(threads), alone, "{threads} threads");
+    }
+}
+
+#[test]
 fn the_largest_rewards_are_fine() {
     let rewards = [1e140, -1e140, 1e140, 0.0];
     let got = ebpo(&rewards, Layout::Equal { size: 2 }, &Options::default());
