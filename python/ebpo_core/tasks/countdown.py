@@ -1,0 +1,152 @@
+"""Mini-countdown: combine every given number once, with the allowed operators, into a target.
+
+A prompt reads ``[+-] 3 7 12 = 22 :`` and ``3 + 7 + 12`` is a right answer. Topics are the operator sets, levels are how
+many numbers there are, so a data set has topics x levels clusters of differing difficulty, which is the setting of
+clustered sampling in EBPO (arXiv 2602.05165, section 3.4). Precedence is that of ordinary arithmetic, and any
+expression that reaches the target counts, not only the one the generator had in mind.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ebpo_core.tasks.expressions import parse_expression
+from ebpo_core.tasks.rewards import completion_text
+from ebpo_core.tasks.splits import check_choice, split_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from datasets import Dataset
+
+TOPICS: dict[str, str] = {"add": "+-", "mul": "+-*"}
+LEVELS: tuple[int, ...] = (2, 3, 4)
+LARGEST_NUMBER = 12
+LARGEST_TARGET = 99
+MAX_COMPLETION_TOKENS = 2 * max(LEVELS)
+"""Tokens of the longest answer, its end-of-sequence token included."""
+
+
+class Problem(NamedTuple):
+    """One problem and the solution it was generated from."""
+
+    topic: str
+    numbers: tuple[int, ...]
+    target: int
+    answer: str
+
+    @property
+    def level(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def operators(self) -> str:
+        return TOPICS[self.topic]
+
+    @property
+    def prompt(self) -> str:
+        return f"[{self.operators}] {' '.join(map(str, self.numbers))} = {self.target} :"
+
+    @property
+    def key(self) -> str:
+        """The problem's identity, in whatever order its numbers are given."""
+        return f"{self.topic} {sorted(self.numbers)} {self.target}"
+
+
+def generate_problem(rng: random.Random, topic: str, level: int, split: str) -> Problem:
+    """Draw one problem of a split: a random expression whose value lies in 0..99, its numbers shuffled."""
+    operators = TOPICS[topic]
+    while True:
+        numbers = [rng.randint(1, LARGEST_NUMBER) for _ in range(level)]
+        answer = str(numbers[0])
+        for number in numbers[1:]:
+            answer += f" {rng.choice(operators)} {number}"
+        parsed = parse_expression(answer)
+        if parsed is None or not 0 <= parsed.value <= LARGEST_TARGET:
+            continue
+        rng.shuffle(numbers)
+        problem = Problem(topic, tuple(numbers), parsed.value, answer)
+        if split_of(problem.key) == split:
+            return problem
+
+
+def generate(
+    size: int, seed: int, split: str, *, topics: Sequence[str] = tuple(TOPICS), levels: Sequence[int] = LEVELS
+) -> Iterator[Problem]:
+    """Draw ``size`` problems, the clusters taking turns, so that they are equally frequent.
+
+    Problems are drawn independently and can repeat: at level 2 there are only a few hundred.
+    """
+    check_choice("topics", topics, list(TOPICS))
+    check_choice("levels", levels, LEVELS)
+    check_choice("split", [split], ["train", "test"])
+    clusters = [(topic, level) for topic in topics for level in levels]
+    rng = random.Random(f"countdown {split} {seed}")
+    for index in range(size):
+        topic, level = clusters[index % len(clusters)]
+        yield generate_problem(rng, topic, level, split)
+
+
+def dataset(
+    size: int = 6000,
+    *,
+    seed: int = 0,
+    split: str = "train",
+    topics: Sequence[str] = tuple(TOPICS),
+    levels: Sequence[int] = LEVELS,
+) -> Dataset:
+    """A data set of mini-countdown problems.
+
+    Args:
+        size: Rows; every (topic, level) cluster gets an equal share.
+        seed: Same seed, same rows.
+        split: "train" or "test"; no problem is in both, for any seeds.
+        topics: Some of "add" ({+, -}) and "mul" ({+, -, *}).
+        levels: Some of 2, 3, 4: how many numbers a problem has.
+
+    Returns:
+        A ``datasets.Dataset`` with columns ``prompt``, ``answer`` (one solution), ``numbers``, ``target``,
+        ``operators``, ``topic`` and ``level``.
+    """
+    from datasets import Dataset
+
+    problems = list(generate(size, seed, split, topics=topics, levels=levels))
+    columns: dict[str, list[Any]] = {
+        "prompt": [problem.prompt for problem in problems],
+        "answer": [problem.answer for problem in problems],
+        "numbers": [list(problem.numbers) for problem in problems],
+        "target": [problem.target for problem in problems],
+        "operators": [problem.operators for problem in problems],
+        "topic": [problem.topic for problem in problems],
+        "level": [problem.level for problem in problems],
+    }
+    return Dataset.from_dict(columns)
+
+
+def is_solution(text: str, numbers: Sequence[int], target: int, operators: str) -> bool:
+    """Whether ``text`` is an expression that uses each number once, only the operators allowed, and equals target."""
+    parsed = parse_expression(text)
+    return (
+        parsed is not None
+        and parsed.value == target
+        and parsed.operators <= set(operators)
+        and sorted(parsed.numbers) == sorted(numbers)
+    )
+
+
+def reward(
+    prompts: Sequence[Any],  # noqa: ARG001
+    completions: Sequence[Any],
+    *,
+    numbers: Sequence[Sequence[int]],
+    target: Sequence[int],
+    operators: Sequence[str],
+    **_: Any,
+) -> list[float]:
+    """1.0 where the completion solves its problem, else 0.0; a reward function in TRL's signature."""
+    problems = zip(completions, numbers, target, operators, strict=True)
+    return [
+        float(is_solution(completion_text(completion), given, value, allowed))
+        for completion, given, value, allowed in problems
+    ]

