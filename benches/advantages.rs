@@ -22,7 +22,7 @@ fn advantages(c: &mut Criterion) {
         group.throughput(Throughput::Elements(rewards.len() as u64));
         let equal = EqualGroups::new(&rewards, size).expect("the sizes above divide");
         group.bench_with_input(BenchmarkId::new("equal", &name), &equal, |b, equal| {
-            b.iter(|| equal.advantages(&Options::default(), 1, &mut out));
+            b.iter(|| equal.advantages(1e-6, 1, &mut out));
         });
         let batch = Batch::new(&rewards, Layout::Equal { size }, None).expect("the sizes above divide");
         group.bench_with_input(BenchmarkId::new("general", &name), &batch, |b, batch| {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,18 +90,22 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
 def tolerance(expected: np.ndarray, seen: list[np.ndarray], spread: float) -> float:
     """1e-12, relative to the largest advantage, times how much larger the rewards are than what is left of them.
 
-    ``spread`` is the standard deviation that the result was divided by: rounding of a reward is as large as its last
-    digit, whatever remains of it after the baseline has been subtracted.
+    ``spread`` is the root mean square of what the rewards left: rounding of a reward is as large as its last digit,
+    whatever remains of it after the baseline has been subtracted. Where nothing remains, neither may the result.
     """
     largest = max((float(np.abs(x).max()) for x in seen if x.size), default=0.0)
-    condition = largest / spread if spread > 0 else np.inf
     top = float(np.abs(expected).max()) if expected.size else 0.0
-    return 1e-12 * max(1.0, condition) * top if np.isfinite(condition) else max(top, 1e-12 * largest / 1e-6)
+    if spread == 0 or largest == 0:
+        return 1e-12 * top
+    return 1e-12 * max(1.0, largest / spread) * top
 
 
 def raw_spread(estimator: reference.EBPO, case: Case, **call: Any) -> float:
-    """Standard deviation of r - V, from the twin without its last step."""
-    twin = reference.replace(estimator, normalize="none")
+    """What is left of the rewards: the root mean square of r - V, about its mean where that is taken out."""
+    twin = dataclasses.replace(estimator, normalize="none")
     raw = twin(*case.args, mask=case.mask, **call)
     valid = ~np.isnan(case.rewards) if case.mask is None else case.mask & ~np.isnan(case.rewards)
-    return float(raw[valid].std()) if valid.any() else 0.0
+    left = raw[valid]
+    if not left.size:
+        return 0.0
+    return float(left.std() if estimator.normalize == "batch" else np.sqrt((left**2).mean()))

@@ -6,6 +6,7 @@ import uuid
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +95,14 @@ def test_tensor_details() -> None:
     np.testing.assert_allclose(ebpo_core.advantages(torch.tensor(R).T.contiguous().T).numpy(), EXPECTED, atol=1e-6)
     with pytest.raises(TypeError, match="complex"):
         ebpo_core.advantages(torch.tensor([[1j]]))
+    for unreadable in (torch.tensor(R).to_sparse(), torch.empty(2, 4, device="meta")):
+        with pytest.raises(TypeError, match="dense tensor with data"):
+            ebpo_core.advantages(unreadable)
+    with pytest.raises(TypeError, match="float8_e8m0fnu.*no negative"):
+        ebpo_core.advantages(torch.ones(2, 2).to(torch.float8_e8m0fnu))
+    lazily_negative = torch.view_as_real(torch.tensor(R, dtype=torch.complex64).conj())[..., 1]
+    assert lazily_negative.is_neg()
+    assert not ebpo_core.advantages(lazily_negative).any()
     ids = torch.tensor([5, 5, -1, -1])
     np.testing.assert_allclose(
         ebpo_core.advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), ids).numpy(),
@@ -129,6 +138,13 @@ def test_group_ids_of_any_kind(ids: Any) -> None:
     np.testing.assert_allclose(ebpo_core.advantages(r, groups), reference.EBPO()(r, np.array(order)), atol=1e-14)
 
 
+def test_tensors_as_single_ids_are_compared_by_value() -> None:
+    """`[row["id"] for row in batch]` gives such a list; tensors hash by identity."""
+    torch = pytest.importorskip("torch")
+    r = [1.0, 0.0, 0.5, 0.0]
+    assert ebpo_core.advantages(r, list(torch.tensor([0, 0, 1, 1]))) == ebpo_core.advantages(r, [0, 0, 1, 1])
+
+
 def test_equal_ids_need_not_be_the_same_object() -> None:
     a, b = "".join(["prompt", "-1"]), "".join(["prompt", "-1"])
     assert a is not b
@@ -145,6 +161,16 @@ def test_masks() -> None:
         np.testing.assert_allclose(got, expected, atol=1e-15)
     assert got[0, 2] == 0.0
     assert got[1, 0] == 0.0
+
+
+def test_masks_of_other_bytes_and_other_dtypes() -> None:
+    torch = pytest.importorskip("torch")
+    r = np.array([[1.0, 0.0, 9.0], [0.0, 1.0, 0.0]])
+    wanted = np.array([[True, True, False], [True, True, True]])
+    odd_bytes = np.array([[2, 3, 0], [255, 1, 1]], dtype=np.uint8).view(bool)  # NumPy calls all of these True
+    expected = ebpo_core.advantages(r, mask=wanted)
+    np.testing.assert_array_equal(ebpo_core.advantages(r, mask=odd_bytes), expected)
+    np.testing.assert_array_equal(ebpo_core.advantages(r, mask=torch.tensor(wanted).bfloat16()), expected)
 
 
 def test_masked_rows_may_hold_anything() -> None:
@@ -180,6 +206,10 @@ BAD = [
     (dict(rewards=[1.0, 0.0], groups=[[0, 0]]), ValueError, "groups has shape"),
     (dict(rewards=[1.0, 0.0], groups=[0, None]), ValueError, r"groups\[1\] is None"),
     (dict(rewards=[1.0, 0.0], groups=np.array([0.0, np.nan])), ValueError, r"groups\[1\] is nan"),
+    (dict(rewards=[1.0, 0.0], groups=[0, np.float32("nan")]), ValueError, r"groups\[1\] is nan"),
+    (dict(rewards=[1.0, 0.0], groups=[0, pd.NA]), ValueError, r"groups\[1\] is <NA>"),
+    (dict(rewards=[1.0, 0.0], groups=[pd.NaT, 0]), ValueError, r"groups\[0\] is NaT"),
+    (dict(rewards=[[1.0, 0.0]], mask=[[True], [True, True]]), ValueError, "mask is not rectangular"),
     (dict(rewards=[1.0, 0.0], groups=[[0], [1]]), TypeError, r"groups\[0\].*list.*not hashable"),
     (dict(rewards=[[1.0, 0.0]], mask=[True, True]), ValueError, r"mask has shape \(2,\)"),
     (dict(rewards=[[1.0, 0.0]], mask=[[2, 1]]), TypeError, "mask has dtype int"),
@@ -220,6 +250,9 @@ BAD_OPTIONS = [
     (dict(eps=-1.0), ValueError, "eps=-1"),
     (dict(eps=float("inf")), ValueError, "eps=inf"),
     (dict(eps="1"), TypeError, "eps='1'"),
+    (dict(eps=10**400), ValueError, "eps=1000"),
+    (dict(decay=True), TypeError, "decay=True"),
+    (dict(ddof=np.array([0, 1])), ValueError, "ddof=array"),
     (dict(ddof=2), ValueError, "ddof=2"),
     (dict(norm_ddof=True), ValueError, "norm_ddof=True"),
     (dict(beta=1), TypeError, "beta"),
@@ -236,7 +269,7 @@ def test_bad_options_are_named(options: dict[str, Any], error: Any, message: str
 
 def test_methods_refuse_what_they_do_not_take() -> None:
     with pytest.raises(ValueError, match='method="magic".*"ebpo"'):
-        ebpo_core.advantages(R, method="magic")  # type: ignore[arg-type]
+        ebpo_core.advantages(R, method="magic", tau2="raw")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tau2='raw'.*grpo.*only eps"):
         ebpo_core.advantages(R, method="grpo", tau2="raw")
     with pytest.raises(ValueError, match="eps=1.0.*rloo.*no options"):

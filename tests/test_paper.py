@@ -55,31 +55,46 @@ def test_a_failed_group_is_never_silent(normalize: Any, batch: Any, history: Any
     assert not np.any(ebpo_core.advantages(failed, method="grpo"))  # plain GRPO learns nothing from it
 
 
-def test_batch_centring_can_flip_the_sign_of_a_failed_group() -> None:
-    """Why `normalize="scale"` exists: step 6 of the paper promises no sign."""
+@given(batch=binary, history=binary)
+def test_batch_centring_can_silence_a_failed_group_of_equal_size(batch: Any, history: Any) -> None:
+    """Step 6 leaves -S mean(mu): never positive, but 0 where the whole batch fails."""
     ebpo = ebpo_core.EBPO()
-    ebpo(np.tile([1.0, 0.0], (50, 1)))
-    batch = np.array([[0.0] * 4, [0.0] * 3 + [1.0], [0.0] * 3 + [1.0]])[:, ::-1].copy()
-    mixed = np.vstack([np.zeros((1, 4)), np.tile([0.0, 0.0, 0.0, 0.0], (2, 1))])
-    raw_none = np.array(ebpo_core.EBPO(normalize="none")(mixed))
-    assert not raw_none.any()  # a first batch of nothing but failures has nothing to compare with
-    centred = np.array(ebpo(batch, update=False))
-    scaled_estimator = ebpo_core.EBPO(normalize="scale")
-    scaled_estimator(np.tile([1.0, 0.0], (50, 1)))
-    scaled = np.array(scaled_estimator(batch, update=False))
-    assert (scaled[0] < 0).all()
-    assert centred[0, 0] > scaled[0, 0]
+    ebpo(history)
+    failed = np.array(batch) * 0
+    assert not np.any(ebpo(failed, update=False))
+    mixed = np.array(batch)
+    mixed[0] = 0
+    assert (np.array(ebpo(mixed, update=False))[0] <= 1e-9).all()
+
+
+def test_batch_centring_can_flip_the_sign_of_a_larger_failed_group() -> None:
+    """Why `normalize="scale"` exists: groups that failed alike differ in S, and the centre lies between them."""
+    r, groups = np.zeros(46), np.repeat(np.arange(4), [15, 10, 10, 11])
+    results = {}
+    for normalize in ("batch", "scale"):
+        ebpo = ebpo_core.EBPO(normalize=normalize)  # type: ignore[arg-type]
+        ebpo([[1.0] * 8, [1.0] * 8, [1.0] * 5 + [0.0] * 3])
+        results[normalize] = ebpo(r, groups, update=False)
+    assert (results["batch"][:15] > 1).all()
+    assert (results["scale"] < 0).all()
 
 
 @pytest.mark.parametrize("G", [2, 4, 8])
 def test_shrinkage_lowers_the_error_of_the_baseline(G: int) -> None:
     """§3b: MSE(V) = (1 - S) sigma2 / G < sigma2 / G, Gaussian model with known variances; 99.9% interval."""
     rng = np.random.default_rng(G)
-    M, tau2, sigma2, mu_glob = 200_000, 0.04, 0.2, 0.3
+    M, n, tau2, sigma2, mu_glob = 100_000, 1e6, 0.04, 0.2, 0.3
+    ebpo = ebpo_core.EBPO()
+    means = {"count": n, "mean": mu_glob, "m2": tau2 * n}
+    rewards = {"count": n * G, "mean": mu_glob, "m2": sigma2 * n * G}
+    prior = {"rewards": rewards, "group_means": means, "ssw": 0.0, "dof": n * (G - 1), "inv_n": n / G}
+    ebpo.load_state_dict({**ebpo.state_dict(), "prior": prior})
     theta = rng.normal(mu_glob, np.sqrt(tau2), M)
-    mu = rng.normal(theta, np.sqrt(sigma2 / G))
+    ebpo(rng.normal(theta[:, None], np.sqrt(sigma2), (M, G)), update=False)
+    d = ebpo.diagnostics
+    assert d is not None
     S = (sigma2 / G) / (sigma2 / G + tau2)
-    errors = ((1 - S) * mu + S * mu_glob - theta) ** 2
+    errors = (d.baseline - theta) ** 2
     half_width = 3.3 * errors.std() / np.sqrt(M)
     assert abs(errors.mean() - (1 - S) * sigma2 / G) < half_width
     assert errors.mean() + half_width < sigma2 / G
@@ -160,7 +175,8 @@ def test_finding_batch_centring_cancels_the_global_mean(batch: Any, history: Any
 
 
 def test_finding_expected_shrinkage_is_at_most_one_half() -> None:
-    """sigma2 = w + t and tau2 = t + w / n in expectation, so S <= 1/2 even where all prompts are equally hard."""
+    """sigma2 = w + t and tau2 = t + w / n in expectation, so S <= 1/2 once many groups have been seen, even where all
+    prompts are equally hard."""
     rng = np.random.default_rng(0)
     for G in (2, 4, 8, 16):
         ebpo = ebpo_core.EBPO()
@@ -192,11 +208,12 @@ def test_within_and_debiased_are_the_beta_binomial_posterior(batch: Any) -> None
     np.testing.assert_allclose(d.baseline, posterior, atol=1e-12)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3.3, 1e140, 1e-140])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3.3, 1 / 3, 1e140, 1e-140, np.pi * 1e8])
 @pytest.mark.parametrize("options", [{}, dict(eps=0.0), dict(normalize="scale"), dict(leave_one_out=True, eps=0.0)])
 def test_one_single_value_gives_exactly_zero(value: float, options: dict[str, Any]) -> None:
     ebpo = ebpo_core.EBPO(**options)
-    for shape in ((3, 7), (1, 1), (100, 3)):
+    for shape in ((3, 7), (1, 1), (100, 3), (4, 13), (5, 19), (2, 25), (11, 49), (1, 999), (5, 16), (6, 8)):
+        assert not np.any(ebpo_core.advantages(np.full(shape, value), **options))
         assert not np.any(ebpo(np.full(shape, value)))
         assert not np.any(ebpo(np.full(shape, value), update=False))
     uneven = np.full(6, value)
@@ -220,11 +237,48 @@ def test_diagnostics() -> None:
     ebpo([[1.0, 100.0]])
     assert ebpo.diagnostics is not None
     assert ebpo.diagnostics.outlier == pytest.approx((100 - 0.5) / 0.5)  # against the prior before the batch
+    ebpo([[0.5, 1000.0, np.nan]], mask=[[True, False, True]])
+    assert ebpo.diagnostics.outlier < 1  # what does not count is no outlier
+    ebpo([0.5, 1000.0, np.nan], [0, 0, 0], mask=[True, False, True])
+    assert ebpo.diagnostics.outlier < 1
     empty = ebpo_core.EBPO(score="before")
     empty([[0.0, 0.0]])
     assert empty.diagnostics is not None
     assert np.isnan([empty.diagnostics.mu_glob, empty.diagnostics.sigma2, empty.diagnostics.tau2]).all()
     assert (empty.diagnostics.saturated_fail, empty.diagnostics.saturated_pass) == (1.0, 0.0)
+
+
+def test_saturated_groups_fail_or_pass_by_the_prior_mean() -> None:
+    """Rewards need not be 0 and 1: what counts is the side of mu_glob; at it, the sign of the reward."""
+
+    def shares(history: Any, batch: Any, **call: Any) -> tuple[float, float]:
+        ebpo = ebpo_core.EBPO()
+        if history is not None:
+            ebpo(history)
+        ebpo(batch, **call)
+        assert ebpo.diagnostics is not None
+        return ebpo.diagnostics.saturated_fail, ebpo.diagnostics.saturated_pass
+
+    history = [[0.0, 1.0]]  # mean 0.5
+    batch = [[0.2, 0.2], [0.8, 0.8], [0.9, 0.9], [0.2, 0.8]]
+    assert shares(history, batch, update=False) == (0.25, 0.5)
+    assert shares(history, [[0.5, 0.5]], update=False) == (0.0, 1.0)
+    assert shares([[-1.0, 1.0]], [[0.0, 0.0]], update=False) == (1.0, 0.0)
+    assert shares([[-9.0, -3.0]], [[-1.0, -1.0]], update=False) == (0.0, 1.0)
+    assert shares(None, [[1.0, 1.0]]) == (0.0, 1.0)  # the first batch is its own prior
+    assert shares(None, [[0.0, 0.0]]) == (1.0, 0.0)
+    assert shares(None, [[2.0, 2.0], [-1.0, -1.0]], update=False) == (0.5, 0.5)  # an empty prior: against 0
+
+
+def test_update_false_scores_against_the_stored_prior_alone() -> None:
+    """Also with leave-one-out and decay, which belong to an update: the batch is not in that prior anyway."""
+    for options in ({}, {"leave_one_out": True}, {"decay": 0.5}, {"score": "before"}):
+        ebpo = ebpo_core.EBPO(normalize="none", ddof=1, **options)  # ddof makes a decayed count visible
+        ebpo([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+        prior = ebpo.prior
+        S = (prior.sigma2(ddof=1) / 2) / (prior.sigma2(ddof=1) / 2 + prior.tau2(ddof=1))
+        V = (1 - S) * 0.25 + S * prior.mean
+        np.testing.assert_allclose(ebpo([[0.5, 0.0], [9.0, 8.0]], update=False)[0], [0.5 - V, -V], rtol=1e-14)
 
 
 def test_leave_one_out_ignores_the_group_itself() -> None:

@@ -88,9 +88,13 @@ def corrupt(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("prior.rewards.mean", 1e200, "mean=.*1e140"),
         ("prior.rewards.mean", "0.5", "prior.*|'rewards.mean' is '0.5'"),
         ("prior.group_means", None, "group_means.count"),
-        ("prior.group_means.count", 0.0, "0"),
+        ("prior.group_means.count", 0.0, "mean=.*expected 0, since the count is 0"),
         ("prior.group_means.count", 1e9, "at most rewards.count"),
         ("prior.ssw", -0.1, "ssw=-0.1"),
+        ("prior.ssw", 1e9, "ssw=1000000000.*at most rewards.m2"),
+        ("prior.dof", 1.0, "dof=1.*rewards.count - group_means.count"),
+        ("prior.inv_n", 1e9, "at most group_means.count"),
+        ("prior.ssw", 10**400, "'ssw' is 1000"),
         ("prior.dof", True, "'dof' is True"),
         ("options.decay", 0.5, "decay=0.5.*decay=1.0"),
         ("options.tau2", None, "tau2='missing'"),
@@ -114,16 +118,20 @@ def test_wrong_types_are_refused() -> None:
         ebpo.load_state_dict([])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="version=None"):
         prior.load_state_dict({})
-    with pytest.raises(TypeError, match="Prior"):
-        ebpo.merge(prior)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="dict.*ebpo_core.EBPO or ebpo_core.Prior"):
+        ebpo.merge(prior.state_dict())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="EBPO"):
         prior.merge(ebpo)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="decay=1.0.*decay=0.9|sigma2|normalize"):
         ebpo.merge(trained(**OPTIONS))
-    with pytest.raises(ValueError, match="decay=2"):
+    with pytest.raises(ValueError, match=r"rho=2.0.*\(0, 1\]"):
         prior.decay(2.0)
+    with pytest.raises(TypeError, match="rho='x'"):
+        prior.decay("x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='sigma2="x"'):
         prior.sigma2("x")
+    with pytest.raises(ValueError, match="ddof=300"):
+        prior.tau2(ddof=300)
 
 
 def test_repr_eq_and_hash() -> None:
@@ -202,6 +210,59 @@ def assert_close(a: ebpo_core.Prior, b: ebpo_core.Prior) -> None:
         assert x[name] == pytest.approx(y[name], rel=1e-12)
 
 
+def test_loading_clears_the_diagnostics() -> None:
+    ebpo = trained()
+    assert ebpo.diagnostics is not None
+    ebpo.load_state_dict(ebpo.state_dict())
+    assert ebpo.diagnostics is None
+
+
+def test_a_prior_can_be_merged_in_to_start_from() -> None:
+    prior = trained().prior
+    ebpo = ebpo_core.EBPO(decay=0.9)
+    ebpo.merge(prior)
+    assert ebpo.prior == prior
+    assert ebpo.step is None
+    ebpo.prior.decay(0.5)  # of a copy
+    assert ebpo.prior == prior
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS])
+def test_a_batch_without_a_valid_row_leaves_the_prior_alone(options: dict[str, Any]) -> None:
+    ebpo = trained(**options)
+    before = ebpo.prior
+    assert not np.any(ebpo(np.full((3, 4), np.nan)))
+    assert not np.any(ebpo([[1.0, 0.0]], mask=[[False, False]]))
+    assert ebpo.prior == before
+
+
+def test_a_failed_copy_back_leaves_the_prior_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device out of memory must be noticed before the update; the allocation it would fail in is replaced here."""
+    torch = pytest.importorskip("torch")
+
+    class OnDevice(torch.Tensor):  # type: ignore[misc]
+        is_cpu = False
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+
+    def no_memory(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    r = torch.tensor(R).as_subclass(OnDevice)
+    ebpo = trained()
+    expected = np.array(trained()(R))
+    before = ebpo.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            ebpo(r)
+    assert ebpo.state_dict() == before
+    np.testing.assert_allclose(ebpo(r).numpy(), expected, atol=1e-6)  # and with memory it goes through the same place
+
+
 def test_merging_with_oneself_and_step() -> None:
     ebpo = trained()
     count = ebpo.prior.count
@@ -248,7 +309,7 @@ def test_threads_lose_no_update() -> None:
         barrier.wait()
         for _ in range(10):
             ebpo(r)
-            ebpo.state_dict()
+            assert ebpo.state_dict()["prior"]["rewards"]["count"] % r.size == 0
             assert ebpo.diagnostics is not None
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -258,6 +319,31 @@ def test_threads_lose_no_update() -> None:
         thread.join()
     assert ebpo.prior.count == 40 * r.size
     assert ebpo.prior.mean == pytest.approx(r.mean(), rel=1e-12)
+
+
+def test_a_snapshot_is_never_torn() -> None:
+    """The step and the prior of a state dict belong together, whatever another thread does meanwhile."""
+    ebpo, stop = ebpo_core.EBPO(), threading.Event()
+    torn = []
+
+    def read() -> None:
+        while not stop.is_set():
+            state = ebpo.state_dict()
+            if state["step"] is not None and state["prior"]["rewards"]["count"] != 2 * (state["step"] + 1):
+                torn.append(state)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    reader = threading.Thread(target=read)
+    try:
+        reader.start()
+        for step in range(20_000):
+            ebpo([[1.0, 0.0]], step=step)
+    finally:
+        stop.set()
+        reader.join()
+        sys.setswitchinterval(interval)
+    assert not torn
 
 
 def run(script: str, *args: str) -> str:

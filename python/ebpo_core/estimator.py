@@ -11,15 +11,15 @@ For a group m with n valid rows, mean ``mu_m``, and a prior with mean ``mu_glob`
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebpo_core import _core
+from ebpo_core.arguments import flag, real, step_id, text, zero_or_one
 from ebpo_core.inputs import is_tensor, read_batch
 from ebpo_core.prior import VERSION, Prior, check_version, load_statistics, statistics_of
 
@@ -52,7 +52,7 @@ class Diagnostics:
     count: NDArray[np.float64]
     """Valid rows of each group, shape (M,)."""
     mu_glob: float
-    """Mean of the prior the batch was scored with; NaN if that prior was empty."""
+    """Mean of the prior the batch was scored with, before any group is left out; NaN if it was empty."""
     sigma2: float
     """Noise variance, as the option ``sigma2`` estimates it; NaN if that prior was empty."""
     tau2: float
@@ -86,8 +86,9 @@ class EBPO:
         leave_one_out: Score each group against history and batch without that group; S = 0 if nothing is left.
             Raises with ``score="before"``, where it has no meaning.
         decay: rho in (0, 1]; before each update every count, M2 and sum is multiplied by it, so that the prior
-            remembers about ``1 / (1 - rho)`` batches. 1 (paper) never forgets.
-        eps: Added to the denominator of ``normalize``; at least 0.
+            remembers about ``1 / (1 - rho)`` batches. 1 (paper) never forgets. A batch without valid rows is no update.
+        eps: Added to the denominator of ``normalize``; at least 0. With 0 nothing damps rounding where the exact
+            advantages are 0 without the rewards being equal.
         ddof: 0 or 1; the variances ``sigma2="total"`` and ``tau2="raw"`` divide by ``count - ddof``.
         norm_ddof: 0 or 1; the std of ``normalize="batch"`` divides by ``rows - norm_ddof`` (1 as ``torch.std``).
 
@@ -110,15 +111,15 @@ class EBPO:
         norm_ddof: int = 1,
     ) -> None:
         self._options = Options(
-            normalize=_text("normalize", normalize),
-            sigma2=_text("sigma2", sigma2),
-            tau2=_text("tau2", tau2),
-            score=_text("score", score),
-            leave_one_out=_flag("leave_one_out", leave_one_out),
-            decay=_real("decay", decay),
-            eps=_real("eps", eps),
-            ddof=_zero_or_one("ddof", ddof),
-            norm_ddof=_zero_or_one("norm_ddof", norm_ddof),
+            normalize=text("normalize", normalize),
+            sigma2=text("sigma2", sigma2),
+            tau2=text("tau2", tau2),
+            score=text("score", score),
+            leave_one_out=flag("leave_one_out", leave_one_out),
+            decay=real("decay", decay),
+            eps=real("eps", eps),
+            ddof=zero_or_one("ddof", ddof),
+            norm_ddof=zero_or_one("norm_ddof", norm_ddof),
         )
         self._checked = _core.Options(**self._options)
         self._state = _core.State()
@@ -136,7 +137,8 @@ class EBPO:
             update: False scores against the stored prior alone and leaves it unchanged (evaluation); an empty prior
                 gives S = 0.
             step: Id of this update, growing through training. An update whose id is not newer than the last one
-                applied scores like ``update=False``, so a retried or replayed batch is counted once.
+                applied scores like ``update=False``, so a retried or replayed batch is counted once. (Its advantages
+                are those of the first time only with ``score="after"`` and without ``leave_one_out``.)
 
         Returns:
             Advantages in the container, shape, device and float dtype of ``rewards``.
@@ -146,7 +148,7 @@ class EBPO:
         """
         batch = read_batch(rewards, groups, mask)
         flat, vectors, scalars = self._state.advance(
-            self._checked, batch.rewards, batch.groups, batch.mask, _flag("update", update), _step(step)
+            self._checked, batch.rewards, batch.groups, batch.mask, flag("update", update), step_id(step)
         )
         self._last = vectors, scalars  # one assignment, so that threads never see a mixture of two calls
         result: Rewards = batch.restore(flat)
@@ -165,9 +167,9 @@ class EBPO:
 
     @property
     def prior(self) -> Prior:
-        """A copy of the running prior."""
+        """A copy of the running prior; changing it changes nothing here (see :meth:`merge`)."""
         prior = Prior()
-        prior.load_state_dict({"version": VERSION, **statistics_of(self._state)})
+        prior._state.load(self._state.parts()[0], None)
         return prior
 
     @property
@@ -175,11 +177,12 @@ class EBPO:
         """Id of the last update applied, or None."""
         return self._state.parts()[1]
 
-    def merge(self, other: EBPO) -> None:
-        """Add everything that ``other``, an estimator with the same options, has seen."""
-        if not isinstance(other, EBPO):
-            raise TypeError(f"other is of type {type(other).__name__}: expected ebpo_core.EBPO")
-        self._same_options(other._options, "other")
+    def merge(self, other: EBPO | Prior) -> None:
+        """Add everything that ``other`` has seen: an estimator with the same options, or a prior to start from."""
+        if not isinstance(other, (EBPO, Prior)):
+            raise TypeError(f"other is of type {type(other).__name__}: expected ebpo_core.EBPO or ebpo_core.Prior")
+        if isinstance(other, EBPO):
+            self._same_options(other._options, "other")
         self._state.merge(other._state)
 
     def reset(self) -> None:
@@ -188,8 +191,8 @@ class EBPO:
 
     def state_dict(self) -> dict[str, Any]:
         """Options, prior and step as a JSON-safe dict, exact to the bit."""
-        statistics = statistics_of(self._state)
-        return {"version": VERSION, "options": dict(self._options), "prior": statistics, "step": self.step}
+        parts, step = self._state.parts()  # at once: a step newer than its prior would lose a batch on resume
+        return {"version": VERSION, "options": dict(self._options), "prior": statistics_of(parts), "step": step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace prior and step by those of ``state``, which must have been written with the same options.
@@ -202,7 +205,7 @@ class EBPO:
         if not isinstance(options, Mapping) or not isinstance(prior, Mapping):
             raise ValueError("state has no fields 'options' and 'prior': pass what EBPO.state_dict() returned")
         self._same_options(options, "state")
-        load_statistics(self._state, prior, _step(step))
+        load_statistics(self._state, prior, step_id(step))
         self._last = None
 
     def _same_options(self, options: Mapping[str, Any], what: str) -> None:
@@ -244,7 +247,8 @@ def advantages(
     Args:
         rewards: ``(M, G)``, one row per group, or ``(N,)`` with ``groups``. A list, a NumPy array of floats, ints or
             bools, or a torch tensor on any device (copied to the CPU once and back once). Finite, of magnitude at most
-            1e140; NaN marks a completion that could not be scored.
+            1e140; NaN marks a completion that could not be scored. Tuples come back as lists, other array-likes (a
+            pandas Series, say) as NumPy arrays.
         groups: ``(N,)`` group ids of any hashable kind (ints, strings, uuids); the rows of a group may stand in any
             order and groups may differ in size.
         mask: Shape of ``rewards``; True (or 1) where a reward counts, as in a response mask.
@@ -269,7 +273,7 @@ def advantages(
             if fast is not None:
                 return fast  # type: ignore[no-any-return]
         return EBPO(**options)(rewards, groups, mask=mask)
-    eps = _baseline_eps(method, options)
+    eps = _baseline_eps(text("method", method), options)
     batch = read_batch(rewards, groups, mask)
     result: Rewards = batch.restore(_core.baseline_advantages(method, eps, batch.rewards, batch.groups, batch.mask))
     return result
@@ -278,58 +282,20 @@ def advantages(
 def _fast(rewards: Any) -> Any:
     """The default case in one call of the core, or None where it does not apply."""
     if is_tensor(rewards):
-        if rewards.device.type != "cpu" or rewards.requires_grad or rewards.dtype.itemsize < 4:
-            return None
         import torch
 
-        result = _core.equal_advantages(rewards.numpy()) if rewards.is_floating_point() else None
+        plain = rewards.is_cpu and rewards.layout is torch.strided and rewards.dtype in (torch.float32, torch.float64)
+        if not plain or rewards.requires_grad or rewards.is_neg():
+            return None
+        result = _core.equal_advantages(rewards.numpy())
         return None if result is None else torch.from_numpy(result)
     return _core.equal_advantages(rewards)
 
 
 def _baseline_eps(method: str, options: dict[str, Any]) -> float:
     divides = method in ("grpo", "reinforce_pp")
-    for name in options:
+    for name in options if method in get_args(Method) else ():  # an unknown method is named by the core
         if name != "eps" or not divides:
             takes = "only eps" if divides else "no options"
             raise ValueError(f"{name}={options[name]!r} was passed with method={method!r}, which takes {takes}")
-    return _real("eps", options.get("eps", 1e-6))
-
-
-def _text(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: expected a string")
-    return value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: expected True or False")
-    return bool(value)
-
-
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, (str, bytes)):
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: expected a number")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: expected a number") from None
-
-
-def _zero_or_one(name: str, value: Any) -> int:
-    if isinstance(value, bool) or value not in (0, 1):
-        raise ValueError(f"{name}={value!r}: expected 0 or 1")
-    return int(value)
-
-
-def _step(step: Any) -> int | None:
-    if step is None:
-        return None
-    try:
-        value = operator.index(step)
-    except TypeError:
-        raise TypeError(f"step={step!r} is of type {type(step).__name__}: expected an int or None") from None
-    if isinstance(step, bool) or not 0 <= value < 2**63:
-        raise ValueError(f"step={step!r}: expected an int of at least 0 and below 2**63")
-    return value
+    return real("eps", options.get("eps", 1e-6))

@@ -115,14 +115,21 @@ def _read_tensor(rewards: torch.Tensor) -> tuple[NDArray[Any], Callable[[NDArray
 
     if rewards.is_complex():
         raise TypeError(f"rewards has dtype {rewards.dtype}: expected real numbers (floats, ints or bools)")
+    if rewards.layout != torch.strided or rewards.is_meta:
+        raise TypeError(f"rewards is {rewards.layout} on device {rewards.device}: expected a dense tensor with data")
     dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    if torch.finfo(dtype).min >= 0:
+        raise TypeError(f"rewards has dtype {dtype}, which holds no negative number: pass float32")
     work = torch.float32 if dtype == torch.float32 and rewards.dtype == dtype else torch.float64
-    # One copy from the device, one back to it; the CPU copy of a float32 or float64 tensor shares its memory.
-    array = rewards.detach().to(device="cpu", dtype=work).numpy()
+    # One copy from the device and one back to it; the CPU copy of a float32 or float64 tensor shares its memory. The
+    # place for the copy back is taken now, so that a device out of memory fails before any state changes.
+    array = rewards.detach().cpu().resolve_neg().to(work).numpy()
+    on_device = None if rewards.is_cpu else torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
 
     def restore(flat: NDArray[Any]) -> Any:
-        values = torch.from_numpy(flat if dtype in (torch.float32, torch.float64) else _round_to_torch(flat, dtype))
-        return values.reshape(rewards.shape).to(device=rewards.device, dtype=dtype)
+        narrow = dtype not in (torch.float32, torch.float64)
+        values = torch.from_numpy(_round_to_torch(flat, dtype) if narrow else flat).reshape(rewards.shape).to(dtype)
+        return values if on_device is None else on_device.copy_(values)
 
     return array, restore
 
@@ -141,17 +148,21 @@ def _read_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
     if mask is None:
         return None
     if is_tensor(mask):
-        mask = mask.detach().cpu().numpy()
-    array = np.asarray(mask)
+        mask = mask.detach().cpu()
+        mask = (mask.double() if mask.is_floating_point() else mask).numpy()
+    try:
+        array = np.asarray(mask)
+    except ValueError as error:
+        raise ValueError(f"mask is not rectangular ({error}): pass one entry per reward") from None
     if array.shape != shape:
         raise ValueError(f"mask has shape {array.shape}, rewards {shape}: pass one entry per reward")
-    if array.dtype.kind in "iuf" and bool(np.isin(array, (0, 1)).all()):
-        array = array.astype(np.bool_)  # attention masks are often 0/1 integers
-    if array.dtype != np.bool_:
+    if array.dtype == np.bool_:
+        array = array.view(np.uint8)  # a view of other bytes as booleans may hold more than 0 and 1
+    elif array.dtype.kind not in "iuf" or not bool(np.isin(array, (0, 1)).all()):  # attention masks are often integers
         raise TypeError(
             f"mask has dtype {array.dtype}: expected booleans (True where a reward counts) or zeros and ones"
         )
-    return _flat(array)
+    return np.asarray(np.ascontiguousarray(array).reshape(-1) != 0)
 
 
 def group_codes(groups: Any, rows: int) -> tuple[NDArray[np.uint32], int]:
@@ -162,13 +173,14 @@ def group_codes(groups: Any, rows: int) -> tuple[NDArray[np.uint32], int]:
     shape = ids.shape if isinstance(ids, np.ndarray) else (len(ids),)
     if shape != (rows,):
         raise ValueError(f"groups has shape {shape}, rewards ({rows},): pass one group id per reward")
-    if not isinstance(ids, np.ndarray):
-        return _core.codes_of_objects(list(ids))
-    kind = ids.dtype.kind
+    kind = ids.dtype.kind if isinstance(ids, np.ndarray) else "O"
     if kind in "iub":
-        wide = ids.astype(np.uint64).view(np.int64) if ids.dtype == np.uint64 else ids.astype(np.int64)
-        return _core.codes_of_ints(_flat(wide))
+        return _core.codes_of_ints(_flat(ids.astype(np.int64)))  # uint64 wraps around, one to one
     if kind in "US":
-        rows_of_bytes = np.ascontiguousarray(ids).view(np.uint8).reshape(rows, ids.dtype.itemsize)
-        return _core.codes_of_bytes(rows_of_bytes)
-    return _core.codes_of_objects(ids.tolist())
+        return _core.codes_of_bytes(np.ascontiguousarray(ids).view(np.uint8).reshape(rows, ids.dtype.itemsize))
+    objects = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.Tensor in set(map(type, objects)):
+        # Tensors hash by identity: each would be a group of its own.
+        objects = [one.item() if isinstance(one, torch.Tensor) else one for one in objects]
+    return _core.codes_of_objects(objects)

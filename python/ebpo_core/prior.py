@@ -7,10 +7,12 @@ through JSON is exact.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
 from ebpo_core import _core
+from ebpo_core.arguments import real, text, zero_or_one
 from ebpo_core.inputs import read_batch
 
 VERSION = 1
@@ -45,6 +47,9 @@ class Prior:
 
     def decay(self, rho: float) -> None:
         """Multiply every count and sum by ``rho`` in (0, 1]; means and variances stay."""
+        rho = real("rho", rho)
+        if not 0 < rho <= 1:
+            raise ValueError(f"rho={rho!r}: expected a number in (0, 1]; 1 forgets nothing")
         self._state.decay(rho)
 
     def reset(self) -> None:
@@ -69,17 +74,17 @@ class Prior:
 
     def sigma2(self, kind: str = "total", ddof: int = 0) -> float:
         """Noise variance of a reward: ``"total"`` of all rewards, or pooled ``"within"`` groups; NaN while empty."""
-        value = self._state.sigma2(kind, ddof)
+        value = self._state.sigma2(text("kind", kind), zero_or_one("ddof", ddof))
         return value if self.count > 0 else math.nan
 
     def tau2(self, kind: str = "raw", ddof: int = 0) -> float:
         """Variance of group means: ``"raw"``, or ``"debiased"`` of their sampling noise; NaN while empty."""
-        value = self._state.tau2(kind, ddof)
+        value = self._state.tau2(text("kind", kind), zero_or_one("ddof", ddof))
         return value if self.count > 0 else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """The state as a JSON-safe dict."""
-        return {"version": VERSION, **statistics_of(self._state)}
+        return {"version": VERSION, **statistics_of(self._state.parts()[0])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the state. Raises ValueError on anything that :meth:`state_dict` cannot have written."""
@@ -94,7 +99,9 @@ class Prior:
         self.load_state_dict(state)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Prior) and self._state.parts() == other._state.parts()
+        if not isinstance(other, Prior):
+            return NotImplemented
+        return self._state.parts() == other._state.parts()
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
@@ -107,9 +114,8 @@ class Prior:
         )
 
 
-def statistics_of(state: _core.State) -> dict[str, Any]:
+def statistics_of(parts: tuple[float, ...]) -> dict[str, Any]:
     """The nine numbers of a prior, named."""
-    parts = state.parts()[0]
     return {
         "rewards": dict(zip(_MOMENTS, parts[0:3], strict=True)),
         "group_means": dict(zip(_MOMENTS, parts[3:6], strict=True)),
@@ -142,6 +148,6 @@ def _number(state: Mapping[str, Any], *path: str) -> float:
         if not isinstance(value, Mapping) or name not in value:
             raise ValueError(f"state has no field {'.'.join(path)!r}: pass what state_dict() returned")
         value = value[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"state field {'.'.join(path)!r} is {value!r}: expected a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
+        raise ValueError(f"state field {'.'.join(path)!r} is {value!r}: expected a finite number")
     return float(value)

@@ -11,7 +11,7 @@ Symbols, as in the paper: ``r`` rewards, ``n`` valid rows of a group (the paper'
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,9 @@ class EBPO:
         if step is not None and self.step is not None and step <= self.step:
             update = False  # a retry or a replay: the prior already holds this batch
         before = self.prior
-        after = before.decay(self.decay).merge(Prior.of(members))
+        batch = Prior.of(members)
+        decayed = before.decay(self.decay) if batch.rewards.count else before  # a batch of nothing leaves no trace
+        after = decayed.merge(batch)
         scored_with = after if update and self.score == "after" else before
 
         raw = np.zeros_like(r)
@@ -174,7 +176,7 @@ class EBPO:
             prior = scored_with
             if self.leave_one_out and update:
                 others = members[:m] + members[m + 1 :]
-                prior = before.decay(self.decay).merge(Prior.of(others))
+                prior = decayed.merge(Prior.of(others))
             rows = valid & (index == m)
             raw[rows] = r[rows] - self.baseline(prior, group)
         if update:
@@ -258,8 +260,3 @@ def james_stein_group(group: Array, others: list[Array]) -> Array:
     # r - [(1 - lam) mu^{-i} + lam mubar], where r - mu^{-i} = n / (n - 1) (r - mu)
     inner = (group - mean(group)) * n / (n - 1)
     return inner + lam * ((group - inner) - between.mean)
-
-
-def fresh(estimator: EBPO) -> EBPO:
-    """The same options with an empty prior."""
-    return replace(estimator, prior=Prior(), step=None)

@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"{USAGE}\nebpo: no command {command!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    # Read by OpenMP when torch is loaded. On a CPU that other programs use too, threads that spin while they wait for
-    # each other make a step several times slower; sleeping ones cost nothing measurable on an idle one.
+    # Read by OpenMP when torch is loaded: on a CPU that other programs use too, threads that spin while they wait for
+    # each other made a step of the demo five times slower than threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         for module in NEEDED[command]:

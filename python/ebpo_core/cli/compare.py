@@ -60,10 +60,11 @@ def paired_interval(differences: NDArray[np.float64]) -> Interval:
 
 def _without_output(flags: Sequence[str]) -> list[str]:
     """The flags that decide what a run does, which its place on the disk does not."""
+    names = ("--output_dir", "--output-dir")
     return [
         flag
         for previous, flag in zip(["", *flags], flags, strict=False)
-        if previous != "--output_dir" and not flag.startswith("--output_dir")
+        if previous not in names and not flag.startswith(names)
     ]
 
 

@@ -120,7 +120,16 @@ def plot_runs(logs: dict[str, Log], output: str | Path, *, title: str | None = N
         reward.legend(frameon=False, ncols=len(logs), **beside_title)
     handles, labels = saturated.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    saturated.legend(unique.values(), unique.keys(), frameon=False, ncols=3, fontsize=9, **beside_title)
+    saturated.legend(
+        unique.values(),
+        unique.keys(),
+        frameon=False,
+        ncols=3,
+        fontsize=9,
+        handlelength=1.6,
+        columnspacing=1.0,
+        **beside_title,
+    )
     if title:
         figure.suptitle(title, fontsize=12)
     path = Path(output)

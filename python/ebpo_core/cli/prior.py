@@ -22,7 +22,7 @@ def summarize(path: str) -> dict[str, Any]:
     content = read_prior(path)
     state = content["ebpo"]
     if not isinstance(state.get("options"), dict):
-        raise ValueError(f"{str(path)!r} holds no options: it is damaged, use another checkpoint")  # noqa: TRY004
+        raise ValueError(f"{str(path)!r} holds no options: it is damaged, use another checkpoint")
     ebpo = ebpo_core.EBPO(**state["options"])
     ebpo.load_state_dict(state)
     prior, options = ebpo.prior, ebpo.options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -211,7 +212,8 @@ def _write_result(
 def main(argv: Sequence[str]) -> int:
     """Train as the YAML file and the flags say."""
     arguments, config, model_config = parse(argv)
-    console = Console()
+    # Of several processes the first one talks; the variable is what torchrun and accelerate set.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     done = run(arguments, config, model_config, console)
     if done.before is not None and done.after is not None:
         print_pass_at_1(console, {"before": done.before, "after": done.after}, "pass@1 on held-out prompts")

@@ -166,10 +166,11 @@ def load_model(
         options = {"use_safetensors": True, **options}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **files, **options)
     if gguf_file:
-        # What came out of the file is plain float weights; left in place, these marks make `save_pretrained` refuse.
-        for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-            if hasattr(owner, mark):
-                delattr(owner, mark)
+        # What came out of the file is plain float weights; left in place, these marks make the trainer refuse to train
+        # the model and `save_pretrained` to save it.
+        for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(model).pop(mark, None)
+        vars(model.config).pop("quantization_config", None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

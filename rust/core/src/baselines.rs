@@ -40,7 +40,7 @@ impl Method {
     pub fn affine(self, groups: &GroupStats, eps: f64) -> Result<Affine, Error> {
         check_eps(eps)?;
         let scale = |n: f64, ssw: f64| match self {
-            Self::Grpo if ssw > 0.0 => 1.0 / ((ssw / (n - 1.0)).sqrt() + eps),
+            Self::Grpo if ssw / (n - 1.0) > 0.0 => 1.0 / ((ssw / (n - 1.0)).sqrt() + eps),
             Self::Rloo if n > 1.0 => n / (n - 1.0),
             Self::DrGrpo => 1.0,
             _ => 0.0,

@@ -11,7 +11,7 @@ use pulp::{Arch, NullaryFnOnce};
 use crate::estimator::{Shrinkage, inverse_scale};
 use crate::groups::in_range;
 use crate::lanes::{LANES, fold, mean_and_squares, mean_and_ssw};
-use crate::{Float, Moments, Options, Prior};
+use crate::{Float, Moments, Options, Prior, threads};
 
 /// Groups reduced together; fixed, because it decides the order of rounding.
 const BLOCK: usize = 512;
@@ -32,88 +32,61 @@ impl<'a, T: Float> EqualGroups<'a, T> {
         (size > 0 && !rewards.is_empty() && rewards.len().is_multiple_of(size)).then_some(Self { rewards, size })
     }
 
-    /// Stateless EBPO advantages into `out` with the batch as its own prior (`score = After`, no leave-one-out).
+    /// Stateless EBPO advantages into `out`: the batch is its own prior, and every other option is at its default.
     ///
     /// Returns false, with `out` untouched, if a reward is NaN, infinite or near the bound of magnitude: the general path
-    /// must then look at each row.
+    /// must then look at each row. No result can overflow: divided by the batch's own spread, no advantage exceeds the
+    /// square root of the number of rewards.
     ///
     /// # Panics
     /// If `out` is not as long as the rewards.
-    pub fn advantages(&self, options: &Options, threads: usize, out: &mut [T]) -> bool {
+    pub fn advantages(&self, eps: f64, threads: usize, out: &mut [T]) -> bool {
         assert_eq!(out.len(), self.rewards.len());
         match self.size {
             // A group size known to the compiler lets it keep a whole group in registers.
-            2 => self.run::<2>(options, threads, out),
-            4 => self.run::<4>(options, threads, out),
-            8 => self.run::<8>(options, threads, out),
-            16 => self.run::<16>(options, threads, out),
-            32 => self.run::<32>(options, threads, out),
-            _ => self.run::<0>(options, threads, out),
+            2 => self.run::<2>(eps, threads, out),
+            4 => self.run::<4>(eps, threads, out),
+            8 => self.run::<8>(eps, threads, out),
+            16 => self.run::<16>(eps, threads, out),
+            32 => self.run::<32>(eps, threads, out),
+            _ => self.run::<0>(eps, threads, out),
         }
     }
 
     /// `G` is the group size, or 0 for one known at run time.
-    fn run<const G: usize>(&self, options: &Options, threads: usize, out: &mut [T]) -> bool {
+    fn run<const G: usize>(&self, eps: f64, threads: usize, out: &mut [T]) -> bool {
         let threads = threads.clamp(1, self.rewards.len().div_ceil(Self::SHARE));
         let mut means = vec![0.0; self.rewards.len() / self.size];
-        let sums = self.statistics::<G>(threads, &mut means);
-        let prior = sums.into_prior(self.size as f64);
+        let prior = self.statistics::<G>(threads, &mut means).into_prior(self.size as f64);
         if !in_range(prior.rewards().mean(), prior.rewards().m2()) {
             return false;
         }
-        self.write::<G>(Map::new(&prior, self.size as f64, options), threads, &means, out);
+        self.write::<G>(Map::new(&prior, self.size as f64, eps), threads, &means, out);
         true
     }
 
     fn statistics<const G: usize>(&self, threads: usize, means: &mut [f64]) -> Sums {
-        let mut total = Sums::default();
         let groups = self.groups_of_share(threads);
-        if threads == 1 {
-            let each = |sums: Sums| total.merge(&sums);
-            Arch::new().dispatch(Blocks::<T, _, G> { rewards: self.rewards, size: self.size, means, each });
-            return total;
-        }
-        let reduce = |(rewards, means): (&[T], &mut [f64])| {
+        let shares = self.rewards.chunks(groups * self.size).zip(means.chunks_mut(groups));
+        let reduced = threads::map(threads, shares, |(rewards, means)| {
             let mut sums = Vec::with_capacity(groups / BLOCK);
             let each = |block| sums.push(block);
             Arch::new().dispatch(Blocks::<T, _, G> { rewards, size: self.size, means, each });
             sums
-        };
-        std::thread::scope(|scope| {
-            let mut shares = self.rewards.chunks(groups * self.size).zip(means.chunks_mut(groups));
-            let first = shares.next();
-            let others: Vec<_> = shares.map(|share| scope.spawn(move || reduce(share))).collect();
-            let mut merge = |sums: Vec<Sums>| {
-                for block in &sums {
-                    total.merge(block);
-                }
-            };
-            // The first share is this thread's own: one thread less to start.
-            first.map(reduce).map(&mut merge);
-            for other in others {
-                // A panic of a worker is a bug of ours; pass it on as it is.
-                merge(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-            }
         });
+        let mut total = Sums::default();
+        for block in reduced.iter().flatten() {
+            total.merge(block);
+        }
         total
     }
 
     fn write<const G: usize>(&self, map: Map, threads: usize, means: &[f64], out: &mut [T]) {
         let groups = self.groups_of_share(threads);
         let rows = groups * self.size;
-        let write = |((rewards, means), out)| {
+        let shares = self.rewards.chunks(rows).zip(means.chunks(groups)).zip(out.chunks_mut(rows));
+        threads::map(threads, shares, |((rewards, means), out)| {
             Arch::new().dispatch(Write::<T, G> { map, rewards, size: self.size, means, out });
-        };
-        let mut shares = self.rewards.chunks(rows).zip(means.chunks(groups)).zip(out.chunks_mut(rows));
-        let Some(first) = shares.next() else { return };
-        if threads == 1 {
-            return write(first);
-        }
-        std::thread::scope(|scope| {
-            for share in shares {
-                scope.spawn(move || write(share));
-            }
-            write(first);
         });
     }
 
@@ -187,12 +160,11 @@ struct Map {
     shrink: f64,
     centre: f64,
     scale: f64,
-    /// Whether a difference of two rewards might leave the range of `f32`.
-    saturate: bool,
 }
 
 impl Map {
-    fn new(prior: &Prior, n: f64, options: &Options) -> Self {
+    fn new(prior: &Prior, n: f64, eps: f64) -> Self {
+        let options = &Options { eps, ..Options::default() };
         let (rewards, means) = (prior.rewards(), prior.means());
         let shrink = Shrinkage::new(prior, options).factor(n);
         let squares = prior.ssw() + n * shrink * shrink * means.m2();
@@ -202,7 +174,6 @@ impl Map {
             // mean 0, so every `normalize` centres here.
             centre: means.mean(),
             scale: inverse_scale(options, rewards.count(), squares),
-            saturate: rewards.m2() > 1e70 || rewards.mean().abs() > 1e35,
         }
     }
 }
@@ -241,12 +212,6 @@ impl Map {
     fn write<T: Float>(self, rows: &[T], mean: f64, out: &mut [T]) {
         // Opaque to the compiler, which would otherwise vectorise across groups: it would shuffle more than it computes.
         let offset = black_box(mean + self.shrink * (self.centre - mean));
-        if self.saturate {
-            for (reward, out) in rows.iter().zip(out) {
-                *out = T::narrow(((reward.widen() - offset) * self.scale).clamp(-T::MAX, T::MAX));
-            }
-            return;
-        }
         let advantage = |reward: T| T::narrow((reward.widen() - offset) * self.scale);
         // Arrays by value become vectors without a proof that `rows` and `out` are apart.
         let (chunks, rest) = rows.as_chunks::<LANES>();

@@ -72,10 +72,13 @@ impl State {
         let replayed = matches!((step, self.step), (Some(new), Some(last)) if new <= last);
         let update = update && !replayed;
         let before = self.prior;
+        let batch = Prior::of(groups);
         let mut decayed = before;
-        decayed.decay(options.decay);
+        if !batch.is_empty() {
+            decayed.decay(options.decay); // rows that do not count never touch the prior, hence neither does time
+        }
         let mut after = decayed;
-        after.merge(&Prior::of(groups));
+        after.merge(&batch);
 
         let prior = if update && options.score == Score::After { after } else { before };
         let shrunk = if update && options.leave_one_out {

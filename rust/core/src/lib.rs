@@ -31,6 +31,7 @@ mod lanes;
 mod moments;
 mod options;
 mod prior;
+mod threads;
 
 pub use baselines::Method;
 pub use batch::{Affine, Batch, Layout, apply};

@@ -26,9 +26,18 @@ impl Prior {
             let (field, value) = ("group_means.count", means.count());
             return Err(Error::InvalidState { field, value, expected: "0 exactly when rewards.count is 0" });
         }
-        if means.count() > rewards.count() * (1.0 + 1e-9) {
-            let (field, value) = ("group_means.count", means.count());
-            return Err(Error::InvalidState { field, value, expected: "at most rewards.count" });
+        // What holds exactly of data holds of the stored sums up to their rounding.
+        let (n, slack) = (rewards.count(), 1e-6);
+        let checks = [
+            ("group_means.count", means.count(), means.count() <= n * (1.0 + slack), "at most rewards.count"),
+            ("ssw", ssw, ssw <= rewards.m2() * (1.0 + slack), "at most rewards.m2"),
+            ("dof", dof, (dof - (n - means.count())).abs() <= slack * n, "rewards.count - group_means.count"),
+            ("inv_n", inv_n, inv_n <= means.count() * (1.0 + slack), "at most group_means.count"),
+        ];
+        for (field, value, holds, expected) in checks {
+            if !holds {
+                return Err(Error::InvalidState { field, value, expected });
+            }
         }
         Ok(Self { rewards, means, ssw, dof, inv_n })
     }

@@ -87,10 +87,10 @@ proptest! {
     }
 
     #[test]
-    fn fast_path_equals_general_path((rewards, size) in groups(), threads in 1_usize..4) {
-        let general = ebpo(&rewards, Layout::Equal { size }, &Options::default());
+    fn fast_path_equals_general_path((rewards, size) in groups(), eps in 1e-9_f64..1.0) {
+        let general = ebpo(&rewards, Layout::Equal { size }, &Options { eps, ..Options::default() });
         let mut fast = vec![f64::NAN; rewards.len()];
-        prop_assert!(EqualGroups::new(&rewards, size).unwrap().advantages(&Options::default(), threads, &mut fast));
+        prop_assert!(EqualGroups::new(&rewards, size).unwrap().advantages(eps, 1, &mut fast));
         for (f, g) in fast.iter().zip(&general) {
             prop_assert!(close(*f, *g, 10.0), "{} {}", f, g);
         }
@@ -198,7 +198,7 @@ fn rewards_out_of_range_are_found_wherever_they_are() {
             assert_eq!(GroupStats::collect(&equal), expected);
             assert_eq!(GroupStats::collect(&coded), expected);
             let mut out = [7.0; 6];
-            assert!(!EqualGroups::new(&rewards, 3).unwrap().advantages(&Options::default(), 1, &mut out));
+            assert!(!EqualGroups::new(&rewards, 3).unwrap().advantages(1e-6, 1, &mut out));
             assert_eq!(out, [7.0; 6]);
         }
     }
@@ -210,7 +210,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
     let groups = EqualGroups::new(&rewards, 2).unwrap();
     let with = |threads: usize| {
         let mut out = vec![f64::NAN; rewards.len()];
-        assert!(groups.advantages(&Options::default(), threads, &mut out));
+        assert!(groups.advantages(1e-6, threads, &mut out));
         out
     };
     let alone = with(1);
@@ -277,6 +277,46 @@ fn a_replayed_step_scores_and_does_not_update() {
     let kept = state;
     let again = state.advance(&Options::default(), &batch, true, Some(5));
     assert_eq!((again.affine, state), (first.affine, kept));
+}
+
+#[test]
+fn a_batch_without_a_valid_row_leaves_the_prior_alone() {
+    let options = Options { decay: 0.5, ..Options::default() };
+    let mut state = State::default();
+    state.advance(&options, &stats(&[1.0, 0.0], Layout::Equal { size: 2 }), true, Some(1));
+    let kept = state.prior;
+    state.advance(&options, &stats(&[f64::NAN, f64::NAN], Layout::Equal { size: 2 }), true, Some(2));
+    assert_eq!((state.prior, state.step), (kept, Some(2)));
+}
+
+#[test]
+fn impossible_priors_are_refused() {
+    let rewards = Moments::from_parts(12.0, 0.5, 3.0).unwrap();
+    let means = Moments::from_parts(3.0, 0.5, 0.25).unwrap();
+    assert!(Prior::from_parts(rewards, means, 2.0, 9.0, 0.75).is_ok());
+    let empty = Moments::default();
+    for (r, m, ssw, dof, inv_n) in [
+        (rewards, means, 3.1, 9.0, 0.75),
+        (rewards, means, 2.0, 8.0, 0.75),
+        (rewards, means, 2.0, 9.0, 3.1),
+        (rewards, means, -1.0, 9.0, 0.75),
+        (rewards, means, 2.0, f64::NAN, 0.75),
+        (rewards, empty, 2.0, 9.0, 0.75),
+        (empty, means, 0.0, 0.0, 0.0),
+        (means, rewards, 0.1, 0.0, 0.75),
+    ] {
+        assert!(Prior::from_parts(r, m, ssw, dof, inv_n).is_err(), "{r:?} {m:?} {ssw} {dof} {inv_n}");
+    }
+}
+
+#[test]
+fn tiny_spreads_without_eps_stay_finite() {
+    let rewards = [0.0, 2e-162, -1e-162, -1e-162];
+    for method in [Method::Grpo, Method::ReinforcePp, Method::Rloo, Method::JamesStein] {
+        let layout = Layout::Equal { size: 4 };
+        let affine = method.affine(&stats(&rewards, layout), 0.0).unwrap();
+        assert!(written(&rewards, layout, &affine).iter().all(|a| a.abs() < 10.0), "{method:?}");
+    }
 }
 
 #[test]

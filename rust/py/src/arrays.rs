@@ -3,7 +3,7 @@
 use std::num::NonZero;
 use std::sync::OnceLock;
 
-use ebpo_core::{Affine, Batch, EqualGroups, Float, GroupStats, Layout, Method, Options, apply};
+use ebpo_core::{Batch, EqualGroups, Float, GroupStats, Layout, Method, Options, apply};
 use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -38,39 +38,22 @@ pub(crate) enum Groups<'py> {
 
 pub(crate) type Mask<'py> = Option<PyReadonlyArray1<'py, bool>>;
 
-/// Build the batch and run `f` on it, with the interpreter released if the batch is large.
-pub(crate) fn with_batch<T: Float + Element, R: Send>(
-    py: Python<'_>,
-    rewards: &PyReadonlyArray1<'_, T>,
-    groups: &Groups<'_>,
-    mask: &Mask<'_>,
-    f: impl FnOnce(&Batch<'_, T>) -> R + Send,
-) -> Result<R> {
-    let rewards = slice(rewards)?;
+/// The batch that borrowed arrays hold.
+pub(crate) fn batch_of<'a, T: Float + Element>(
+    rewards: &'a PyReadonlyArray1<'_, T>,
+    groups: &'a Groups<'_>,
+    mask: &'a Mask<'_>,
+) -> Result<Batch<'a, T>> {
     let layout = match groups {
         Groups::Equal(size) => Layout::Equal { size: *size },
         Groups::Codes((codes, groups)) => Layout::Codes { codes: slice(codes)?, groups: *groups },
     };
-    let mask = mask.as_ref().map(slice).transpose()?;
-    let batch = Batch::new(rewards, layout, mask)?;
-    Ok(if rewards.len() >= DETACH { py.detach(|| f(&batch)) } else { f(&batch) })
+    Ok(Batch::new(slice(rewards)?, layout, mask.as_ref().map(slice).transpose()?)?)
 }
 
-/// The advantages of a batch as a new flat array.
-pub(crate) fn write<'py, T: Float + Element>(
-    py: Python<'py>,
-    rewards: &PyReadonlyArray1<'py, T>,
-    groups: &Groups<'_>,
-    mask: &Mask<'_>,
-    affine: &Affine,
-) -> Result<Bound<'py, PyAny>> {
-    let out = PyArray1::<T>::zeros(py, rewards.len(), false);
-    {
-        let mut writable = out.try_readwrite()?;
-        let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
-        with_batch(py, rewards, groups, mask, |batch| apply(batch, affine, slots))?;
-    }
-    Ok(out.into_any())
+/// Run a kernel over `rows` rewards, with the interpreter released if they are many.
+pub(crate) fn detached<R: Send>(py: Python<'_>, rows: usize, kernel: impl FnOnce() -> R + Send) -> R {
+    if rows >= DETACH { py.detach(kernel) } else { kernel() }
 }
 
 fn slice<'a, T: Element>(array: &'a PyReadonlyArray1<'_, T>) -> Result<&'a [T]> {
@@ -106,8 +89,17 @@ fn baseline<'py, T: Float + Element>(
     groups: &Groups<'_>,
     mask: &Mask<'_>,
 ) -> Result<Bound<'py, PyAny>> {
-    let stats = with_batch(py, rewards, groups, mask, GroupStats::collect)??;
-    write(py, rewards, groups, mask, &method.affine(&stats, eps)?)
+    let batch = batch_of(rewards, groups, mask)?;
+    let out = PyArray1::<T>::zeros(py, rewards.len(), false);
+    let mut writable = out.try_readwrite()?;
+    let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
+    detached(py, rewards.len(), || {
+        let stats = GroupStats::collect(&batch)?;
+        apply(&batch, &method.affine(&stats, eps)?, slots);
+        Ok::<_, ebpo_core::Error>(())
+    })?;
+    drop(writable);
+    Ok(out.into_any())
 }
 
 /// Default EBPO advantages of an `(M, G)` matrix with the batch as its own prior, in full speed.
@@ -138,13 +130,8 @@ fn equal<'py, T: Float + Element>(rewards: &Bound<'py, PyArray2<T>>) -> Result<O
     let out = new_like(rewards)?;
     let mut writable = out.try_readwrite()?;
     let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
-    let options = Options::default();
-    let done = if values.len() >= DETACH {
-        let threads = threads();
-        py.detach(|| groups.advantages(&options, threads, slots))
-    } else {
-        groups.advantages(&options, 1, slots)
-    };
+    let eps = Options::default().eps;
+    let done = detached(py, values.len(), || groups.advantages(eps, threads(), slots));
     drop(writable);
     Ok(done.then(|| out.into_any()))
 }

@@ -5,7 +5,7 @@ use hashbrown::HashMap;
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyFloat, PyString};
+use pyo3::types::{PyDict, PyString};
 
 use crate::error::{BindingError, Result};
 
@@ -60,7 +60,8 @@ pub(crate) fn codes_of_objects<'py>(py: Python<'py>, ids: Vec<Bound<'py, PyAny>>
 }
 
 fn code_of_object(seen: &Bound<'_, PyDict>, row: usize, id: &Bound<'_, PyAny>, next: u32) -> Result<u32> {
-    let missing = id.is_none() || id.cast::<PyFloat>().is_ok_and(|id| id.value().is_nan());
+    // NaN, NaT and the like are not equal to themselves; NA refuses to say.
+    let missing = id.is_none() || id.ne(id).unwrap_or(true);
     if missing {
         let message = format!("groups[{row}] is {id}, which names no group: give every reward the id of its prompt");
         return Err(PyValueError::new_err(message).into());

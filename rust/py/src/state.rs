@@ -1,13 +1,13 @@
-//! The estimator's state behind a lock that is only ever held for a few arithmetic operations.
+//! The estimator's state behind a lock, held for arithmetic over the groups' statistics and never while anything waits.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use ebpo_core::{Batch, Float, GroupStats, Moments, Options, Prior, Sigma2, State, Tau2};
-use numpy::{Element, IntoPyArray, PyArray1, PyReadonlyArray1};
+use ebpo_core::{Float, GroupStats, Moments, Options, Prior, Sigma2, State, Tau2, apply};
+use numpy::{Element, IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use crate::arrays::{Groups, Mask, Rewards, with_batch, write};
-use crate::error::Result;
+use crate::arrays::{Groups, Mask, Rewards, batch_of, detached};
+use crate::error::{BindingError, Result};
 use crate::options::PyOptions;
 
 /// count, mean and M2 of the rewards; the same of the group means; ssw, dof, `inv_n`.
@@ -62,8 +62,8 @@ impl PyState {
     /// Take flat rewards into the prior.
     fn observe<'py>(&self, py: Python<'py>, rewards: Rewards<'py>, groups: Groups<'py>, mask: Mask<'py>) -> Result<()> {
         let stats = match rewards {
-            Rewards::F32(rewards) => with_batch(py, &rewards, &groups, &mask, GroupStats::collect)??,
-            Rewards::F64(rewards) => with_batch(py, &rewards, &groups, &mask, GroupStats::collect)??,
+            Rewards::F32(rewards) => collect(py, &rewards, &groups, &mask)?,
+            Rewards::F64(rewards) => collect(py, &rewards, &groups, &mask)?,
         };
         let batch = Prior::of(&stats);
         self.lock().prior.merge(&batch);
@@ -138,17 +138,21 @@ impl PyState {
         update: bool,
         step: Option<i64>,
     ) -> Result<Advanced<'py>> {
-        let stats = with_batch(py, rewards, groups, mask, GroupStats::collect)??;
+        // Whatever can fail comes before the state changes.
+        let batch = batch_of(rewards, groups, mask)?;
+        let out = PyArray1::<T>::zeros(py, rewards.len(), false);
+        let mut writable = out.try_readwrite()?;
+        let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
+        let stats = detached(py, rewards.len(), || GroupStats::collect(&batch))?;
         let scored = self.lock().advance(options, &stats, update, step);
-        let advantages = write(py, rewards, groups, mask, &scored.affine)?;
 
         let before = scored.before.rewards();
         let spread = before.variance(0).sqrt();
-        let outlier = if spread > 0.0 {
-            with_batch(py, rewards, groups, mask, |batch: &Batch<'_, T>| batch.max_distance(before.mean()))? / spread
-        } else {
-            f64::NAN
-        };
+        let outlier = detached(py, rewards.len(), || {
+            apply(&batch, &scored.affine, slots);
+            if spread > 0.0 { batch.max_distance(before.mean()) / spread } else { f64::NAN }
+        });
+        drop(writable);
         let prior = scored.prior;
         let or_nan = |value: f64| if prior.is_empty() { f64::NAN } else { value };
         let (fail, pass) = stats.saturated(if prior.is_empty() { 0.0 } else { prior.rewards().mean() });
@@ -162,6 +166,16 @@ impl PyState {
         );
         let vector = |values: Vec<f64>| values.into_pyarray(py);
         let vectors = (vector(scored.shrinkage), vector(scored.baseline), vector(stats.counts()));
-        Ok((advantages, vectors, scalars))
+        Ok((out.into_any(), vectors, scalars))
     }
+}
+
+fn collect<T: Float + Element>(
+    py: Python<'_>,
+    rewards: &PyReadonlyArray1<'_, T>,
+    groups: &Groups<'_>,
+    mask: &Mask<'_>,
+) -> Result<GroupStats> {
+    let batch = batch_of(rewards, groups, mask)?;
+    Ok(detached(py, rewards.len(), || GroupStats::collect(&batch))?)
 }
