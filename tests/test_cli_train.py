@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,14 @@ pytest.importorskip("trl")
 pytest.importorskip("rich")
 
 import torch
+from rich.console import Console
 from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from ebpo_core.cli import main
 from ebpo_core.cli.arguments import parse
 from ebpo_core.cli.plot import read_log
-from ebpo_core.cli.progress import JsonlCallback
+from ebpo_core.cli.progress import JsonlCallback, bar
 from ebpo_core.cli.train import build_trainer, resolve_resume
 from ebpo_core.tasks.loading import load_model, load_task
 from ebpo_core.tasks.tiny_model import save_tiny_model
@@ -187,6 +189,21 @@ def test_a_new_run_starts_its_log_anew_and_numbers_that_json_lacks_become_null(t
     other = TrainerState(is_world_process_zero=False, global_step=1)
     callback.on_log(None, other, None, logs={"reward": 1.0})
     assert len(callback.path.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_on_a_terminal_and_in_a_file(terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120)
+    with bar(console, "Training", 40) as shown:
+        for step in range(1, 41):
+            shown.update(step, f"note [{step}]")
+    text = out.getvalue()
+    assert "40/40" in text
+    assert "note [40]" in text
+    if not terminal:
+        assert text.splitlines()[0] == "Training 4/40  note [4]"
+        assert len(text.splitlines()) == 10
 
 
 def test_reasoning_gym_task_trains_with_our_comparison(model: str, tmp_path: Path) -> None:

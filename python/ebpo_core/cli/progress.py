@@ -39,7 +39,7 @@ class Bar:
         self.task = TaskID(0)
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self.progress = Progress(*columns, Remaining(), TextColumn("{task.fields[note]}"), console=console)
+            self.progress = Progress(*columns, Remaining(), TextColumn("{task.fields[note]}", markup=False), console=console)
             self.task = self.progress.add_task(name, total=total, completed=done, note="")
             self.progress.start()
 
