@@ -38,9 +38,13 @@ pub(crate) fn mean<T: Float>(x: &[T], inv_len: f64) -> f64 {
     let first = x[0].widen();
     let mut lanes = [0.0; LANES];
     if T::EXACT_SUM && x.len() <= 1 << 28 {
-        // 1/len is rounded, so len equal values need not divide back to themselves: only the excess is scaled by it.
         accumulate(&mut lanes, x, |v| v);
-        first + (fold(lanes) - first * x.len() as f64) * inv_len
+        let sum = fold(lanes);
+        if x.len().is_power_of_two() {
+            return sum * inv_len; // 1/len is exact, so len equal values divide back to themselves
+        }
+        // Otherwise they need not: only the excess over the first value is scaled by the rounded 1/len.
+        first + (sum - first * x.len() as f64) * inv_len
     } else {
         accumulate(&mut lanes, x, |v| v - first);
         first + fold(lanes) * inv_len
