@@ -123,7 +123,7 @@ def check_alpha(alpha: object) -> float:
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha is {alpha!r}: pass a real number")
     value = float(alpha)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # traceable when torch.compile makes it symbolic, unlike math.isfinite
         raise ValueError(f"alpha is {alpha!r}: pass a finite number")
     return value
 

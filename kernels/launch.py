@@ -78,9 +78,7 @@ class Tokens(NamedTuple):
     scores: Tensor | None
 
 
-def tokens(
-    step: Step, given: Tensor | None, logprobs: bool, tile: Tile | None = None
-) -> tuple[Tokens, list[Launch]]:
+def tokens(step: Step, given: Tensor | None, logprobs: bool, tile: Tile | None = None) -> tuple[Tokens, list[Launch]]:
     """Argmax (unless token ids are given) and log-probabilities (if asked for)."""
     from .triton_select import finish_kernel, partial_kernel
 
@@ -238,7 +236,9 @@ def _fused_arguments(step: Step, no_expert: bool = False) -> dict[str, Any]:
         "router_stride": step.router.stride(0),
         "expert_ptrs": tuple(experts),
         "expert_strides": strides,
-        "expert_rows": tuple(expert.shape[-2] for expert in experts),
+        # Triton's launcher specialises numbers inside a tuple whatever it is told: 1 becomes a constant, multiples of 16
+        # are marked. Ragged experts have new ones at every step, so they travel as numbers that are neither.
+        "expert_rows": tuple(32 * expert.shape[-2] + 17 for expert in experts),
         "expert_stride": expert_stride,
         "selection_ptr": selection,
         "selection_row_stride": selection.stride(0) if selection is not None else 0,

@@ -73,6 +73,7 @@ def lm_head_select_add_argmax(
         return select_add_argmax(router_hidden.float() @ router_head[:V].float().T, weights, experts, alpha=alpha)
     if torch.compiler.is_compiling() or not ops.plain(*tensors):
         raise TypeError("lm_head_select_add_argmax is not a registered operator yet: call it outside of torch.compile")
+    ops.require_triton()
     ids = weights.argmax(dim=-1) if weights.ndim == 2 else weights.long()
     tokens, launches = launch.lm_heads(router_hidden, router_head, ids, expert_hidden, heads, alpha, V)
     if router_hidden.shape[0]:

@@ -23,6 +23,17 @@ def fuses_on(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
+def require_triton() -> None:
+    """Import Triton, or say how to get it."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'the kernels need Triton for tensors of a GPU: pip install "ebpo-core[kernels]" (Linux), or move the logits '
+            "to the CPU"
+        ) from error
+
+
 def direct(step: Step) -> bool:
     """Whether the dispatcher can be skipped: not traced, and no tensor is a stand-in for another."""
     return not torch.compiler.is_compiling() and plain(step.router, *step.experts)
@@ -44,7 +55,9 @@ _library.define(
 def select_add_tokens(step: Step, tokens: Tensor | None, logprobs: bool) -> _Five:
     """Token ids (empty when given), expert ids, fused logits, log-probabilities, scores; empty where not asked for."""
     if direct(step):
-        return _tokens_triton(step, tokens, logprobs) if fuses_on(step.router.device) else _tokens(step, tokens, logprobs)
+        return (
+            _tokens_triton(step, tokens, logprobs) if fuses_on(step.router.device) else _tokens(step, tokens, logprobs)
+        )
     out: _Five = torch.ops.ebpo_core.select_add_tokens(*_flat(step), tokens, logprobs)
     return out
 
@@ -61,6 +74,7 @@ def _tokens(step: Step, tokens: Tensor | None, logprobs: bool) -> _Five:
 
 
 def _tokens_triton(step: Step, tokens: Tensor | None, logprobs: bool) -> _Five:
+    require_triton()
     out, launches = launch.tokens(step, tokens, logprobs)
     if step.batch:
         launch.run(launches, step.router.device)
@@ -108,6 +122,7 @@ def _add(step: Step) -> tuple[Tensor, Tensor]:
 
 
 def _add_triton(step: Step) -> tuple[Tensor, Tensor]:
+    require_triton()
     out, ids, launches = launch.add(step)
     if step.batch:
         launch.run(launches, step.router.device)
@@ -150,6 +165,7 @@ def select_add_sample(
 def _sample_triton(
     step: Step, filters: Filters, seed: Tensor | None, position: Tensor | int | None, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    require_triton()
     tokens, ids, launches = launch.sample(step, filters, seed, position, noise)
     if step.batch:
         launch.run(launches, step.router.device)

@@ -95,7 +95,7 @@ def _number(name: str, value: object, step: Step, low: float, high: float = math
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}: pass a number, or a tensor [B] of float32")
     number = float(value)
-    if not low <= number <= high or math.isinf(number):
+    if not low <= number <= high or number == math.inf:
         raise ValueError(f"{name} is {value!r}: pass a finite number from {low:g} to {high:g}")
     return number
 

@@ -53,7 +53,7 @@ def gumbel_tile(seed, step, start, BLOCK: tl.constexpr):
     return gumbel(tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
 
 
-@triton.jit(do_not_specialize=["expert_rows", "batch", "step"])
+@triton.jit(do_not_specialize=["batch", "step"])
 def sample_kernel(
     router_ptr,
     router_stride,

@@ -18,6 +18,7 @@ from .triton_tiles import (
     best_of,
     fuse,
     fused_tile,
+    has_row,
     key_score,
     log_sum,
     score_key,
@@ -26,7 +27,7 @@ from .triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["expert_rows", "batch"])
+@triton.jit(do_not_specialize=["batch"])
 def partial_kernel(
     router_ptr,
     router_stride,
@@ -110,7 +111,7 @@ def partial_kernel(
             tl.store(expert_rows_ptr + row, expert_row)
 
 
-@triton.jit(do_not_specialize=["expert_rows", "batch"])
+@triton.jit(do_not_specialize=["batch"])
 def finish_kernel(
     router_ptr,
     router_stride,
@@ -171,7 +172,7 @@ def finish_kernel(
             for j in tl.static_range(len(expert_ptrs)):
                 exists = expert == j
                 if FORM == _RAGGED:
-                    exists = exists & (expert_row < expert_rows[j])
+                    exists = exists & has_row(expert_rows[j], expert_row)
                 if exists:
                     at = expert_ptrs[j] + expert_row.to(tl.int64) * expert_strides[j] + column
                     chosen = tl.load(at).to(tl.float32)
@@ -188,7 +189,7 @@ def finish_kernel(
         tl.store(scores_ptr + row, tl.where(inside, score, float("nan")))
 
 
-@triton.jit(do_not_specialize=["expert_rows", "batch"])
+@triton.jit(do_not_specialize=["batch"])
 def add_kernel(
     router_ptr,
     router_stride,

@@ -70,7 +70,7 @@ def load_tile(row_ptr, offsets, start, V: tl.constexpr, BLOCK: tl.constexpr):
     vector width would turn 16-byte loads into 2-byte ones."""
     if V % BLOCK == 0:
         x = tl.load(row_ptr + offsets)
-    elif V % 16 == 0:
+    elif V % 8 == 0:
         x = tl.load(row_ptr + offsets, mask=offsets < V, other=0.0)
     else:
         if start + BLOCK <= V:
@@ -121,6 +121,12 @@ def rank_among(ids_ptr, expert, row, batch, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def has_row(rows, row):
+    """Whether a ragged tensor holds the row; ``rows`` is 32 * count + 17 (see launch.py)."""
+    return 32 * row < rows - 17
+
+
+@triton.jit
 def load_expert(
     expert_ptrs,
     expert_strides,
@@ -149,7 +155,7 @@ def load_expert(
         for j in tl.static_range(len(expert_ptrs)):
             exists = expert == j
             if FORM == _RAGGED:
-                exists = exists & (row < expert_rows[j])
+                exists = exists & has_row(expert_rows[j], row)
             if exists:  # only the branch taken is read
                 x = load_tile(expert_ptrs[j] + row_start(row, expert_strides[j], ALIGN), offsets, start, V, BLOCK)
     return x
@@ -197,9 +203,7 @@ def fused_tile(
         chosen = router
         fused = router
     else:
-        expert = select_expert(
-            selection_ptr, selection_row_stride, selection_column_stride, row, N, BLOCK_N, SELECTION
-        )
+        expert = select_expert(selection_ptr, selection_row_stride, selection_column_stride, row, N, BLOCK_N, SELECTION)
         if FORM == _RAGGED:
             expert_row = rank_among(selection_ptr, expert, row, batch, 256)
         chosen = load_expert(

@@ -39,13 +39,20 @@ class Machine(NamedTuple):
         return re.findall(r"\bfma\.rn(?:\.ftz)?\.f32\b|\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f32\w*", self.assembly)
 
 
-def compile_for(target: str, launch) -> Machine:
-    """Compile one ``ebpo_core.kernels.launch.Launch``; its tensors may be on the meta device."""
+def specialized(target: str, launch):
+    """Compiler options, signature, constants and attributes of a launch: what decides which binary serves it."""
     function, backend = launch.kernel, make_backend(TARGETS[target])
     kwargs = {**launch.arguments, **launch.options}
-    bound, specialization, options = create_function_from_signature(function.signature, function.params, backend)(**kwargs)
-    options, signature, constants, attributes = function._pack_args(backend, kwargs, bound, specialization, options)
-    source = ASTSource(function, signature, constants, attributes)
+    bound, specialization, options = create_function_from_signature(function.signature, function.params, backend)(
+        **kwargs
+    )
+    return function._pack_args(backend, kwargs, bound, specialization, options)
+
+
+def compile_for(target: str, launch) -> Machine:
+    """Compile one ``ebpo_core.kernels.launch.Launch``; its tensors may be on the meta device."""
+    options, *description = specialized(target, launch)
+    source = ASTSource(launch.kernel, *description)
     compiled = triton.compile(source, target=TARGETS[target], options=options.__dict__)
     return _amd(compiled.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(compiled.asm)
 

@@ -75,7 +75,10 @@ def test_weights_select_as_argmax_does(dtype):
     assert out.expert_ids.tolist() == [1, 0, 1, 0, 0, 0]
     check(router, weights.T.contiguous().T, experts)
     if dtype == torch.float64:  # a difference float32 does not hold
-        assert check(router[:1], torch.tensor([[1.0, 1.0 + 1e-12, 0.0]], dtype=dtype), [x[:1] for x in experts]).expert_ids == 1
+        assert (
+            check(router[:1], torch.tensor([[1.0, 1.0 + 1e-12, 0.0]], dtype=dtype), [x[:1] for x in experts]).expert_ids
+            == 1
+        )
 
 
 @pytest.mark.parametrize(("value", "expected"), [(-INF, [0, 0]), (NAN, [0, 0]), (INF, [0, 0]), (0.0, [0, 0])])

@@ -157,7 +157,9 @@ def test_draws_fit_the_filtered_policy(filters):
     tokens = select_add_sample(*step, seed=torch.arange(B), step=3, alpha=0.5, **filters).token_ids
     assert_fits(tokens, probabilities(*step, filters, 0.5))
     with pytest.raises(AssertionError):  # the test has the power to tell a policy from its neighbour
-        assert_fits(tokens, probabilities(*step, {**filters, "temperature": filters.get("temperature", 1.0) * 1.2}, 0.5))
+        assert_fits(
+            tokens, probabilities(*step, {**filters, "temperature": filters.get("temperature", 1.0) * 1.2}, 0.5)
+        )
 
 
 def test_a_row_draws_the_same_wherever_it_stands():
@@ -167,7 +169,12 @@ def test_a_row_draws_the_same_wherever_it_stands():
     whole = select_add_sample(router, weights, experts, seed=seed, step=4, **options)
     for rows in ([3], [5, 3, 0]):
         part = select_add_sample(
-            router[rows], weights[rows], [x[rows] for x in experts], seed=seed[rows], step=torch.full((len(rows),), 4), **options
+            router[rows],
+            weights[rows],
+            [x[rows] for x in experts],
+            seed=seed[rows],
+            step=torch.full((len(rows),), 4),
+            **options,
         )
         assert torch.equal(part.token_ids, whole.token_ids[rows])
 
