@@ -94,24 +94,23 @@ def check_step(
         )
     if step.round_sum and len({expert.dtype for expert in experts}) > 1:
         raise ValueError(
-            f"round_sum=True with experts of {sorted(str(x.dtype) for x in experts)}: the dtype to round to would depend "
-            "on the selected expert; give all experts one dtype"
+            f"round_sum=True with experts of {sorted(str(x.dtype) for x in experts)}: the dtype to round to would "
+            "depend on the selected expert; give all experts one dtype"
         )
     return step
 
 
 def check_logits(name: str, tensor: object) -> None:
     """A matrix of logits: ``[rows, V]``, a dtype the kernels read, unit last stride."""
-    check_matrix(name, "[B, V]", tensor)
-    assert isinstance(tensor, Tensor)
-    check_memory(name, tensor)
+    check_memory(name, check_matrix(name, "[B, V]", tensor))
 
 
-def check_matrix(name: str, shape: str, tensor: object) -> None:
+def check_matrix(name: str, shape: str, tensor: object) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: pass a torch.Tensor {shape}")
     if tensor.ndim != 2:
         raise ValueError(f"{name} has shape {list(tensor.shape)}: pass {shape}")
+    return tensor
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:

@@ -106,6 +106,7 @@ def tokens(step: Step, given: Tensor | None, logprobs: bool, tile: Tile | None =
     fused = _fused_arguments(step)
     partial = {
         **fused,
+        "batch": B,
         **scratch,
         **_shape(V, tile.block),
         "ARGMAX": argmax,
@@ -115,6 +116,7 @@ def tokens(step: Step, given: Tensor | None, logprobs: bool, tile: Tile | None =
     finish = {
         **{name: value for name, value in fused.items() if name in kept},
         **scratch,
+        "batch": B,
         "tokens_ptr": out.token_ids,
         "logits_ptr": out.logits,
         "logprobs_ptr": out.logprobs,
@@ -236,14 +238,13 @@ def _fused_arguments(step: Step, no_expert: bool = False) -> dict[str, Any]:
         "router_stride": step.router.stride(0),
         "expert_ptrs": tuple(experts),
         "expert_strides": strides,
-        # Triton's launcher specialises numbers inside a tuple whatever it is told: 1 becomes a constant, multiples of 16
-        # are marked. Ragged experts have new ones at every step, so they travel as numbers that are neither.
+        # Triton's launcher specialises numbers inside a tuple whatever it is told: 1 becomes a constant, multiples of
+        # 16 are marked. Ragged experts have new ones at every step, so they travel as numbers that are neither.
         "expert_rows": tuple(32 * expert.shape[-2] + 17 for expert in experts),
         "expert_stride": expert_stride,
         "selection_ptr": selection,
         "selection_row_stride": selection.stride(0) if selection is not None else 0,
         "selection_column_stride": selection.stride(1) if selection is not None and weights else 0,
-        "batch": step.batch,
         "alpha": step.alpha,
         "N": n,
         "BLOCK_N": _power_of_2(n),

@@ -27,7 +27,7 @@ def gumbel_noise(seed: Tensor, step: Tensor, vocab_size: int) -> Tensor:
     seed, step = seed.long()[:, None], step.long()[:, None]
     counter = [torch.arange(groups, device=seed.device)[None, :], step & _WORD, (step >> 32) & _WORD, 0 * step]
     key = [seed & _WORD, (seed >> 32) & _WORD]
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, key)), dim=-1)
+    words = torch.stack([word.expand(len(seed), groups) for word in philox(counter, key)], dim=-1)
     return gumbel(words.flatten(1)[:, :vocab_size])
 
 

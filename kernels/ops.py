@@ -4,7 +4,10 @@ A registered operator is what torch.compile, export and graph capture see. Going
 call several microseconds of a decode step that takes a few, so plain tensors outside of a trace skip it.
 """
 
+# mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,7 +33,7 @@ def require_triton() -> None:
     except ImportError as error:
         raise ImportError(
             'the kernels need Triton for tensors of a GPU: pip install "ebpo-core[kernels]" (Linux), or move the logits '
-            "to the CPU"
+            "the logits to the CPU"
         ) from error
 
 
@@ -190,27 +193,26 @@ def _step(arguments: tuple[object, ...]) -> tuple[Step, tuple[object, ...]]:
     return step, tuple(rest[3:])
 
 
-def _split_sample(rest: tuple[object, ...]) -> tuple[object, ...]:
-    return (Filters(*rest[:4]), *rest[4:])  # type: ignore[arg-type]
+def _from_flat(function: Callable[..., object]) -> Callable[..., object]:
+    def call(*arguments: object) -> object:
+        step, rest = _step(arguments)
+        if function in (reference.sample, _sample_triton):
+            rest = (Filters(*rest[:4]), *rest[4:])  # type: ignore[arg-type]
+        return function(step, *rest)
+
+    return call
 
 
 def _register() -> None:
-    def with_step(function, regroup=lambda rest: rest):  # type: ignore[no-untyped-def]
-        def call(*arguments: object) -> object:
-            step, rest = _step(arguments)
-            return function(step, *regroup(rest))
-
-        return call
-
-    table = {
-        "select_add_tokens": (_tokens, _tokens_triton, _tokens_fake, lambda rest: rest),
-        "select_add": (_add, _add_triton, _add_fake, lambda rest: rest),
-        "select_add_sample": (reference.sample, _sample_triton, _sample_fake, _split_sample),
+    table: dict[str, tuple[Callable[..., object], ...]] = {
+        "select_add_tokens": (_tokens, _tokens_triton, _tokens_fake),
+        "select_add": (_add, _add_triton, _add_fake),
+        "select_add_sample": (reference.sample, _sample_triton, _sample_fake),
     }
-    for name, (plain, fused, fake, regroup) in table.items():
-        _library.impl(name, with_step(plain, regroup), "CompositeExplicitAutograd")
-        _library.impl(name, with_step(fused, regroup), "CUDA")
-        _library.impl(name, with_step(fused, regroup), "XPU")
+    for name, (reference_path, triton_path, fake) in table.items():
+        _library.impl(name, _from_flat(reference_path), "CompositeExplicitAutograd")
+        _library.impl(name, _from_flat(triton_path), "CUDA")
+        _library.impl(name, _from_flat(triton_path), "XPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 

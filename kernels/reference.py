@@ -23,7 +23,7 @@ MASS_SCALE = float(2**40)
 
 
 class Filters(NamedTuple):
-    """Parameters of sampling: ``[B]``, or one number for all rows, or None (not applied). ``log_min_p``: log of min-p."""
+    """Parameters of sampling: ``[B]``, one number for all rows, or None (not applied); ``log_min_p`` = log(min_p)."""
 
     temperature: Tensor | float
     top_k: Tensor | int | None
@@ -41,7 +41,7 @@ def expert_ids(step: Step) -> Tensor:
 
 
 def chosen_logits(step: Step, ids: Tensor) -> Tensor:
-    """Each row's expert logits, ``[B, V]`` in the experts' dtype (float32 where they differ); NaN where there is none."""
+    """Each row's expert logits, ``[B, V]`` in the experts' dtype (float32 if they differ); NaN where there is none."""
     V = step.vocab_size
     if step.form == Form.GATHERED:
         return step.experts[0][:, :V]
@@ -131,8 +131,8 @@ def sample(
     temperature = per_row(filters.temperature, step, torch.float32)
     scores = tempered(fused, temperature)
     if noise is None:
-        assert seed is not None
-        assert position is not None
+        if seed is None or position is None:
+            raise TypeError("a draw needs seed and position, or the noise itself")
         noise = gumbel_noise(seed, per_row(position, step, torch.int64), step.vocab_size)
     noisy = scores + noise[:, : step.vocab_size]
     if filters[1:] != (None, None, None):

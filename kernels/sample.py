@@ -32,13 +32,14 @@ def select_add_sample(
 ) -> SelectedTokens:
     """Draw one token per row from ``softmax((z_router + alpha z_expert) / temperature)`` after the usual filters.
 
-    Filters apply in transformers' order: temperature, top-k, top-p of what top-k left, min-p. (vLLM applies min-p before
-    top-k and top-p, which changes the mass top-p counts.) Each keeps tokens of equal score together, where a sort would
-    keep some of them. The draw is exact: with ``g`` standard Gumbel, ``argmax(score + g)`` follows the softmax.
+    Filters apply in transformers' order: temperature, top-k, top-p of what top-k left, min-p. (vLLM applies min-p
+    before top-k and top-p, which changes the mass top-p counts.) Each keeps tokens of equal score together, where a
+    sort would keep some of them. The draw is exact: with ``g`` standard Gumbel, ``argmax(score + g)`` follows the
+    softmax.
 
-    The noise of a token is a function of (seed, step, vocabulary id) alone, so a row's token depends neither on the rows
-    beside it, nor on tile sizes, nor on padding. Draws with the same seed and step share their noise: give each request
-    its seed, and each position its step. Under a CUDA graph pass ``step`` as a tensor and update it in place.
+    The noise of a token is a function of (seed, step, vocabulary id) alone, so a row's token depends neither on the
+    rows beside it, nor on tile sizes, nor on padding. Draws with the same seed and step share their noise: give each
+    request its seed, and each position its step. Under a CUDA graph pass ``step`` as a tensor and update it in place.
 
     Args:
         router_logits, weights, expert_logits, alpha, vocab_size: as in :func:`~.select.select_add_argmax`.

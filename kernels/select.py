@@ -5,12 +5,13 @@ Every function takes the same three tensors.
 ``router_logits``
     ``[B, V_r]``, bfloat16, float16 or float32; rows at any stride, logits of a row side by side.
 ``weights``
-    Routing weights ``[B, n]`` of any floating dtype, compared in that dtype (the expert is their argmax), or the expert
-    ids themselves, ``[B]`` int64 or int32. None is allowed when ``expert_logits`` is one gathered tensor.
+    Routing weights ``[B, n]`` of any floating dtype, compared in that dtype (the expert is their argmax), or the
+    expert ids themselves, ``[B]`` int64 or int32. None is allowed when ``expert_logits`` is one gathered tensor.
 ``expert_logits``
-    One of: a list of n tensors ``[B, V_i]``; one tensor ``[n, B, V]``; one tensor ``[B, V]`` whose row b already belongs
-    to row b's expert; a list of n tensors that hold only the rows that selected each expert, in ascending batch order
-    (what lazy decoding has: their rows add up to B). Dtypes may differ from the router's and, in a list, from each other.
+    One of: a list of n tensors ``[B, V_i]``; one tensor ``[n, B, V]``; one tensor ``[B, V]`` whose row b already
+    belongs to row b's expert; a list of n tensors that hold only the rows that selected each expert, in ascending batch
+    order (what lazy decoding has: their rows add up to B). Dtypes may differ from the router's and, in a list, from
+    each other.
 
 Exactness. ``fused = router + alpha * expert`` in float32: the product is rounded, then the sum; never contracted to one
 fused multiply-add, on any device. ``round_sum=True`` instead gives, bit for bit, what eager
@@ -37,7 +38,7 @@ from .arguments import check_ids, check_step
 class SelectedTokens(NamedTuple):
     """What a decode step chose: ``token_ids`` and ``expert_ids``, ``[B]`` int64.
 
-    The others are ``[B]`` float32, or None unless asked for: ``fused_logits``, the winning ``z_router + alpha z_expert``;
+    The others are ``[B]`` float32, None unless asked for: ``fused_logits``, the winning ``z_router + alpha z_expert``;
     ``logprobs`` and ``scores`` as in :class:`TokenLogprobs`.
     """
 

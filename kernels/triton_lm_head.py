@@ -5,7 +5,7 @@ selected it; the programs that share a tile of the router's head are neighbours 
 finds it in the L2 cache. Programs without rows return at once, which keeps the grid static.
 """
 
-# mypy: disable-error-code="no-untyped-def, misc, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 import triton
 import triton.language as tl
 

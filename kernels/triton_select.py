@@ -1,11 +1,11 @@
 """Triton kernels: select + add, argmax and log-probabilities, in two launches.
 
-The first launch cuts each row into tiles of ``BLOCK`` tokens and leaves one partial result per tile; the second combines
-a row's partials. Nothing is shared between launches but the scratch of this call, so any grid order gives the same
-result, on any number of streams.
+The first launch cuts each row into tiles of ``BLOCK`` tokens and leaves one partial result per tile; the second
+combines a row's partials. Nothing is shared between launches but the scratch of this call, so any grid order gives the
+same result, on any number of streams.
 """
 
-# mypy: disable-error-code="no-untyped-def, misc, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 import triton
 import triton.language as tl
 
@@ -73,7 +73,6 @@ def partial_kernel(
         selection_ptr,
         selection_row_stride,
         selection_column_stride,
-        batch,
         alpha,
         row,
         offsets,
@@ -189,7 +188,7 @@ def finish_kernel(
         tl.store(scores_ptr + row, tl.where(inside, score, float("nan")))
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit
 def add_kernel(
     router_ptr,
     router_stride,
@@ -200,7 +199,6 @@ def add_kernel(
     selection_ptr,
     selection_row_stride,
     selection_column_stride,
-    batch,
     alpha,
     temperature,  # float, or [B] float32 when PER_ROW_TEMPERATURE
     out_ptr,  # [B, V] float32
@@ -233,7 +231,6 @@ def add_kernel(
         selection_ptr,
         selection_row_stride,
         selection_column_stride,
-        batch,
         alpha,
         row,
         offsets,

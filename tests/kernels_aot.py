@@ -1,7 +1,7 @@
 """Compiles launches for devices that are not there, exactly as a launch on them would, and reads the machine code.
 
-The arguments are specialised by Triton's own launcher code, so that alignment hints, folded ones and constants are those
-of a real call. Nothing here needs a driver.
+The arguments are specialised by Triton's own launcher code, so that alignment hints, folded ones and constants are
+those of a real call. Nothing here needs a driver.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import torch
 from hypothesis import strategies as st
-
 from kernels_device import ON_GPU
 
 INF, NAN = float("inf"), float("nan")

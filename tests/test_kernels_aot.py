@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for GPUs that are not there: 16-byte loads, no spills, a bound on registers, no contraction."""
+"""Ahead-of-time compilation for GPUs that are not there: wide loads, no spills, few registers, no contraction."""
 
 from __future__ import annotations
 

@@ -141,6 +141,6 @@ def test_without_triton_a_gpu_call_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     for name in ("triton_select", "triton_tiles", "triton_sample"):
         monkeypatch.delitem(sys.modules, f"ebpo_core.kernels.{name}", raising=False)
-    monkeypatch.setattr(ops, "fuses_on", lambda device: True)
+    monkeypatch.setattr(ops, "fuses_on", lambda _: True)
     with pytest.raises(ImportError, match=r'pip install "ebpo-core\[kernels\]"'):
         select_add_argmax(R, W, E)

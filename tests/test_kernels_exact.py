@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from ebpo_core.kernels import select_add, select_add_argmax  # noqa: E402
 from kernels_cases import DTYPES, INF, NAN, as_read, brute_force, padded, ragged, random_step, steps  # noqa: E402
 from kernels_device import kernels  # noqa: E402
+
+from ebpo_core.kernels import select_add, select_add_argmax  # noqa: E402
 
 
 def same(out, expected) -> None:

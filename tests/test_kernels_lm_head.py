@@ -6,9 +6,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from ebpo_core.kernels import lm_head_select_add_argmax, select_add_argmax  # noqa: E402
 from kernels_cases import NAN, padded  # noqa: E402
 from kernels_device import ON_GPU, kernels, needs_triton  # noqa: E402
+
+from ebpo_core.kernels import lm_head_select_add_argmax, select_add_argmax  # noqa: E402
 
 # Triton's interpreter gets bfloat16 products wrong, so bfloat16 waits for a GPU.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]

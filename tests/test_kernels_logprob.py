@@ -6,9 +6,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from ebpo_core.kernels import select_add, select_add_argmax, select_add_logprob  # noqa: E402
 from kernels_cases import INF, NAN, padded, ragged, random_step  # noqa: E402
 from kernels_device import kernels, needs_triton  # noqa: E402
+
+from ebpo_core.kernels import select_add, select_add_argmax, select_add_logprob  # noqa: E402
 
 ALPHA = 0.6
 

@@ -6,8 +6,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from ebpo_core.kernels import ops, select_add, select_add_argmax, select_add_logprob, select_add_sample  # noqa: E402
 from kernels_cases import ragged, random_step  # noqa: E402
+
+from ebpo_core.kernels import ops, select_add, select_add_argmax, select_add_logprob, select_add_sample  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTER, WEIGHTS, EXPERTS = random_step(4, 2, 30)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 
 torch = pytest.importorskip("torch")
 
-from ebpo_core.kernels import SelectedTokens, select_add, select_add_argmax  # noqa: E402
 from kernels_cases import INF, NAN, brute_force, padded, ragged, random_step, steps  # noqa: E402
+
+from ebpo_core.kernels import SelectedTokens, select_add, select_add_argmax  # noqa: E402
 
 
 def check(router, weights, experts, **options) -> SelectedTokens:

@@ -1,4 +1,4 @@
-"""Sampling: keyed noise, filters and draws of the reference against known answers; the kernels against the reference."""
+"""Sampling: keyed noise, filters and draws of the reference against known answers, and the kernels against both."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from ebpo_core.kernels import select_add, select_add_argmax, select_add_sample  # noqa: E402
-from ebpo_core.kernels.noise import gumbel, gumbel_noise, philox  # noqa: E402
-from ebpo_core.kernels.reference import kept  # noqa: E402
 from kernels_cases import INF, NAN, padded, random_step  # noqa: E402
 from kernels_device import kernels, needs_triton  # noqa: E402
 
+from ebpo_core.kernels import select_add, select_add_argmax, select_add_sample  # noqa: E402
+from ebpo_core.kernels.noise import gumbel, gumbel_noise, philox  # noqa: E402
+from ebpo_core.kernels.reference import kept  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------------------- noise
 
