@@ -32,8 +32,8 @@ def require_triton() -> None:
         import triton  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            'the kernels need Triton for tensors of a GPU: pip install "ebpo-core[kernels]" (Linux), or move the logits '
-            "the logits to the CPU"
+            'the kernels need Triton for tensors of a GPU: pip install "ebpo-core[kernels]" (Linux), '
+            "or move the logits to the CPU"
         ) from error
 
 
