@@ -296,7 +296,7 @@ def _power_of_2(n: int) -> int:
 
 _HEAD_TILE = Tile(64, 4)  # tokens per program: two float32 accumulators leave room for no more
 _HEAD_ROWS = 16  # the smallest side of a matrix unit
-_HEAD_DEPTH = 64
+_HEAD_DEPTH_BYTES = 128  # of a hidden state, per step of the product; more spills
 
 
 def lm_heads(
@@ -339,7 +339,7 @@ def lm_heads(
         "D_EXPERT": expert_hidden.shape[1],
         "BLOCK": _HEAD_TILE.block,
         "ROWS": _HEAD_ROWS,
-        "BLOCK_D": _HEAD_DEPTH,
+        "BLOCK_D": _HEAD_DEPTH_BYTES // max(router_head.element_size(), heads[0].element_size()),
     }
     finish = _finish(partials, tokens, vocab_size, count)
     return tokens, [

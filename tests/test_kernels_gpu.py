@@ -196,7 +196,7 @@ def test_warmup_leaves_nothing_to_compile():
     assert warmup([1, 8], 32000, operations=operations) == 10
     router, weights, experts = inputs(8, 32000)
     compiled = []
-    triton.knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: compiled.append(args)
+    triton.knobs.runtime.jit_post_compile_hook = lambda *args, **_: compiled.append(args)
     try:
         select_add_argmax(router, weights, experts)
         select_add_argmax(router, weights, experts, return_logprobs=True)
