@@ -18,6 +18,7 @@ from .reference import Filters
 
 NAMESPACE = "ebpo_core"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_operators = getattr(torch.ops, NAMESPACE)
 _STEP = "Tensor router, Tensor? selection, Tensor[] experts, int form, float alpha, int vocab_size, bool round_sum"
 
 
@@ -61,7 +62,7 @@ def select_add_tokens(step: Step, tokens: Tensor | None, logprobs: bool) -> _Fiv
         return (
             _tokens_triton(step, tokens, logprobs) if fuses_on(step.router.device) else _tokens(step, tokens, logprobs)
         )
-    out: _Five = torch.ops.ebpo_core.select_add_tokens(*_flat(step), tokens, logprobs)
+    out: _Five = _operators.select_add_tokens(*_flat(step), tokens, logprobs)
     return out
 
 
@@ -115,7 +116,7 @@ def select_add(step: Step) -> tuple[Tensor, Tensor]:
     """Fused logits ``[B, V]`` float32, expert ids ``[B]`` int64."""
     if direct(step):
         return _add_triton(step) if fuses_on(step.router.device) else _add(step)
-    out: tuple[Tensor, Tensor] = torch.ops.ebpo_core.select_add(*_flat(step))
+    out: tuple[Tensor, Tensor] = _operators.select_add(*_flat(step))
     return out
 
 
@@ -159,7 +160,7 @@ def select_add_sample(
         None if value is None else reference.per_row(value, step, dtype)
         for value, dtype in zip((*filters, position), kinds, strict=True)
     ]
-    out: tuple[Tensor, Tensor] = torch.ops.ebpo_core.select_add_sample(
+    out: tuple[Tensor, Tensor] = _operators.select_add_sample(
         *_flat(step), *parameters[:4], seed, parameters[4], noise
     )
     return out
