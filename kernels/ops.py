@@ -160,9 +160,7 @@ def select_add_sample(
         None if value is None else reference.per_row(value, step, dtype)
         for value, dtype in zip((*filters, position), kinds, strict=True)
     ]
-    out: tuple[Tensor, Tensor] = _operators.select_add_sample(
-        *_flat(step), *parameters[:4], seed, parameters[4], noise
-    )
+    out: tuple[Tensor, Tensor] = _operators.select_add_sample(*_flat(step), *parameters[:4], seed, parameters[4], noise)
     return out
 
 

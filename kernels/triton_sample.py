@@ -121,7 +121,7 @@ def sample_kernel(
         PRODUCT,
         SUM,
     )
-    t = load_parameter(temperature, row, PER_ROW_TEMPERATURE)
+    t = load_parameter(temperature, row, PER_ROW_TEMPERATURE, tl.float32)
     if FILTERED:
         scores = tl.where(score_key(fused) >= tl.load(thresholds_ptr + row), fused, float("-inf"))
     else:
@@ -130,7 +130,7 @@ def sample_kernel(
         if NOISE:
             noise = tl.load(noise_ptr + row.to(tl.int64) * noise_stride + offsets, mask=inside, other=0.0)
         else:
-            position = load_parameter(step, row, PER_ROW_STEP).to(tl.int64)
+            position = load_parameter(step, row, PER_ROW_STEP, tl.int64).to(tl.int64)
             noise = gumbel_tile(tl.load(seeds_ptr + row), position, start, BLOCK)
         scores = scores + noise
     key, index = best_of(tl.where(inside, score_key(scores), _OUTSIDE_KEY), offsets)
@@ -202,11 +202,11 @@ def threshold_kernel(
     if (best_key < _POSITIVE_INFINITY_KEY) & (best_key > _NEGATIVE_INFINITY_KEY):
         best = key_score(best_key)
         if TOP_K > 0:
-            k = load_parameter(top_k, row, TOP_K == 2).to(tl.int64)
+            k = load_parameter(top_k, row, TOP_K == 2, tl.int64).to(tl.int64)
             if (k > 0) & (k < V):
                 threshold = search(scores_ptr, threshold, best, k.to(tl.float64), V, BLOCK, False)
         if TOP_P > 0:
-            p = load_parameter(top_p, row, TOP_P == 2).to(tl.float64)
+            p = load_parameter(top_p, row, TOP_P == 2, tl.float32).to(tl.float64)
             if p < 1.0:
                 masses = tl.zeros([BLOCK], tl.int64)
                 for start in range(0, V, BLOCK):
@@ -218,5 +218,5 @@ def threshold_kernel(
                 found = search(scores_ptr, threshold, best, target, V, BLOCK, True)
                 threshold = tl.maximum(threshold, found)
         if MIN_P > 0:
-            threshold = tl.maximum(threshold, score_key(best + load_parameter(log_min_p, row, MIN_P == 2)))
+            threshold = tl.maximum(threshold, score_key(best + load_parameter(log_min_p, row, MIN_P == 2, tl.float32)))
     tl.store(thresholds_ptr + row, threshold)

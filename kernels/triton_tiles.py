@@ -245,14 +245,14 @@ def log_sum(m, s):
 @triton.jit
 def tempered(fused, temperature, row, PER_ROW: tl.constexpr):
     """Scores over temperature, rounded as torch's division is; a greedy row (temperature 0) keeps its scores."""
-    t = load_parameter(temperature, row, PER_ROW)
+    t = load_parameter(temperature, row, PER_ROW, tl.float32)
     return tl.div_rn(fused, tl.zeros_like(fused) + tl.where(t == 0.0, 1.0, t))
 
 
 @triton.jit
-def load_parameter(parameter, row, PER_ROW: tl.constexpr):
+def load_parameter(parameter, row, PER_ROW: tl.constexpr, DTYPE: tl.constexpr):
     """A parameter of sampling: one value for all rows, or a pointer to one per row."""
     if PER_ROW:
         return tl.load(parameter + row)
     else:
-        return tl.core.to_tensor(parameter)  # float32: the interpreter hands Python numbers through
+        return tl.full((), 0, DTYPE) + parameter  # the interpreter hands Python numbers through

@@ -259,6 +259,23 @@ def test_kernels_filter_as_the_reference_does_with_ties(data):
 
 
 @needs_triton
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "all"])
+def test_kernels_cut_where_the_reference_cuts(name):
+    """One row per cut; the noise makes the draw the worst token that is left, which gives the cut away."""
+    B = 24
+    scores = torch.randperm(B, generator=torch.Generator().manual_seed(3)).float().div(4).expand(B, B).contiguous()
+    cuts = {
+        "top_k": torch.arange(B) + 1,
+        "top_p": (torch.arange(B) + 0.5) / B,
+        "min_p": torch.exp(-(torch.arange(B) + 0.5) / 4),
+    }
+    options = {"top_k": torch.full((B,), 9), "top_p": cuts["top_p"]} if name == "all" else {name: cuts[name]}
+    tokens = same({**options, "noise": -2 * scores}, scores, None, torch.zeros(B, B), block=16, row_block=16)
+    if name in ("top_k", "min_p"):
+        assert scores[0, tokens].tolist() == sorted(scores[0].tolist(), reverse=True)
+
+
+@needs_triton
 def test_kernels_take_rows_without_a_distribution():
     router = torch.zeros(5, 100)
     router[0], router[1, 70], router[2, 90], router[3] = -INF, NAN, INF, -INF
