@@ -79,3 +79,11 @@ def test_widths_nan_and_ids_out_of_range():
     assert out.token_ids.tolist() == lm_head_select_add_argmax(*arguments).token_ids.tolist()
     assert out.token_ids[[0, 2, 3]].tolist() == [0, 0, 0]
     assert out.token_ids.max() < 70
+
+
+@needs_triton
+def test_negative_scores_do_not_lose_to_the_padding_of_the_last_tile():
+    hidden, head = torch.ones(2, 8), -torch.ones(70, 8)
+    head[67] = -0.5
+    out = kernels("lm_head_select_add_argmax", hidden, head, torch.ones(2, 1), hidden, [head])
+    assert out.token_ids.tolist() == [67, 67]

@@ -54,6 +54,9 @@ def test_noise_follows_the_gumbel_distribution():
     assert distance * math.sqrt(N) < 1.95
     expected = N * -math.expm1(-math.exp(-9.0))
     assert abs((noise > 9.0).sum().item() - expected) < 4 * math.sqrt(expected)
+    words = torch.tensor([300, 1000, 5000, 2**20 + 1, 2**31])  # the winners among 100k tokens are words like the first
+    exact = -torch.log(-torch.log1p(-(words.double() + 0.5) / 2**32))
+    torch.testing.assert_close(gumbel(words).double(), exact, rtol=1e-6, atol=1e-6)
     ends = gumbel(torch.tensor([0, 1, 2**32 - 1]))
     assert torch.isfinite(ends).all()
     torch.testing.assert_close(ends[:2], torch.tensor([33 * math.log(2), -math.log(1.5 * 2**-32)]), rtol=1e-6, atol=0)
