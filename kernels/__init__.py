@@ -1,7 +1,8 @@
 """Decode kernels of FusionRoute (arXiv 2601.05106): select an expert, add its logits to the router's, pick a token.
 
 The files live in ``kernels/`` at the top of the repository and ship as ``ebpo_core.kernels``. They import the standard
-library and PyTorch only, and each other by relative imports, so that the directory can also be used on its own.
+library and PyTorch only, and each other by relative imports, so that the directory can also be used on its own. Triton
+is imported by the first call that is given tensors of a GPU; tensors of the CPU take the reference.
 """
 
 from __future__ import annotations
@@ -13,6 +14,18 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError('ebpo_core.kernels needs PyTorch: pip install "ebpo-core[torch]"') from error
 
-from .reference import SelectedTokens, select_add_argmax
+from .lm_head import lm_head_select_add_argmax
+from .sample import select_add_sample
+from .select import SelectedTokens, TokenLogprobs, select_add, select_add_argmax, select_add_logprob
+from .warmup import warmup
 
-__all__ = ["SelectedTokens", "select_add_argmax"]
+__all__ = [
+    "SelectedTokens",
+    "TokenLogprobs",
+    "lm_head_select_add_argmax",
+    "select_add",
+    "select_add_argmax",
+    "select_add_logprob",
+    "select_add_sample",
+    "warmup",
+]

@@ -1,4 +1,4 @@
-"""Pure-PyTorch reference of the decode step: the oracle of every kernel, and the path for CPU tensors.
+"""Pure-PyTorch reference of the decode step: the oracle of every kernel, and the path for CPU tensors and gradients.
 
 For row ``b`` of a batch of ``B`` (arXiv 2601.05106, section 3)::
 
@@ -10,129 +10,149 @@ Both log-softmax normalisers of the paper's ``log pi_router + log pi_expert`` ar
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from .arguments import Form, Step
+from .noise import gumbel_noise
+
+# Masses of top-p are integers in units of 2^-40 of the row's best token: a sum of integers is the same in any order.
+MASS_SCALE = float(2**40)
 
 
-class SelectedTokens(NamedTuple):
-    """What a decode step chose: ``token_ids`` and ``expert_ids``, both ``[B]`` int64."""
+class Filters(NamedTuple):
+    """Parameters of sampling: ``[B]``, one number for all rows, or None (not applied); ``log_min_p`` = log(min_p)."""
 
-    token_ids: Tensor
-    expert_ids: Tensor
+    temperature: Tensor | float
+    top_k: Tensor | int | None
+    top_p: Tensor | float | None
+    log_min_p: Tensor | float | None
 
 
-def select_add_argmax(
-    router_logits: Tensor,
-    weights: Tensor,
-    expert_logits: Tensor | Sequence[Tensor],
-    *,
-    alpha: float = 1.0,
-    vocab_size: int | None = None,
-) -> SelectedTokens:
-    """Select one expert per row, add its logits to the router's, return the best token.
+def expert_ids(step: Step) -> Tensor:
+    """``[B]`` int64."""
+    if step.selection is None:
+        return torch.zeros(step.batch, dtype=torch.int64, device=step.router.device)
+    if step.selection.ndim == 1:
+        return step.selection.long().clone()  # never the argument itself: an operator's outputs must not alias inputs
+    return step.selection.argmax(dim=-1)
 
-    Args:
-        router_logits: ``[B, V_r]``, bfloat16, float16 or float32.
-        weights: routing weights ``[B, n]``, any floating dtype; compared in that dtype.
-        expert_logits: n tensors ``[B, V_i]``, or one ``[n, B, V]``; dtypes may differ from the router's and each other.
-        alpha: weight of the expert's logits. The product is rounded to float32 before it is added (no fused
-            multiply-add). At 0 an expert's infinity still gives NaN, as IEEE arithmetic has it.
-        vocab_size: V, the number of leading columns that take part; by default the smallest width given.
 
-    Returns:
-        ``SelectedTokens(token_ids, expert_ids)``, both ``[B]`` int64 on the device of ``router_logits``.
-        Ties, NaN and infinities are those of :func:`torch.argmax`: the lowest index among equals, the first NaN before
-        every number, and index 0 for a row that is -inf throughout.
+def chosen_logits(step: Step, ids: Tensor) -> Tensor:
+    """Each row's expert logits, ``[B, V]`` in the experts' dtype (float32 if they differ); NaN where there is none."""
+    V = step.vocab_size
+    if step.form == Form.GATHERED:
+        return step.experts[0][:, :V]
+    experts = list(step.experts[0].unbind(0)) if step.form == Form.STACKED else step.experts
+    dtypes = {expert.dtype for expert in experts}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    rows = _rank(ids) if step.form == Form.RAGGED else torch.arange(step.batch, device=ids.device)
+    chosen = torch.full((step.batch, V), float("nan"), dtype=dtype, device=ids.device)
+    for i, expert in enumerate(experts):
+        held = expert.shape[0]
+        if held:
+            mine = (ids == i) & (rows < held)
+            chosen = torch.where(mine[:, None], expert[:, :V].to(dtype)[rows.clamp(max=held - 1)], chosen)
+    return chosen
 
-    Raises:
-        TypeError: an argument is not a tensor, or its dtype is none of those above.
-        ValueError: shapes, devices, ``alpha`` or ``vocab_size`` do not fit together.
+
+def fused_logits(step: Step, ids: Tensor) -> Tensor:
+    """``router + alpha * expert``, ``[B, V]`` float32: product rounded, then sum rounded."""
+    router, chosen = step.router[:, : step.vocab_size], chosen_logits(step, ids)
+    if step.round_sum:
+        return (router + step.alpha * chosen).float()
+    return router.float() + chosen.float() * step.alpha
+
+
+def argmax(step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, expert ids, the winning fused logits."""
+    ids = expert_ids(step)
+    fused = fused_logits(step, ids)
+    tokens = fused.argmax(dim=-1)
+    return tokens, ids, fused.gather(1, tokens[:, None])[:, 0]
+
+
+def logprobs(step: Step, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy's log-probability and the score of given tokens, ``[B]`` float32 each; NaN for ids outside of V."""
+    ids = expert_ids(step)
+    router, chosen = step.router[:, : step.vocab_size].float(), chosen_logits(step, ids).float()
+    index = tokens.long().clamp(0, step.vocab_size - 1)[:, None]
+    inside = (tokens >= 0) & (tokens < step.vocab_size)
+    policy = fused_logits(step, ids).log_softmax(-1).gather(1, index)[:, 0]
+    score = router.log_softmax(-1).gather(1, index) + chosen.log_softmax(-1).gather(1, index) * step.alpha
+    nan = torch.full_like(policy, float("nan"))
+    return torch.where(inside, policy, nan), torch.where(inside, score[:, 0], nan)
+
+
+def tempered(fused: Tensor, temperature: Tensor) -> Tensor:
+    """Scores over temperature; a row at temperature 0 keeps its scores (it is greedy)."""
+    return fused / torch.where(temperature == 0, torch.ones_like(temperature), temperature)[:, None]
+
+
+def kept(scores: Tensor, top_k: Tensor | None, top_p: Tensor | None, log_min_p: Tensor | None) -> Tensor:
+    """Which tokens the filters leave, ``[B, V]`` bool, in transformers' order: top-k, top-p, min-p.
+
+    Every filter keeps equal scores together, so that nothing depends on the order of a sort. A row whose best score is
+    not finite is left whole: there is no distribution to cut.
     """
-    experts = _experts(expert_logits)
-    _check_inputs(router_logits, weights, experts)
-    size = _vocab_size(vocab_size, [router_logits.shape[1], *(expert.shape[1] for expert in experts)])
-    scale = _alpha(alpha)
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    best = scores.amax(-1, keepdim=True)  # NaN where the row holds one
+    descending = scores.sort(-1, descending=True).values
+    if top_k is not None:
+        k = top_k.long()[:, None]
+        off = (k <= 0) | (k >= scores.shape[1])
+        smallest = descending.gather(1, (k - 1).clamp(0, scores.shape[1] - 1))
+        keep &= off | (scores >= smallest)
+    if top_p is not None:
+        p = top_p[:, None]
+        mass = ((scores - best).exp() * MASS_SCALE).nan_to_num(0.0).long() * keep
+        total = mass.sum(-1, keepdim=True).double()
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        cumulative = mass.gather(1, order).cumsum(-1)
+        # The mass of all tokens strictly above: what was summed before the first token of the same score.
+        ascending = -scores.gather(1, order)
+        first = torch.searchsorted(ascending.contiguous(), ascending.contiguous())
+        above = torch.where(first > 0, cumulative.gather(1, (first - 1).clamp(min=0)), torch.zeros_like(cumulative))
+        survives = above.double() < (p.double() * total).clamp(min=1.0)
+        keep &= (p >= 1) | torch.zeros_like(keep).scatter(1, order, survives)
+    if log_min_p is not None:
+        keep &= scores >= best + log_min_p[:, None]
+    return keep | ~best.isfinite()
 
-    expert_ids = weights.argmax(dim=-1)
-    chosen = experts[0][:, :size].float()
-    for i, expert in enumerate(experts[1:], start=1):
-        chosen = torch.where((expert_ids == i).unsqueeze(1), expert[:, :size].float(), chosen)
-    fused = router_logits[:, :size].float() + chosen * scale
-    return SelectedTokens(fused.argmax(dim=-1), expert_ids)
 
-
-def _experts(expert_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(expert_logits, Tensor):
-        if expert_logits.ndim != 3:
-            raise ValueError(
-                f"expert_logits has shape {list(expert_logits.shape)}: "
-                "pass one tensor [n, B, V], or a list of n tensors [B, V_i]"
-            )
-        return list(expert_logits.unbind(0))
-    if not isinstance(expert_logits, Sequence):
-        raise TypeError(
-            f"expert_logits is a {type(expert_logits).__name__}: pass a torch.Tensor [n, B, V], or a list of tensors"
+def sample(
+    step: Step, filters: Filters, seed: Tensor | None, position: Tensor | int | None, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Token ids and expert ids of the Gumbel-max draw; ``noise`` ``[B, V]`` stands in for the keyed draw."""
+    ids = expert_ids(step)
+    fused = fused_logits(step, ids)
+    temperature = per_row(filters.temperature, step, torch.float32)
+    scores = tempered(fused, temperature)
+    if noise is None:
+        if seed is None or position is None:
+            raise TypeError("a draw needs seed and position, or the noise itself")
+        noise = gumbel_noise(seed, per_row(position, step, torch.int64), step.vocab_size)
+    noisy = scores + noise[:, : step.vocab_size]
+    if filters[1:] != (None, None, None):
+        keep = kept(
+            scores,
+            None if filters.top_k is None else per_row(filters.top_k, step, torch.int64),
+            None if filters.top_p is None else per_row(filters.top_p, step, torch.float32),
+            None if filters.log_min_p is None else per_row(filters.log_min_p, step, torch.float32),
         )
-    return list(expert_logits)
+        noisy = torch.where(keep, noisy, torch.full_like(noisy, float("-inf")))
+    return torch.where((temperature == 0)[:, None], fused, noisy).argmax(-1), ids
 
 
-def _check_inputs(router_logits: Tensor, weights: Tensor, experts: list[Tensor]) -> None:
-    logits = {"router_logits": router_logits, **{f"expert_logits[{i}]": x for i, x in enumerate(experts)}}
-    _check_matrix("weights", "[B, n]", weights)
-    for name, tensor in logits.items():
-        _check_matrix(name, "[B, V]", tensor)
-        if tensor.dtype not in _LOGIT_DTYPES:
-            raise TypeError(f"{name} has dtype {tensor.dtype}: pass bfloat16, float16 or float32, e.g. by .float()")
-    if not weights.dtype.is_floating_point:
-        raise TypeError(f"weights has dtype {weights.dtype}: pass a floating-point tensor")
-    if weights.shape[1] != len(experts) or not experts:
-        raise ValueError(
-            f"weights has shape {list(weights.shape)}, one column per expert, but expert_logits holds {len(experts)} "
-            "experts: pass as many (at least one) in both"
-        )
-    for name, tensor in {"weights": weights, **logits}.items():
-        if tensor.shape[0] != router_logits.shape[0]:
-            raise ValueError(
-                f"{name} has {tensor.shape[0]} rows, router_logits has {router_logits.shape[0]}: "
-                "every tensor needs one row per sequence of the batch"
-            )
-        if tensor.device != router_logits.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, router_logits on {router_logits.device}: move them to one device"
-            )
+def per_row(value: Tensor | float, step: Step, dtype: torch.dtype) -> Tensor:
+    """A parameter of sampling as ``[B]``."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((step.batch,), value, dtype=dtype, device=step.router.device)
 
 
-def _check_matrix(name: str, shape: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}: pass a torch.Tensor {shape}")
-    if tensor.ndim != 2:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}: pass {shape}")
-
-
-def _vocab_size(vocab_size: object, widths: list[int]) -> int:
-    smallest = min(widths)
-    if smallest < 1:
-        raise ValueError(f"the logits' widths are {widths}: each needs at least one column")
-    if vocab_size is None:
-        return smallest
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size is {vocab_size!r}: pass an int, or None for the smallest width")
-    if not 1 <= vocab_size <= smallest:
-        raise ValueError(f"vocab_size is {vocab_size}: pass 1 to {smallest}, the smallest width of the logits given")
-    return vocab_size
-
-
-def _alpha(alpha: object) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"alpha is {alpha!r}: pass a real number")
-    value = float(alpha)
-    if not math.isfinite(value):
-        raise ValueError(f"alpha is {alpha!r}: pass a finite number")
-    return value
+def _rank(ids: Tensor) -> Tensor:
+    """How many rows before this one selected the same expert, ``[B]`` int64."""
+    return (ids[None, :] == ids[:, None]).long().tril(-1).sum(-1)

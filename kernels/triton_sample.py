@@ -1,0 +1,222 @@
+"""Triton kernels of sampling: Gumbel-max with keyed noise, and the exact threshold of top-k, top-p and min-p.
+
+Without filters a draw is two launches and one read of the logits, like argmax. With filters the fused, tempered scores
+are written once, one program per row finds the score below which every token is dropped, and the draw runs on the
+scores that are left.
+
+The threshold is found by a radix search over the order-preserving keys of triton_tiles: eight passes, each asking 16
+pivots at once how many tokens (top-k), or how much mass (top-p), lie at or above them. Masses are integers in units of
+2^-40 of the best token's, so their sum is the same in any order and the result does not depend on the tile.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# ruff: noqa: SIM102, SIM108 (constants and values of the device do not mix in one condition or expression)
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    _NO_EXPERT,
+    _OUTSIDE_KEY,
+    best_of,
+    fused_tile,
+    key_score,
+    load_parameter,
+    score_key,
+    tempered,
+)
+
+_POSITIVE_INFINITY_KEY = tl.constexpr(0x7F800000)
+_NEGATIVE_INFINITY_KEY = tl.constexpr(-0x7F800001)
+_MASS_SCALE = tl.constexpr(float(2**40))  # reference.MASS_SCALE
+_LARGEST_U = tl.constexpr(1.0 - 2.0**-24)  # noise.LARGEST_U
+_BITS = tl.constexpr(4)
+_PIVOTS = tl.constexpr(16)
+_PASSES = tl.constexpr(8)
+
+
+@triton.jit
+def gumbel(word):
+    """As noise.gumbel: uint32 words to standard Gumbel float32."""
+    u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, _LARGEST_U)
+    w = 1.0 - u
+    exponential = tl.where(w == 1.0, u, -tl.log(w) * (u / (1.0 - tl.where(w == 1.0, 0.0, w))))
+    return -tl.log(exponential)
+
+
+@triton.jit
+def gumbel_tile(seed, step, start, BLOCK: tl.constexpr):
+    """As noise.gumbel_noise for tokens start .. start + BLOCK (start and BLOCK multiples of 4): one Philox per four."""
+    group = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = group * 0
+    low = zero + (step & 0xFFFFFFFF).to(tl.uint32)
+    high = zero + ((step >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, group, low, high, zero)
+    return gumbel(tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
+
+
+@triton.jit(do_not_specialize=["step"])
+def sample_kernel(
+    router_ptr,
+    router_stride,
+    expert_ptrs,
+    expert_strides,
+    expert_rows,
+    expert_stride,
+    selection_ptr,
+    selection_row_stride,
+    selection_column_stride,
+    alpha,
+    temperature,
+    seeds_ptr,  # [B] int64
+    step,  # int, or [B] int64 when PER_ROW_STEP
+    thresholds_ptr,  # [B] int32 keys, when FILTERED
+    noise_ptr,  # [B, V] float32, when NOISE
+    noise_stride,
+    keys_ptr,
+    indices_ptr,
+    expert_ids_ptr,
+    V: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FORM: tl.constexpr,
+    SELECTION: tl.constexpr,
+    ALIGN_ROUTER: tl.constexpr,
+    ALIGN_EXPERT: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    SUM: tl.constexpr,
+    PER_ROW_TEMPERATURE: tl.constexpr,
+    PER_ROW_STEP: tl.constexpr,
+    FILTERED: tl.constexpr,
+    NOISE: tl.constexpr,
+):
+    """Partial argmax of scores plus noise. FILTERED reads finished scores: add_kernel has divided them already."""
+    row, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    start = tile * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    inside = offsets < V
+    _, _, fused, expert, _ = fused_tile(
+        router_ptr,
+        router_stride,
+        expert_ptrs,
+        expert_strides,
+        expert_rows,
+        expert_stride,
+        selection_ptr,
+        selection_row_stride,
+        selection_column_stride,
+        alpha,
+        row,
+        offsets,
+        start,
+        V,
+        BLOCK,
+        N,
+        BLOCK_N,
+        FORM,
+        SELECTION,
+        ALIGN_ROUTER,
+        ALIGN_EXPERT,
+        PRODUCT,
+        SUM,
+    )
+    t = load_parameter(temperature, row, PER_ROW_TEMPERATURE, tl.float32)
+    if FILTERED:
+        scores = tl.where(score_key(fused) >= tl.load(thresholds_ptr + row), fused, float("-inf"))
+    else:
+        scores = tempered(fused, temperature, row, PER_ROW_TEMPERATURE)
+    if t != 0.0:
+        if NOISE:
+            noise = tl.load(noise_ptr + row.to(tl.int64) * noise_stride + offsets, mask=inside, other=0.0)
+        else:
+            position = load_parameter(step, row, PER_ROW_STEP, tl.int64).to(tl.int64)
+            noise = gumbel_tile(tl.load(seeds_ptr + row), position, start, BLOCK)
+        scores = scores + noise
+    key, index = best_of(tl.where(inside, score_key(scores), _OUTSIDE_KEY), offsets)
+    slot = row.to(tl.int64) * TILES + tile
+    tl.store(keys_ptr + slot, key)
+    tl.store(indices_ptr + slot, index)
+    if FORM != _NO_EXPERT:
+        if tile == 0:
+            tl.store(expert_ids_ptr + row, expert.to(tl.int64))
+
+
+@triton.jit
+def search(scores_ptr, floor, best, target, V: tl.constexpr, BLOCK: tl.constexpr, MASS: tl.constexpr):
+    """The largest key t such that the tokens with key >= max(t, floor) count, or weigh, at least ``target``."""
+    pivot_index = tl.arange(0, _PIVOTS)
+    base = floor * 0 + _OUTSIDE_KEY
+    for digit in range(_PASSES):
+        shift = 28 - _BITS * digit
+        pivots = base + (pivot_index << shift)
+        if MASS:
+            total = tl.zeros([BLOCK, _PIVOTS], tl.int64)
+        else:
+            total = tl.zeros([BLOCK, _PIVOTS], tl.int32)
+        for start in range(0, V, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            score = tl.load(scores_ptr + offsets, mask=offsets < V, other=float("-inf"))
+            key = tl.where(offsets < V, score_key(score), _OUTSIDE_KEY)
+            if MASS:
+                weight = tl.where(key >= floor, mass(score, best), 0)
+            else:
+                weight = (offsets < V).to(tl.int32)
+            total += tl.where(key[:, None] >= pivots[None, :], weight[:, None], 0)
+        reached = tl.sum(total, axis=0).to(tl.float64) >= target
+        # The sums fall as pivots rise, so the pivots that reach the target are the first ones.
+        base += (tl.maximum(tl.sum(reached.to(tl.int32), axis=0), 1) - 1) << shift
+    return base
+
+
+@triton.jit
+def mass(score, best):
+    """A token's share of the best token's probability, in units of 2^-40, rounded down."""
+    return (tl.exp(score - best) * _MASS_SCALE).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def threshold_kernel(
+    scores_ptr,  # [B, V] float32, tempered
+    thresholds_ptr,  # [B] int32
+    top_k,
+    top_p,
+    log_min_p,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOP_K: tl.constexpr,  # 0 off, 1 one value, 2 per row; so the others
+    TOP_P: tl.constexpr,
+    MIN_P: tl.constexpr,
+):
+    """The key below which the filters drop a token: top-k, then top-p of what is left, then min-p."""
+    row = tl.program_id(0)
+    scores_ptr += row.to(tl.int64) * V
+    keys = tl.full([BLOCK], _OUTSIDE_KEY, tl.int32)
+    for start in range(0, V, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        score = tl.load(scores_ptr + offsets, mask=offsets < V, other=0.0)
+        keys = tl.maximum(keys, tl.where(offsets < V, score_key(score), _OUTSIDE_KEY))
+    best_key = tl.max(keys, axis=0)
+    threshold = best_key * 0 + _OUTSIDE_KEY
+    # A row whose best score is NaN or infinite is no distribution: it is left whole, and the draw is greedy.
+    if (best_key < _POSITIVE_INFINITY_KEY) & (best_key > _NEGATIVE_INFINITY_KEY):
+        best = key_score(best_key)
+        if TOP_K > 0:
+            k = load_parameter(top_k, row, TOP_K == 2, tl.int64).to(tl.int64)
+            if (k > 0) & (k < V):
+                threshold = search(scores_ptr, threshold, best, k.to(tl.float64), V, BLOCK, False)
+        if TOP_P > 0:
+            p = load_parameter(top_p, row, TOP_P == 2, tl.float32).to(tl.float64)
+            if p < 1.0:
+                masses = tl.zeros([BLOCK], tl.int64)
+                for start in range(0, V, BLOCK):
+                    offsets = start + tl.arange(0, BLOCK)
+                    score = tl.load(scores_ptr + offsets, mask=offsets < V, other=float("-inf"))
+                    key = tl.where(offsets < V, score_key(score), _OUTSIDE_KEY)
+                    masses += tl.where(key >= threshold, mass(score, best), 0)
+                target = tl.maximum(p * tl.sum(masses, axis=0).to(tl.float64), 1.0)
+                found = search(scores_ptr, threshold, best, target, V, BLOCK, True)
+                threshold = tl.maximum(threshold, found)
+        if MIN_P > 0:
+            threshold = tl.maximum(threshold, score_key(best + load_parameter(log_min_p, row, MIN_P == 2, tl.float32)))
+    tl.store(thresholds_ptr + row, threshold)
