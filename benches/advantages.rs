@@ -24,6 +24,12 @@ fn advantages(c: &mut Criterion) {
         group.bench_with_input(BenchmarkId::new("equal", &name), &equal, |b, equal| {
             b.iter(|| equal.advantages(1e-6, 1, &mut out));
         });
+        if rewards.len() > 1 << 19 {
+            // Whether a second core helps, or shares the vector units of the first, is the machine's own.
+            group.bench_with_input(BenchmarkId::new("equal, 2 threads", &name), &equal, |b, equal| {
+                b.iter(|| equal.advantages(1e-6, 2, &mut out));
+            });
+        }
         let batch = Batch::new(&rewards, Layout::Equal { size }, None).expect("the sizes above divide");
         group.bench_with_input(BenchmarkId::new("general", &name), &batch, |b, batch| {
             b.iter(|| {
