@@ -57,6 +57,22 @@ def test_one_call_equals_the_twin(container: str, case: Case, opts: dict[str, An
     assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@settings(max_examples=100)
+@given(case=cases(scale=1.0, offset=0.0), opts=options())
+def test_narrow_dtypes_are_the_twin_rounded_once(dtype: Any, case: Case, opts: dict[str, Any]) -> None:
+    """The twin sees the same narrow rewards in float64; the result is the nearest narrow value, or the next."""
+    narrow = Case(case.rewards.astype(dtype), case.groups, case.mask)
+    wide = Case(narrow.rewards.astype(np.float64), case.groups, case.mask)
+    twin = reference.EBPO(**opts)
+    spread = raw_spread(twin, wide)
+    expected = twin(*wide.args, mask=case.mask)
+    got = ebpo_core.advantages(narrow.rewards, case.groups, mask=case.mask, **opts)
+    assert got.dtype == dtype
+    bound = tolerance(expected, [wide.counted], spread) + np.spacing(np.abs(expected).astype(dtype)).astype(np.float64)
+    assert (np.abs(got.astype(np.float64) - expected) <= bound).all()
+
+
 @settings(max_examples=300)
 @given(case=cases())
 def test_default_options_meet_the_documented_tolerance(case: Case) -> None:
