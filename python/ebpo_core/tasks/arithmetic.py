@@ -6,12 +6,11 @@ model may reason before it answers, but listing candidates wins nothing: one num
 
 from __future__ import annotations
 
-import random
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ebpo_core.tasks.rewards import completion_text
-from ebpo_core.tasks.splits import check_choice, split_of
+from ebpo_core.tasks.splits import check_choice, draws, split_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -64,10 +63,7 @@ def generate(
     check_choice("topics", topics, list(TOPICS))
     check_choice("levels", levels, LEVELS)
     check_choice("split", [split], ["train", "test"])
-    clusters = [(topic, level) for topic in topics for level in levels]
-    rng = random.Random(f"arithmetic {split} {seed}")
-    for index in range(size):
-        topic, level = clusters[index % len(clusters)]
+    for rng, topic, level in draws(f"arithmetic {split} {seed}", size, topics, levels):
         while True:
             left, right = (rng.randint(10 ** (level - 1), 10**level - 1) for _ in range(2))
             problem = Problem(topic, level, left, right)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ebpo_core.tasks.expressions import parse_expression
 from ebpo_core.tasks.rewards import completion_text
-from ebpo_core.tasks.splits import check_choice, split_of
+from ebpo_core.tasks.splits import check_choice, draws, split_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -81,10 +81,7 @@ def generate(
     check_choice("topics", topics, list(TOPICS))
     check_choice("levels", levels, LEVELS)
     check_choice("split", [split], ["train", "test"])
-    clusters = [(topic, level) for topic in topics for level in levels]
-    rng = random.Random(f"countdown {split} {seed}")
-    for index in range(size):
-        topic, level = clusters[index % len(clusters)]
+    for rng, topic, level in draws(f"countdown {split} {seed}", size, topics, levels):
         yield generate_problem(rng, topic, level, split)
 
 
