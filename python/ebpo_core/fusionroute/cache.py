@@ -1,0 +1,180 @@
+"""The state of one call of ``generate``: the router's cache, each expert's lazy cache, and the tokens so far.
+
+It stands where transformers expects a cache, so ``generate`` reorders, repeats, crops and returns it like any other,
+and a later call continues from it. Nothing of a call lives in the model: calls may run side by side.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .experts import Expert
+from .history import TokenHistory
+from .lazy import lazy_expert
+
+_REMEMBERED = 256  # columns whose selection is kept, more than any draft that may be cropped
+
+
+class FusionRouteCache(Cache):
+    """Made by ``generate`` (or by ``forward`` with ``use_cache=True``); pass it on to continue a conversation.
+
+    Args:
+        router: the router's own cache, of any kind transformers offers.
+        experts: the model's experts.
+
+    Attributes:
+        budget: bytes the experts' caches may take together, or None.
+    """
+
+    def __init__(self, router: Cache, experts: Sequence[Expert]) -> None:
+        self.router = router
+        self.budget: int | None = None
+        self._experts = list(experts)
+        self.states: list[Any] = []
+        self.history: TokenHistory | None = None
+        self.previous: Tensor | None = None  # ids of the last position's experts [B]; kept for hysteresis
+        self._selected: list[Tensor] = []  # ids [B] of every column, while hysteresis is on
+        self._used: list[int] = []  # the step in which each expert last ran
+        self._step = 0
+        # What DynamicCache has and transformers' loops look at.
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    # ---------------------------------------------------------------------------------------------------- one step
+
+    def append(self, ids: Tensor, positions: Tensor, mask: Tensor, counts: Sequence[int]) -> TokenHistory:
+        """Take new columns into the history; see :meth:`TokenHistory.append`."""
+        if self.history is None:
+            self.history = TokenHistory(len(ids), ids.device)
+            self.states = [lazy_expert(expert, len(ids)) for expert in self._experts]
+            self._used = [0] * len(self.states)
+        if len(ids) != len(self.history.lengths):
+            raise ValueError(
+                f"input_ids has {len(ids)} rows, the cache holds {len(self.history.lengths)}: go on with as "
+                "many rows, or select rows of the cache first (batch_select_indices)"
+            )
+        self.history.append(ids, positions, mask, counts)
+        self._step += 1
+        return self.history
+
+    def run(self, expert: int, rows: Sequence[int], ends: Sequence[int], keep: int) -> Tensor:
+        """Last logits ``[rows, keep, V]`` of an expert after it has caught up on ``rows`` to ``ends``."""
+        if self.history is None:
+            raise RuntimeError("the cache holds no tokens: append them before running an expert")
+        self._used[expert] = self._step
+        logits: Tensor = self.states[expert].logits(self.history, rows, ends, keep)
+        self._evict(expert)
+        return logits
+
+    def places(self, rows: Sequence[int], columns: int) -> list[list[int]]:
+        """Where the last ``columns`` columns stand in each row, counted from its first real token."""
+        if self.history is None:
+            raise RuntimeError("the cache holds no tokens: append them first")
+        lengths = self.history.lengths
+        if columns == 1:
+            return [[lengths[row] - 1] for row in rows]
+        mask = self.history.mask[torch.tensor(list(rows), device=self.history.mask.device), -columns:]
+        after = mask.flip(1).cumsum(1).flip(1).tolist()
+        return [[lengths[row] - count for count in counts] for row, counts in zip(rows, after, strict=True)]
+
+    def _evict(self, running: int) -> None:
+        if self.budget is None:
+            return
+        others = [i for i, state in enumerate(self.states) if i != running and not state.empty]
+        others.sort(key=lambda i: self._used[i])
+        while others and self.expert_bytes > self.budget:
+            self.states[others.pop(0)].evict()
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes allocated for the experts' keys and values."""
+        return sum(state.nbytes for state in self.states)
+
+    @property
+    def forwarded(self) -> list[list[int]]:
+        """Tokens that went through each expert, per row: ``forwarded[expert][row]``."""
+        return [list(state.forwarded) for state in self.states]
+
+    def remember(self, ids: Tensor, mask: Tensor) -> None:
+        """Keep the experts selected at the last columns, ``[B, K]``, where hysteresis needs them later."""
+        for column, real in zip(ids.unbind(1), mask.unbind(1), strict=True):
+            last = column if not self._selected else torch.where(real, column, self._selected[-1])
+            self._selected.append(last)
+        self.previous = self._selected[-1]
+        del self._selected[:-_REMEMBERED]
+
+    # ------------------------------------------------------------------------------------- what transformers calls
+
+    @property
+    def layers(self) -> list[Any]:  # type: ignore[override]
+        return self.router.layers
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.router.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.router.get_mask_sizes(query_length, layer_idx)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.router.get_max_length(layer_idx)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Never: which experts run is decided on the host."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.router.is_initialized)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.router.reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._take(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.router.batch_select_indices(indices)
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self._take(rows.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.router.batch_repeat_interleave(repeats)
+        if self.history is not None:
+            self._take([row for row in range(len(self.history.lengths)) for _ in range(repeats)])
+
+    def _take(self, rows: list[int]) -> None:
+        if self.history is None:
+            return
+        self.history.take(rows)
+        for state in self.states:
+            state.take(rows)
+        if self._selected:
+            self._selected = [ids[torch.tensor(rows, device=ids.device)] for ids in self._selected]
+            self.previous = self._selected[-1]
+
+    def activate_past_recording(self) -> None:
+        """The router's windows must be able to roll back; the experts' always are."""
+        self.router.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last columns; like transformers, by a count that is negative or 0."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove is {tokens_to_remove}: pass minus the number of columns to remove")
+        self.router.crop(tokens_to_remove)
+        if self.history is None or tokens_to_remove == 0:
+            return
+        self.history.crop(-tokens_to_remove)
+        for state in self.states:
+            state.shorten(self.history)
+        self._selected = self._selected[:tokens_to_remove]
+        self.previous = self._selected[-1] if self._selected else None
+
+    def reset(self) -> None:
+        """Empty, for a new prompt."""
+        self.router.reset()
+        self.states, self.history, self.previous, self._selected = [], None, None, []

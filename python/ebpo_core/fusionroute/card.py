@@ -1,0 +1,149 @@
+"""The model card of a checkpoint, written from its config: what it is made of, and how it is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ebpo_core.tasks.loading import PACKAGE_PREFIX
+
+from .references import EXPERTS_FOLDER, ExpertReference, is_hub_id
+
+_HASH_DIGITS = 12
+_OPTIONS = ("vocab_size", "alpha", "complementary", "route", "hysteresis", "expert_prefill", "expert_cache_budget")
+
+_CITATION = """```bibtex
+@inproceedings{xiong2026fusionroute,
+  title     = {Token-Level LLM Collaboration via FusionRoute},
+  author    = {Xiong and Zhou and Zeng and Chen and Huang and Bi and Zhang and Zhao},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2026},
+  note      = {arXiv:2601.05106},
+}
+```"""
+
+
+def model_card(config: Any, *, base_name: str | None = None) -> str:
+    """``README.md`` for a checkpoint: front matter for the hub, loading, a table of experts, options, citation.
+
+    No path of this machine is written: an expert in a local folder is shown by the folder's name, with a note that
+    whoever loads the checkpoint says where it is.
+
+    Args:
+        config: a :class:`~.config.FusionRouteConfig` as it is stored (references relative to the checkpoint).
+        base_name: what the router was made from; by default what its config remembers.
+    """
+    experts = [ExpertReference.from_dict(expert) for expert in config.experts or []]
+    base = base_name or getattr(config.router_config, "_name_or_path", None) or None
+    models = [base, *(path for expert in experts for path in (expert.path, expert.adapter))]
+    bases = list(dict.fromkeys(str(path) for path in models if is_hub_id(path)))
+    router = f"`{_shown(base)}`, " if base else ""
+    sections = [
+        _front_matter(bases),
+        "# FusionRoute model",
+        f"A router language model ({router}architecture `{config.router_config.model_type}`) and {len(experts)} frozen "
+        "expert language models. At every token the router picks one expert and adds its own logits to the expert's "
+        "([FusionRoute](https://arxiv.org/abs/2601.05106)). This repository holds the router and its routing head"
+        + (", and the experts." if _complete(experts) else "; experts are loaded from where the table says."),
+        "## Use",
+        _usage(experts),
+        "## Experts",
+        _table(experts),
+    ]
+    if any(_missing(expert) for expert in experts):
+        sections.append(
+            "Experts marked *local* are folders on the machine that wrote this card, by name; tell the loader where "
+            "yours are, as above. Their weights are compared with the hashes in `config.json`."
+        )
+    options = [f"| `{name}` | `{getattr(config, name)}` |" for name in _OPTIONS]
+    sections += [
+        "## Decoding options",
+        "Defaults stored in `config.json`; each but `vocab_size` can be given to `generate`.",
+        "\n".join(["| option | value |", "|---|---|", *options]),
+        "## Citation",
+        _CITATION,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(bases: list[str]) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    lines += ["- fusionroute", "- token-level-routing"]
+    if bases:
+        lines += ["base_model:", *(f"- {json.dumps(name)}" for name in bases)]
+    return "\n".join([*lines, "---"])
+
+
+def _usage(experts: list[ExpertReference]) -> str:
+    fields = {expert.name: _missing(expert) for expert in experts}
+    paths = "".join(
+        f"\n    {json.dumps(name)}: {json.dumps({field: f'path/to/{name}-{field}' for field in missing})},"
+        for name, missing in fields.items()
+        if missing
+    )
+    argument = f", expert_paths={{{paths}\n}}" if paths else ""
+    return f"""```python
+import ebpo_core.fusionroute  # pip install "ebpo-core[fusionroute]"; registers the architecture
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/or/hub-id/of/this/model"
+model = AutoModelForCausalLM.from_pretrained(folder{argument})
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("What is 12 + 7?", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64, output_routing=True)
+print(tokenizer.decode(output.sequences[0]), output.routing[0])
+```"""
+
+
+def _table(experts: list[ExpertReference]) -> str:
+    lines = ["| # | name | model | adapter | revision | dtype | weights |", "|---|---|---|---|---|---|---|"]
+    for number, expert in enumerate(experts):
+        model = _cell(expert.path)
+        if expert.subfolder:
+            model += f" (`{expert.subfolder}`)"
+        if expert.gguf_file:
+            model += f" (`{expert.gguf_file}`)"
+        if expert.quantization_config:
+            model += f", {expert.quantization_config.get('quant_method', 'quantized')}"
+        revisions = [revision for revision in (expert.revision, expert.adapter_revision) if revision]
+        weights = "not recorded"
+        if expert.hash:
+            kind, _, digits = expert.hash.rpartition(":")
+            weights = f"`{kind}:{digits[:_HASH_DIGITS]}`"
+        adapter = _cell(expert.adapter) if expert.adapter else ""
+        cells = (number, expert.name, model, adapter, ", ".join(revisions), expert.dtype or "the router's", weights)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _cell(path: str | None) -> str:
+    if path is None:
+        return "*local*, given as a live model"
+    if is_hub_id(path):
+        return f"[{path}](https://huggingface.co/{path})"
+    return f"*local* `{_shown(path)}`" if _is_local(path) else f"`{_shown(path)}`"
+
+
+def _is_local(path: str) -> bool:
+    """Whether it is a folder on some machine, neither on the hub, nor in the checkpoint, nor in a package."""
+    return not (is_hub_id(path) or path.startswith((f"{EXPERTS_FOLDER}/", "./", PACKAGE_PREFIX)))
+
+
+def _missing(expert: ExpertReference) -> list[str]:
+    """The fields that the loader must be told: paths of folders that do not come along."""
+    missing = ["path"] if expert.path is None or _is_local(expert.path) else []
+    return missing + (["adapter"] if expert.adapter and _is_local(expert.adapter) else [])
+
+
+def _complete(experts: list[ExpertReference]) -> bool:
+    paths = [path for expert in experts for path in (expert.path or "", expert.adapter) if path is not None]
+    return all(path.startswith((f"{EXPERTS_FOLDER}/", "./")) for path in paths)
+
+
+def _shown(path: str) -> str:
+    """A path without what it says of a machine: hub ids, packages and folders of the checkpoint whole, else a name."""
+    if _is_local(path):
+        path = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
+    return re.sub(r"[`|\s]+", "_", path) or "?"

@@ -1,0 +1,205 @@
+"""From models to a FusionRoute model, to a checkpoint that refers to its experts, and back."""
+
+# mypy: disable-error-code="no-untyped-call"
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .card import model_card
+from .config import FusionRouteConfig
+from .experts import Experts
+from .references import ExpertReference
+from .roster import overridden
+from .tokenizers import check_tokenizers, load_tokenizer
+
+if TYPE_CHECKING:
+    from typing import Any as Base  # stands in front of PreTrainedModel
+else:
+    Base = object
+
+logger = logging.get_logger(__name__)
+_CARD = "README.md"
+
+
+class CheckpointMixin(Base):  # type: ignore[misc]
+    """Loading and saving of :class:`~.model.FusionRouteForCausalLM`.
+
+    A checkpoint holds the weights ``router.*`` and ``route_head.*`` and, in ``config.json``, where each expert is and
+    what its weights hashed to. Experts are copied into it only by ``save_experts=True``.
+    """
+
+    config: FusionRouteConfig
+
+    @classmethod
+    def from_experts(
+        cls,
+        router: str | os.PathLike[str] | PreTrainedModel,
+        experts: Mapping[str, Any] | Sequence[Any],
+        *,
+        tokenizer: Any = None,
+        vocab_size: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        **options: Any,
+    ) -> Any:
+        """A model to start training from: the given router, a fresh route head, the given experts.
+
+        Args:
+            router: path, hub id, ``package:<name>`` or GGUF file of a causal LM, or a loaded model, which is taken over
+                and not copied.
+            experts: in the order of the route head's rows: what :meth:`ExpertReference.parse` takes (a path, a dict, a
+                reference), or loaded models; a mapping gives them names.
+            tokenizer: the router's, to compare with the experts'; by default the one in the router's folder. Experts
+                whose folder holds no tokenizer are not compared.
+            vocab_size: V; by default the smallest width among router and experts.
+            dtype: of router and experts that are loaded here and name none; by default the router's own, or float32.
+            options: stored as defaults of decoding, see :class:`~.routing.RoutingOptions`.
+
+        Raises:
+            ValueError: no experts, tokenizers that disagree (the first differing token is named), or a bad reference.
+        """
+        if not isinstance(router, PreTrainedModel):
+            from ebpo_core.tasks.loading import load_model
+
+            name = None if dtype is None else str(dtype).removeprefix("torch.")
+            router, loaded_tokenizer = load_model(os.fspath(router), dtype=name or "float32")
+            tokenizer = loaded_tokenizer if tokenizer is None else tokenizer
+        loaded = Experts.load(experts, default_dtype=dtype or router.dtype, device=router.device)
+        if not len(loaded):
+            raise ValueError("experts is empty: give at least one expert")
+        widths = [router.config.get_text_config().vocab_size, *(expert.vocab_size for expert in loaded)]
+        if vocab_size is None:
+            vocab_size = min(widths)
+        elif not 1 <= vocab_size <= min(widths):
+            raise ValueError(
+                f"vocab_size is {vocab_size}: pass 1 to {min(widths)}, the smallest width among the models"
+            )
+        _compare_tokenizers(router, tokenizer, loaded, vocab_size)
+        config = FusionRouteConfig(
+            router_config=router.config,
+            experts=[expert.reference.to_dict() for expert in loaded],
+            vocab_size=vocab_size,
+            **options,
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        head = nn.Linear(model.route_head.in_features, len(loaded), bias=False, dtype=torch.float32)
+        nn.init.normal_(head.weight, std=0.02)
+        model.router = router
+        model.route_head = head.to(router.device)
+        model.generation_config = router.generation_config
+        object.__setattr__(model, "_experts", loaded)
+        model.eval()
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        load_experts: bool = True,
+        expert_paths: Mapping[str, Any] | None = None,
+        verify_experts: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As ``PreTrainedModel.from_pretrained``, and the experts.
+
+        Args:
+            pretrained_model_name_or_path, args, kwargs: as in transformers; ``dtype`` is also that of experts whose
+                reference names none.
+            load_experts: False loads the router alone, e.g. to train from an expert cache.
+            expert_paths: where experts are now, by name: a path, a dict of the fields of
+                :class:`~.references.ExpertReference` that change, or a loaded model.
+            verify_experts: False accepts experts whose weights are no longer those of the checkpoint.
+
+        Raises:
+            ValueError: an expert is missing, its weights changed, or its vocabulary is too narrow.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        stored = [ExpertReference.from_dict(expert) for expert in model.config.experts]
+        wanted = overridden(stored, expert_paths)
+        if load_experts:
+            experts = Experts.load(
+                wanted,
+                base_dir=pretrained_model_name_or_path,
+                revision=kwargs.get("revision"),
+                default_dtype=model.dtype,
+                device=model.device,
+                verify=verify_experts,
+            )
+            for expert in experts:
+                if expert.vocab_size < model.config.vocab_size:
+                    raise ValueError(
+                        f"expert {expert.name!r} has {expert.vocab_size} logits, the checkpoint's vocab_size is "
+                        f"{model.config.vocab_size}: it is not the expert this model was trained with"
+                    )
+            object.__setattr__(model, "_experts", experts)
+            model.config.experts = [reference.to_dict() for reference in experts.references]
+        else:
+# Saved elsewhere later, the references must not depend on this folder any more.
+            known = [ExpertReference.parse(expert) for expert in wanted.values()]
+            model.config.experts = [
+                expert.anchored(pretrained_model_name_or_path, missing_ok=True).to_dict() for expert in known
+            ]
+        return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, save_experts: bool = False, **kwargs: Any
+    ) -> Any:
+        """As ``PreTrainedModel.save_pretrained``: router, route head, config, and a model card where there is none.
+
+        Args:
+            save_directory, args, kwargs: as in transformers.
+            save_experts: copy the experts into ``experts/<name>/``, so that the folder is complete by itself.
+        """
+        folder = Path(save_directory)
+        experts: Experts = self.experts
+        kept = self.config.experts
+        main = kwargs.get("is_main_process", True)
+        if main:
+            if save_experts and not len(experts):
+                raise ValueError("save_experts=True, but no experts are loaded: load the model with its experts")
+            if save_experts:
+                references = experts.save_into(folder)
+            elif len(experts):
+                references = experts.stored(folder)
+            else:
+                references = [ExpertReference.from_dict(expert).stored(folder) for expert in kept or []]
+            for reference in references:
+                if reference.path is None:
+                    logger.warning(
+                        f"expert {reference.name!r} was given as a model that was never saved: loading {folder} will "
+                        f"need expert_paths={{{reference.name!r}: ...}}, unless it is saved with save_experts=True"
+                    )
+            self.config.experts = [reference.to_dict() for reference in references]
+        try:
+            result = super().save_pretrained(save_directory, *args, **kwargs)
+            if main and not (folder / _CARD).exists():
+                (folder / _CARD).write_text(model_card(self.config), encoding="utf-8")
+        finally:
+            self.config.experts = kept
+        return result
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """On the way to the hub: our model card in place of transformers' empty form."""
+        card = Path(working_dir) / _CARD
+        if not card.exists() or "2601.05106" not in card.read_text(encoding="utf-8"):
+            card.write_text(model_card(self.config), encoding="utf-8")
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def _compare_tokenizers(router: PreTrainedModel, tokenizer: Any, experts: Experts, vocab_size: int) -> None:
+    if tokenizer is None:
+        where = router.config._name_or_path
+        tokenizer = load_tokenizer(ExpertReference(name="router", path=where)) if where else None
+    named = {"router": tokenizer, **{expert.name: load_tokenizer(expert.reference) for expert in experts}}
+    check_tokenizers({name: found for name, found in named.items() if found is not None}, vocab_size=vocab_size)

@@ -1,0 +1,85 @@
+"""``FusionRouteConfig``: the router's config, references to the experts, and the defaults of decoding."""
+
+# mypy: disable-error-code="no-untyped-call"
+# No `from __future__ import annotations`: transformers validates the annotated fields of a config at run time.
+import copy
+from typing import Any, ClassVar
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from .routing import STORED_OPTIONS, RoutingOptions
+
+VERSION = 1
+
+
+class FusionRouteConfig(PreTrainedConfig):
+    """Configuration of :class:`~.model.FusionRouteForCausalLM` (arXiv 2601.05106), stored as ``config.json``.
+
+    Args:
+        router_config: config of the router, a causal LM of any architecture (an object, or its dict with "model_type").
+        experts: one dict per expert, as :meth:`~.references.ExpertReference.to_dict` writes it, in the order of the
+            route head's rows.
+        vocab_size: V, the number of leading token ids that take part; by default the router's.
+        alpha, complementary, route, hysteresis, expert_prefill, expert_cache_budget: defaults of decoding, see
+            :class:`~.routing.RoutingOptions`.
+        fusionroute_version: version of this format.
+
+    Raises:
+        ValueError: a value that does not fit, or a config written by a newer version of this package.
+    """
+
+    model_type = "fusionroute"
+    sub_configs: ClassVar[dict[str, Any]] = {"router_config": AutoConfig}
+    has_no_defaults_at_init = False
+
+    router_config: dict[str, Any] | PreTrainedConfig | None = None
+    experts: list[dict[str, Any]] | None = None
+    vocab_size: int | None = None
+    alpha: float | int = 1.0
+    complementary: bool = True
+    route: str = "argmax"
+    hysteresis: float | int = 0.0
+    expert_prefill: str = "lazy"
+    expert_cache_budget: int | None = None
+    fusionroute_version: int = VERSION
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.fusionroute_version > VERSION:
+            raise ValueError(
+                f"fusionroute_version is {self.fusionroute_version} and this ebpo_core reads {VERSION}: "
+                "upgrade ebpo-core to the version that wrote the checkpoint"
+            )
+        router: Any = {} if self.router_config is None else self.router_config
+        if isinstance(router, dict):
+            # transformers builds a config without arguments to find out what differs from the defaults.
+            kind = router.get("model_type", "llama")
+            if kind not in CONFIG_MAPPING:
+                raise ValueError(f"router_config has model_type {kind!r}: transformers knows no such model")
+            router = CONFIG_MAPPING[kind](**{name: value for name, value in router.items() if name != "model_type"})
+        self.router_config = router
+        self.experts = [dict(expert) for expert in self.experts or []]
+        if self.vocab_size is None:
+            self.vocab_size = router.get_text_config().vocab_size
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if kwargs.get(name) is None and getattr(self, name, None) is None:
+                kwargs[name] = getattr(router, name, None)
+        self.options()  # raises for values that do not fit
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts or [])
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The router's config, with this model's V: what transformers' generation, caches and engines look at."""
+        text: PreTrainedConfig = self.router_config.get_text_config()  # type: ignore[union-attr]
+        if text.vocab_size == self.vocab_size:
+            return text
+        text = copy.copy(text)
+        text.vocab_size = self.vocab_size
+        return text
+
+    def options(self) -> RoutingOptions:
+        """The stored defaults of decoding."""
+        return RoutingOptions(**{name: getattr(self, name) for name in STORED_OPTIONS})

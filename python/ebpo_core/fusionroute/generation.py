@@ -1,0 +1,247 @@
+"""``generate``: transformers' own, with lazy caches, tokens from the kernels, and a record of the routing."""
+
+# mypy: disable-error-code="no-untyped-call"
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ebpo_core.kernels import select_add_argmax, select_add_sample
+
+from .cache import FusionRouteCache
+from .compat import CACHE
+from .recorder import RoutingRecorder
+from .routing import OPTION_NAMES, RoutingOptions, permitted_rows
+
+if TYPE_CHECKING:
+    from typing import Any as GenerationMixin  # typed for models of one class each; here the model is a mixin's
+else:
+    from transformers import GenerationMixin
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass
+class _Call:
+    """What one call of ``generate`` asked for beyond transformers' own arguments."""
+
+    model: Any
+    options: RoutingOptions
+    recorder: RoutingRecorder | None
+
+
+# Not in `model_kwargs`: transformers hands those to assistant models too. Per thread, hence safe side by side.
+_calls: ContextVar[tuple[_Call, ...]] = ContextVar("fusionroute_calls", default=())
+
+
+def current_call(model: Any) -> _Call | None:
+    """The call of ``generate`` that this forward of ``model`` belongs to."""
+    return next((call for call in reversed(_calls.get()) if call.model is model), None)
+
+
+class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
+    """The parts of :class:`~.model.FusionRouteForCausalLM` that ``generate`` needs."""
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, output_routing: bool = False, **kwargs: Any) -> Any:
+        """transformers' ``generate`` with all its modes and arguments, and these:
+
+        Args:
+            inputs, args, kwargs: as in ``GenerationMixin.generate``.
+            alpha, complementary, route, hysteresis, allowed_experts, forced_expert, expert_prefill,
+            expert_cache_budget: see :class:`~.routing.RoutingOptions`; by default the config's.
+            output_routing: return a ``ModelOutput`` whose ``routing`` holds one :class:`~.trace.RoutingTrace` per
+                returned sequence: which expert wrote each token, its weight, whether the token is not its own argmax.
+
+        Greedy decoding and sampling (temperature, top-k, top-p, min-p) take their tokens from
+        :mod:`ebpo_core.kernels` when nothing needs the logits themselves; the fused logits are not written then.
+        Greedy tokens are the same either way, draws are equal in distribution but not token for token.
+        """
+        given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
+        options = self.config.options().updated(**given)
+        permitted_rows(options, self.experts.names)  # wrong names are found before the router reads the prompt
+        recorder = None
+        if output_routing:
+            recorder = RoutingRecorder()
+            kwargs["return_dict_in_generate"] = True
+            if _beams(kwargs, self.generation_config) > 1:
+                kwargs["output_scores"] = True  # transformers returns the beams' indices with the scores only
+        token = _calls.set((*_calls.get(), _Call(self, options, recorder)))
+        try:
+            result = super().generate(inputs, *args, **kwargs)
+        finally:
+            _calls.reset(token)
+        if recorder is not None:
+            eos = getattr(kwargs.get("generation_config") or self.generation_config, "eos_token_id", None)
+            eos = kwargs.get("eos_token_id", eos)
+            prompt = inputs if inputs is not None else kwargs["input_ids"]
+            first = _columns(prompt, kwargs) - 1
+            result["routing"] = recorder.traces(self.experts.names, result, prompt.shape[1], first, eos)
+        return result
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers makes the router's cache, of the kind asked for; the experts' lazy caches stand beside it."""
+        given = model_kwargs.get(CACHE)
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get(CACHE)
+        if given is None and isinstance(cache, Cache):
+            model_kwargs[CACHE] = FusionRouteCache(cache, self.experts)
+        hysteresis = _options_of(self).hysteresis
+        if cache is None and hysteresis:
+            raise ValueError(
+                f"hysteresis is {hysteresis} and use_cache is False: the expert of the token before is kept in "
+                "the cache; leave use_cache on, or hysteresis at 0"
+            )
+        return result
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy decoding and sampling: from the kernels where that is the same, else transformers' own loop."""
+        filters = None if synced_gpus else self._kernel_filters(logits_processor, generation_config, model_kwargs)
+        if filters is None:
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        B, device = len(input_ids), input_ids.device
+        seed = torch.randint(2**63 - 1, (B,), device=device) if generation_config.do_sample else None
+        options = _options_of(self)
+        pad = generation_config._pad_token_tensor
+        stops_at_eos = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+        running = torch.ones(B, dtype=torch.bool, device=device)
+        model_kwargs["fuse"] = False
+        outputs = self._prefill(input_ids, generation_config, model_kwargs)
+        while True:
+            model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
+            rows = None if model_kwargs.get("active_rows") is None else running.nonzero()[:, 0]
+            tokens = _pick(outputs, rows, options.alpha, self.config.vocab_size, seed, input_ids.shape[1], filters)
+            del outputs
+            if rows is not None:
+                tokens = torch.full((B,), int(pad), device=device).index_copy_(0, rows, tokens.to(device))
+            tokens = tokens.to(device)
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            running = running & ~stopping_criteria(input_ids, None)
+            if not bool(running.any()):
+                break
+            if stops_at_eos and not bool(running.all()):
+                model_kwargs["active_rows"] = running
+            step = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+            outputs = self(**step, return_dict=True)
+        if streamer is not None:
+            streamer.end()
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(**{"sequences": input_ids, CACHE: model_kwargs.get(CACHE)})  # type: ignore[arg-type]
+        return input_ids
+
+    def _kernel_filters(
+        self, processors: LogitsProcessorList, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """The kernels' arguments that stand for the processors; None where the logits themselves are needed."""
+        wanted = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "prefill_chunk_size")
+        dtypes = {self.router.dtype, *(expert.model.dtype for expert in self.experts)}
+        if (
+            any(getattr(generation_config, name, None) for name in wanted)
+            or not model_kwargs.get("use_cache")
+            or not _options_of(self).complementary
+            or not dtypes <= set(_KERNEL_DTYPES)
+            or self.device.type == "mps"  # its loop reads the stop flag one step late, for speed
+        ):
+            return None
+        filters: dict[str, Any] = {}
+        order = list(_FILTERS)
+        for processor in processors:
+            kind = type(processor)
+            # The kernels filter in transformers' own order, and always keep one token, not more.
+            if kind not in order or getattr(processor, "min_tokens_to_keep", 1) != 1:
+                return None
+            order = order[order.index(kind) + 1 :]
+            name, value = _FILTERS[kind](processor)
+            filters[name] = value
+        return filters
+
+
+_FILTERS: dict[type, Callable[[Any], tuple[str, Any]]] = {
+    TemperatureLogitsWarper: lambda warper: ("temperature", float(warper.temperature)),
+    TopKLogitsWarper: lambda warper: ("top_k", int(warper.top_k)),
+    TopPLogitsWarper: lambda warper: ("top_p", float(warper.top_p)),
+    MinPLogitsWarper: lambda warper: ("min_p", float(warper.min_p)),
+}
+
+
+def _pick(
+    outputs: Any,
+    rows: Tensor | None,
+    alpha: float,
+    vocab_size: int,
+    seed: Tensor | None,
+    position: int,
+    filters: dict[str, Any],
+) -> Tensor:
+    """The next token of each running row, ``[rows]``, from logits that were never summed in memory."""
+    router, ids = outputs.router_logits[:, -1], outputs.expert_ids[:, -1]
+    if rows is not None:
+        router, ids = router[rows], ids[rows]
+        seed = None if seed is None else seed[rows]
+    parts = outputs.expert_logits
+    chosen: Any = list(parts)
+    if len(chosen) == 1:
+        chosen = chosen[0]  # one tensor whose row b belongs to row b
+    elif any(len(part) == len(router) for part in parts):
+        # All rows chose one expert: the same form, without a gather.
+        chosen = next(part for part in parts if len(part) == len(router))
+    if seed is None:
+        return select_add_argmax(router, ids, chosen, alpha=alpha, vocab_size=vocab_size).token_ids
+    return select_add_sample(
+        router, ids, chosen, seed=seed, step=position, alpha=alpha, vocab_size=vocab_size, **filters
+    ).token_ids
+
+
+def _options_of(model: Any) -> RoutingOptions:
+    call = current_call(model)
+    options: RoutingOptions = model.config.options() if call is None else call.options
+    return options
+
+
+def _columns(prompt: Tensor, kwargs: dict[str, Any]) -> int:
+    """Columns before the first new token, those of a cache that was passed in included."""
+    mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
+    if mask is not None:
+        return int(mask.shape[1])
+    past = 0 if cache is None else cache.get_seq_length()
+    # Like transformers: either the whole conversation is passed again, or only what is new.
+    return int(prompt.shape[1] if prompt.shape[1] > past else past + prompt.shape[1])
+
+
+def _beams(kwargs: dict[str, Any], default: Any) -> int:
+    config = kwargs.get("generation_config") or default
+    return int(kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1)

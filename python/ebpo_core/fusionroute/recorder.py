@@ -1,0 +1,63 @@
+"""Collects the routing of a call of ``generate`` and turns it into traces of the returned sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .trace import RoutingTrace
+
+
+class RoutingRecorder:
+    """What each forward selected, by column; a column that is run again (after a rejected draft) replaces the old.
+
+    The record at a column decides the token of the next one.
+    """
+
+    def __init__(self) -> None:
+        self._columns: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def add(self, end: int, ids: Tensor, share: Tensor, own: Tensor) -> None:
+        """The last K columns before ``end``: expert ids, their softmax weight, their own argmax; ``[B, K]`` each."""
+        for k in range(ids.shape[1]):
+            self._columns[end - ids.shape[1] + k] = (ids[:, k], share[:, k], own[:, k])
+
+    def traces(
+        self, names: Sequence[str], result: Any, prompt_length: int, first: int, eos_token_id: Any
+    ) -> list[RoutingTrace]:
+        """One trace per sequence of ``result``, up to and with its first end token.
+
+        Args:
+            names: of the experts.
+            result: what transformers returned: ``sequences``, and ``beam_indices`` after a beam search.
+            prompt_length: tokens of ``sequences`` that are not new.
+            first: the column that decides the first new token.
+            eos_token_id: one id, several, or None.
+        """
+        new = result.sequences[:, prompt_length:].cpu()
+        records = [self._columns[first + step] for step in range(new.shape[1])]
+        ids, share, own = (torch.stack(column, dim=1).cpu() for column in zip(*records, strict=True))
+        beams = result.get("beam_indices")
+        ends = _as_list(eos_token_id)
+        traces = []
+        for row, tokens in enumerate(new.tolist()):
+            stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+            # The row each token was written in; a finished beam is filled up with -1.
+            at = torch.full((stop,), row) if beams is None else beams[row, :stop].cpu()
+            stop = min(stop, int((at >= 0).sum()))
+            at, step, written = at[:stop], torch.arange(stop), new[row, :stop]
+            traces.append(
+                RoutingTrace.from_columns(names, written, ids[at, step], share[at, step], written != own[at, step])
+            )
+        return traces
+
+
+def _as_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        return [int(item) for item in value.flatten().tolist()]
+    return [int(value)] if isinstance(value, int) else [int(item) for item in value]

@@ -1,0 +1,100 @@
+"""What must be arranged, under a lock, before a shared or offloaded model may run: its adapter, and its device."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+_UNKNOWN = object()
+
+
+class AdapterSwitch:
+    """Which of the PEFT adapters in ``model`` is active. The caller of :meth:`select` holds ``lock``, also while the
+    model runs: the active adapter is a state of the whole model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.lock = threading.RLock()
+        self._active: Any = _UNKNOWN
+
+    def select(self, adapter: str | None) -> None:
+        """Activate an adapter by its name in the model, or none of them."""
+        if self._active == adapter:
+            return
+        from peft.functional import set_adapter
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        self._active = _UNKNOWN
+        # Not the model's own enable_adapters(): it leaves modules_to_save switched off.
+        for module in self.model.modules():
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                module.enable_adapters(enabled=adapter is not None)
+        if adapter is not None:
+            set_adapter(self.model, adapter, inference_mode=True)  # which freezes what enabling made trainable
+        self._active = adapter
+
+
+class OffloadPool:
+    """Models on the CPU, of which one at a time is on each execution device. Who runs one holds ``lock`` meanwhile."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._hooks: dict[int, Any] = {}
+        self._resident: dict[torch.device, Any] = {}
+
+    def add(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Take a model that is on the CPU. accelerate's hook moves it to ``device`` when its forward is called."""
+        from accelerate import cpu_offload_with_hook
+
+        _, self._hooks[id(model)] = cpu_offload_with_hook(model, device)
+
+    def device(self, model: PreTrainedModel) -> torch.device:
+        """Where the model runs."""
+        device: torch.device = self._hooks[id(model)].hook.execution_device
+        return device
+
+    def resident(self, device: torch.device) -> PreTrainedModel | None:
+        """The model whose turn it is on a device; None at first."""
+        hook = self._resident.get(device)
+        return None if hook is None else hook.model
+
+    def bring(self, model: PreTrainedModel) -> None:
+        """Make room: the model that ran last on the same device goes back to the CPU. The caller holds ``lock``."""
+        hook, device = self._hooks[id(model)], self.device(model)
+        last = self._resident.get(device)
+        if last is not None and last is not hook:
+            from accelerate.utils.memory import clear_device_cache
+
+            last.offload()
+            clear_device_cache()
+        self._resident[device] = hook
+
+    def move(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Change where the model runs; it waits on the CPU."""
+        with self.lock:
+            hook, before = self._hooks[id(model)], self.device(model)
+            if before == device:
+                return
+            hook.offload()
+            if self._resident.get(before) is hook:
+                del self._resident[before]
+            hook.hook.execution_device = device
+
+
+def exact_device(device: str | int | torch.device | None) -> torch.device:
+    """A device with its index: "cuda" is the current one, None the CPU.
+
+    Raises:
+        ValueError: no such device in this machine.
+    """
+    try:
+        return torch.empty(0, device="cpu" if device is None else device).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        raise ValueError(
+            f"device {str(device)!r} is not in this machine ({str(error).splitlines()[0]}): pass another one, "
+            "expert_paths={name: {'device': ...}} when loading a checkpoint, or None to follow the router"
+        ) from error
