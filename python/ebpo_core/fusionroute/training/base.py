@@ -1,0 +1,260 @@
+"""``FusionRouteTrainer``: what both phases share: sums over a global batch, logs, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ebpo_core.fusionroute.model import FusionRouteForCausalLM
+from ebpo_core.trainer.checkpoint import TRAINER_STATE_NAME, last_complete_checkpoint
+
+from .batches import MixCollator, MixDataset
+from .config import FusionRouteArguments
+from .losses import label_logprobs, routing_loss_normalized, routing_loss_softmax
+from .metrics import Tally, routing_columns
+from .preparation import fusion_model
+
+if TYPE_CHECKING:
+    import os
+
+# transformers is untyped here; type checkers see a base with every attribute.
+_Base: Any = Trainer
+
+
+class Scores(NamedTuple):
+    """What one batch says, per row unless noted; ``n_s`` samples come first, see :class:`~.batches.MixCollator`."""
+
+    logprobs: Tensor  # [B], Σ log π_θ over the labels, with gradient
+    tokens: Tensor  # [B], how many labels
+    routing: Tensor  # [n_s], Σ_{t∈S} of the routing loss, with gradient
+    weights: Tensor  # [B, K - 1, n]
+    expert_logprobs: Tensor  # [B, K - 1, n], 0 without a label
+    columns: dict[str, Tensor]  # [B] each, routing statistics
+
+
+class FusionRouteTrainer(_Base):  # type: ignore[misc]
+    """Base of the two trainers; :meth:`loss_of_batch` is what differs between them.
+
+    The loss of a global batch is a sum divided by a count (label tokens, or samples and pairs) over all ranks and
+    accumulation steps: ``transformers.Trainer`` passes that count to ``compute_loss`` as ``num_items_in_batch``.
+    """
+
+    args: FusionRouteArguments
+
+    def __init__(
+        self,
+        model: Any,
+        args: FusionRouteArguments,
+        train: MixDataset | None,
+        evaluation: MixDataset | dict[str, MixDataset] | None,
+        tokenizer: Any,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "model_init"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: {type(self).__name__} has a loss and metrics of its own; leave it out")
+        pad = getattr(tokenizer, "pad_token_id", None)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", None) or MixCollator(0 if pad is None else pad),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            **kwargs,
+        )
+        # Our loss is divided by the count of the global batch, whatever the model's forward does with such arguments.
+        self.model_accepts_loss_kwargs = True
+        names = [reference["name"] for reference in self.fusion.config.experts or []]
+        self._tallies = {"train": Tally(names), "eval": Tally(names)}
+
+    @property
+    def fusion(self) -> FusionRouteForCausalLM:
+        """The FusionRoute model under DDP, FSDP and PEFT."""
+        return fusion_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    @abstractmethod
+    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the batch's losses, and columns of :mod:`.metrics`, ``[n_s + n_p]`` each."""
+
+    @abstractmethod
+    def count_of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What the sum over the global batch is divided by, this batch's part of it."""
+
+    @abstractmethod
+    def mean_loss(self, tally: Tally) -> float:
+        """The loss over everything in ``tally``."""
+
+    # ----------------------------------------------------------------------------------------------------------- loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None
+        count = torch.stack([self.count_of_batch(batch).to(device) for batch in batch_samples]).sum()
+        total: Tensor = self.accelerator.gather(count).sum()
+        return total
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        count: Any = num_items_in_batch
+        if count is None:
+            count = self._get_num_items_in_batch([inputs], self.args.device)
+        scores = self.score(model, inputs)
+        loss, columns = self.loss_of_batch(scores, inputs)
+        if self.accelerator.num_processes > 1:
+            # DDP waits for a gradient of every parameter, also where no row of this rank uses the route head.
+            loss = loss + 0.0 * scores.weights.sum()
+        samples, pairs = (int(count) for count in inputs["counts"])
+        columns |= {name: value[: samples + pairs] for name, value in scores.columns.items()}
+        tally = self._tallies["train" if model.training else "eval"]
+        matrix = tally.matrix(columns, samples + pairs)
+        if not model.training:
+            # In the order of the items, since the last batch's repetitions are cut off behind the last item.
+            matrix = self.accelerator.gather_for_metrics(
+                torch.empty_like(matrix).index_copy(0, inputs["order"], matrix)
+            )
+        tally.add(matrix)
+        # Ranks average their gradients, and this is a share of the global sum.
+        loss = loss / count * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def score(self, model: Any, inputs: dict[str, Tensor]) -> Scores:
+        """Run the router (and, for the "normalized" routing loss, the experts) on a batch."""
+        keep = inputs["labels"].shape[1]
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=keep,
+            router_only=True,
+            use_cache=False,
+        )
+        labels, informative = inputs["labels"][:, 1:], inputs["informative"][:, 1:]
+        weights, expert_logprobs = output.routing_weights[:, :-1], inputs["expert_logprobs"][:, 1:]
+        samples = int(inputs["counts"][0])
+        logprobs = label_logprobs(output.logits[:, :-1], labels).sum(dim=1)
+        routing = logprobs.new_zeros(samples)
+        if samples:
+            mask = informative[:samples]
+            values = self._routing_loss(inputs, mask, weights[:samples], expert_logprobs[:samples], labels[:samples])
+            routing = routing.to(values.dtype).index_add(0, mask.nonzero()[:, 0], values)
+        return Scores(
+            logprobs=logprobs,
+            tokens=(labels != -100).sum(dim=1),
+            routing=routing,
+            weights=weights,
+            expert_logprobs=expert_logprobs,
+            columns=routing_columns(weights, expert_logprobs, labels, informative),
+        )
+
+    def _routing_loss(
+        self, inputs: dict[str, Tensor], mask: Tensor, weights: Tensor, expert_logprobs: Tensor, labels: Tensor
+    ) -> Tensor:
+        """At the P positions of ``mask``, ``[P]``."""
+        if self.args.routing_loss == "softmax":
+            return routing_loss_softmax(weights[mask], expert_logprobs[mask])
+        logits = self._expert_logits(inputs, mask)
+        V = int(self.fusion.config.vocab_size or 0)
+        return routing_loss_normalized(weights[mask], logits, labels[mask], vocab_size=V)
+
+    def _expert_logits(self, inputs: dict[str, Tensor], mask: Tensor) -> list[Tensor]:
+        """Every expert's logits ``[P, V_i]`` at the P positions of ``mask`` ``[n_s, K - 1]``; rows without any are not
+        run."""
+        experts = self.fusion.experts
+        rows = mask.any(dim=1).nonzero()[:, 0]
+        keep = mask.shape[1] + 1
+        found = []
+        for expert in experts:
+            if not len(rows):
+                found.append(torch.zeros(0, expert.vocab_size, device=mask.device))
+                continue
+            output = expert(
+                input_ids=inputs["input_ids"][rows].to(expert.device),
+                attention_mask=inputs["attention_mask"][rows].to(expert.device),
+                logits_to_keep=keep,
+                use_cache=False,
+            )
+            logits = output.logits[:, -keep:-1]
+            found.append(logits[mask[rows].to(logits.device)].to(mask.device))
+        return found
+
+    def _prepare_input(self, data: Any) -> Any:
+        # Under DeepSpeed, Trainer would round these float inputs to bfloat16; a sum of log-probabilities loses units.
+        if isinstance(data, Tensor) and data.is_floating_point():
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
+    # ----------------------------------------------------------------------------------------------- logs, evaluation
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            tally = self._tallies["train"]
+            tally.sums = self.accelerator.reduce(tally.sums.to(self.args.device), reduction="sum")
+            logs.update(tally.results())
+            tally.clear()
+        super().log(logs, *args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None, None]:  # noqa: ARG002
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        tally = self._tallies["eval"]
+        tally.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Trainer's own is a mean of the batches' means.
+        output.metrics[f"{metric_key_prefix}_loss"] = self.mean_loss(tally)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in tally.results().items()})
+        return output
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``, but ``resume_from_checkpoint=True`` takes the last *complete* checkpoint.
+
+        Raises:
+            ValueError: ``True`` and no complete checkpoint in ``output_dir``.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True: no complete checkpoint in output_dir={self.args.output_dir!r}; "
+                    "give the path of one, or leave it unset to start from the beginning"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_merged(self, folder: str | os.PathLike[str]) -> None:
+        """Save a FusionRoute checkpoint, also of a PEFT model: a copy of it with the adapter merged into the router."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if hasattr(model, "merge_and_unload"):
+            model = copy.deepcopy(model).merge_and_unload()
+        if self.args.should_save:
+            model.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            # A folder of an earlier, longer run may be written over: until it is done it must not look complete.
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process writes trainer_state.json next; with every rank's file in place it proves the whole folder.
+        self.accelerator.wait_for_everyone()

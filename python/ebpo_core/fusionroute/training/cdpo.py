@@ -1,0 +1,207 @@
+"""``FusionRouteCDPOTrainer``, the second phase: complemented DPO, alone or mixed with SFT samples (§4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from . import metrics
+from .base import FusionRouteTrainer, Scores
+from .batches import MixDataset
+from .config import FusionRouteCDPOConfig
+from .data import tokenize_pairs
+from .losses import cdpo_bias, cdpo_loss, cdpo_margin, selected_logprobs
+from .metrics import Tally
+from .preparation import (
+    check_experts,
+    check_head,
+    check_strategy,
+    expert_cache,
+    fusion_model,
+    sft_samples,
+    sized,
+    with_adapter,
+)
+from .reference_logprobs import reference_sums
+from .sft import Rows
+
+
+class _HeadRests(TrainerCallback):
+    """Leaves ``route_head`` out of a step whose global batch has pairs alone.
+
+    Its gradient is None then in one process, but zero under DDP, where momentum and weight decay would move it.
+    """
+
+    samples = 0  # of the global batch at hand
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if not self.samples:
+            for name, parameter in kwargs["model"].named_parameters():
+                if "route_head." in name:
+                    parameter.grad = None
+
+
+class FusionRouteCDPOTrainer(FusionRouteTrainer):
+    """Trains the router with CDPO; SFT samples mixed in keep training all parameters (the paper's mix training).
+
+    The loss of a global batch is ( λ Σ_s L_SFT(s) + Σ_p L_CDPO(p) ) / (n_s + n_p), each L_SFT(s) over its own tokens,
+    with L_CDPO = −log σ(ℓ + bias): ℓ is DPO's margin of the router's own log-probabilities, and bias = αβ Σ (chosen −
+    rejected) of the experts that the current router selects. No gradient goes through the selection or into
+    ``route_head``: a step without SFT samples leaves the head as it is, whatever momentum and weight decay would do,
+    and in a run without them it is frozen.
+
+    The experts' part comes from the expert cache, so that none needs to be in memory; only SFT samples with
+    ``routing_loss="normalized"`` need them loaded. The reference is ``model`` as it is given: its log-probabilities are
+    computed once, here, and kept in ``output_dir``; to resume, give the same model again. A PEFT adapter that is
+    trained further is part of the reference, a new one changes nothing yet.
+
+    TRL's ``DPOTrainer`` is not the base: it has one kind of rows, takes log-probabilities from a head that it patches
+    into the model, and its reference has no term that moves with the policy's selection.
+
+    Args:
+        model: a :class:`~..model.FusionRouteForCausalLM` after the SFT phase, or a PEFT model on one.
+        args: a :class:`~.config.FusionRouteCDPOConfig`.
+        train_dataset, eval_dataset: preference rows, see :func:`~.data.tokenize_pairs`.
+        sft_dataset, eval_sft_dataset: SFT rows to mix in, see :func:`~.data.tokenize_samples`.
+        processing_class: the tokenizer.
+        peft_config: of an adapter to be made on the router.
+        kwargs: to ``Trainer`` (``callbacks``, ``optimizers``, ...).
+
+    Metrics beside those of :class:`~.sft.FusionRouteSFTTrainer` (routing ones over samples and chosen completions):
+    ``loss_cdpo``, ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` (ℓ) and ``rewards/accuracies`` (share
+    of ℓ > 0) as in TRL, of the router alone; ``cdpo/bias``, ``cdpo/bias_magnitude`` (mean of \\|bias\\|) and
+    ``cdpo/accuracy`` (share of ℓ + bias > 0).
+
+    Raises:
+        TypeError: another model or args.
+        ValueError: data that cannot be trained on, a model without complementary logits, a frozen route head where SFT
+            samples should train it, an expert cache or reference of something else.
+    """
+
+    args: FusionRouteCDPOConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: FusionRouteCDPOConfig,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: Any = None,
+        *,
+        sft_dataset: Rows | None = None,
+        eval_sft_dataset: Rows | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, FusionRouteCDPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: pass a FusionRouteCDPOConfig")
+        if isinstance(eval_dataset, Mapping) or isinstance(eval_sft_dataset, Mapping):
+            raise TypeError("eval_dataset is a dict: give one list or Dataset of preference rows")
+        check_strategy(args)
+        fusion = fusion_model(model)
+        if not fusion.config.complementary:
+            raise ValueError(
+                "the model's config has complementary=False, so its router's logits count for nothing and CDPO has "
+                "nothing to train: set model.config.complementary = True"
+            )
+        if sft_dataset is not None or eval_sft_dataset is not None:
+            check_experts(fusion, args)
+        model = with_adapter(model, peft_config)
+        if sft_dataset is not None:
+            check_head(model, args)
+        else:
+            for name, parameter in model.named_parameters():
+                if "route_head." in name:
+                    parameter.requires_grad_(False)
+        self._parts = (fusion, args, processing_class)
+        train = self._mixed("train", train_dataset, sft_dataset)
+        evaluation = self._mixed("eval", eval_dataset, eval_sft_dataset)
+        self._head_rests = _HeadRests()
+        super().__init__(model, args, train, evaluation, processing_class, **kwargs)
+        self.add_callback(self._head_rests)
+        for name, dataset in (("train", train), ("eval", evaluation)):
+            if dataset is not None and dataset.pairs is not None:
+                dataset.reference = self._reference(name, dataset.pairs)
+
+    def _mixed(self, name: str, pairs: Any, samples: Any) -> MixDataset | None:
+        fusion, args, tokenizer = self._parts
+        if pairs is None and samples is None:
+            return None
+        parts: dict[str, Any] = {}
+        if samples is not None:
+            parts["samples"] = sft_samples(samples, tokenizer, args)
+            parts["sample_cache"] = expert_cache(fusion, args, f"sft-{name}", parts["samples"], tokenizer)
+        if pairs is not None:
+            options: Any = args.chat_template_kwargs
+            parts["pairs"] = tokenize_pairs(
+                sized(pairs), tokenizer, max_length=args.max_length, chat_template_kwargs=options
+            )
+            sequences = parts["pairs"].sequences
+            parts["pair_cache"] = expert_cache(fusion, args, f"pairs-{name}", sequences, tokenizer)
+        return MixDataset(**parts)
+
+    def _reference(self, name: str, pairs: Any) -> Any:
+        model = self.accelerator.unwrap_model(self.model)
+
+        def forward(**inputs: Any) -> Any:
+            with torch.no_grad(), self.accelerator.autocast():
+                return model(**inputs)
+
+        return reference_sums(
+            Path(str(self.args.output_dir)) / f"reference-{name}.safetensors",
+            pairs,
+            model,
+            forward,
+            vocab_size=int(self.fusion.config.vocab_size or 0),
+            device=self.args.device,
+            on_change=self.args.on_change,
+            batch_tokens=self.args.expert_cache_batch_tokens,
+        )
+
+    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        samples, pairs = (int(count) for count in inputs["counts"])
+        alpha, beta = float(self.fusion.config.alpha), self.args.beta
+        lm, tokens = -scores.logprobs[:samples], scores.tokens[:samples]
+        sft = (lm + self.args.routing_loss_weight * scores.routing) / tokens
+
+        chosen, rejected = scores.logprobs[samples : samples + pairs], scores.logprobs[samples + pairs :]
+        selected = selected_logprobs(scores.weights, scores.expert_logprobs).sum(dim=1)
+        bias = cdpo_bias(selected[samples : samples + pairs], selected[samples + pairs :], beta=beta, alpha=alpha)
+        references = inputs["reference"].to(chosen.dtype)
+        margin = cdpo_margin(chosen, rejected, references[:, 0], references[:, 1], beta=beta)
+        cdpo = cdpo_loss(margin, bias)
+
+        of_samples = {metrics.TOKENS: tokens, metrics.LM: lm, metrics.ROUTING: scores.routing, metrics.SFT: sft}
+        of_samples[metrics.SAMPLES] = torch.ones_like(tokens)
+        of_pairs = {
+            metrics.PAIRS: torch.ones_like(margin),
+            metrics.CDPO: cdpo,
+            metrics.MARGIN: margin,
+            metrics.CHOSEN: beta * (chosen - references[:, 0]),
+            metrics.REJECTED: beta * (rejected - references[:, 1]),
+            metrics.BIAS: bias,
+            metrics.MAGNITUDE: bias.abs(),
+            metrics.PREFERRED: (margin + bias > 0).to(margin.dtype),
+            metrics.PREFERRED_ALONE: (margin > 0).to(margin.dtype),
+        }
+        columns = {name: torch.cat([value, value.new_zeros(pairs)]) for name, value in of_samples.items()}
+        columns |= {name: torch.cat([value.new_zeros(samples), value]) for name, value in of_pairs.items()}
+        return self.args.sft_loss_weight * sft.sum() + cdpo.sum(), columns
+
+    def count_of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
+        return inputs["counts"].sum()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        samples = torch.tensor(sum(int(batch["counts"][0]) for batch in batches), device=self.args.device)
+        self._head_rests.samples = int(self.accelerator.gather(samples).sum())
+        return batches, count
+
+    def mean_loss(self, tally: Tally) -> float:
+        total = self.args.sft_loss_weight * tally.total(metrics.SFT) + tally.total(metrics.CDPO)
+        return total / max(1.0, tally.total(metrics.SAMPLES) + tally.total(metrics.PAIRS))

@@ -1,0 +1,100 @@
+"""``FusionRouteSFTTrainer``, the first phase: language modelling and routing on informative positions (§4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import metrics
+from .base import FusionRouteTrainer, Scores
+from .batches import MixDataset
+from .config import FusionRouteSFTConfig
+from .metrics import Tally
+from .preparation import (
+    check_experts,
+    check_head,
+    check_strategy,
+    evaluation,
+    expert_cache,
+    fusion_model,
+    sft_samples,
+    with_adapter,
+)
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+class FusionRouteSFTTrainer(FusionRouteTrainer):
+    """Trains router and route head with L_SFT = (L_LM + λ L_expert) / N; ``transformers.Trainer`` in everything else.
+
+    N counts the label tokens of the global batch, over ranks and accumulation steps. TRL's ``SFTTrainer`` is not the
+    base: its loss is the model's own, and its collator knows nothing of experts.
+
+    ``routing_loss="normalized"`` needs the model's experts loaded; with ``"softmax"`` the model may come from
+    ``from_pretrained(..., load_experts=False)``, and an expert is loaded (alone) only while the cache is computed.
+
+    With PEFT, ``route_head`` belongs to ``modules_to_save``: ``peft_config`` is given it, a PEFT model must have it.
+
+    Args:
+        model: a :class:`~..model.FusionRouteForCausalLM`, or a PEFT model on one.
+        args: a :class:`~.config.FusionRouteSFTConfig`.
+        train_dataset, eval_dataset: rows, see :func:`~.data.tokenize_samples`; ``eval_dataset`` may be a dict of them.
+        processing_class: the tokenizer.
+        peft_config: of an adapter to be made on the router.
+        kwargs: to ``Trainer`` (``callbacks``, ``optimizers``, ...).
+
+    Metrics, in evaluation with the prefix ``eval_``: ``loss_lm`` and ``loss_routing`` (both per label token),
+    ``routing/accuracy`` (share of informative positions where the selected expert gives the label the highest
+    probability of all), ``routing/informative`` (share of label positions that are informative) and
+    ``routing/usage/<expert>`` (share of label positions where it is selected).
+
+    Raises:
+        TypeError: another model or args.
+        ValueError: data that cannot be trained on, experts that are not loaded, a frozen route head, or an expert cache
+            of something else.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: FusionRouteSFTConfig,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        processing_class: Any = None,
+        *,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, FusionRouteSFTConfig):
+            raise TypeError(f"args is a {type(args).__name__}: pass a FusionRouteSFTConfig")
+        check_strategy(args)
+        fusion = fusion_model(model)
+        check_experts(fusion, args)
+        model = with_adapter(model, peft_config)
+        check_head(model, args)
+
+        def prepare(rows: Any, name: str) -> MixDataset:
+            samples = sft_samples(rows, processing_class, args)
+            return MixDataset(samples, expert_cache(fusion, args, name, samples, processing_class))
+
+        train = None if train_dataset is None else prepare(train_dataset, "sft-train")
+        super().__init__(model, args, train, evaluation(eval_dataset, "sft-eval", prepare), processing_class, **kwargs)
+
+    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        losses = -scores.logprobs + self.args.routing_loss_weight * scores.routing
+        return losses.sum(), {
+            metrics.SAMPLES: torch.ones_like(scores.tokens),
+            metrics.TOKENS: scores.tokens,
+            metrics.LM: -scores.logprobs,
+            metrics.ROUTING: scores.routing,
+        }
+
+    def count_of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
+        return (inputs["labels"] != -100).sum()
+
+    def mean_loss(self, tally: Tally) -> float:
+        total = tally.total(metrics.LM) + self.args.routing_loss_weight * tally.total(metrics.ROUTING)
+        return total / max(1.0, tally.total(metrics.TOKENS))
