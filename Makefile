@@ -10,7 +10,7 @@ SHELL := /bin/bash
 
 PYTHON ?=
 VENV   ?= .venv
-EXTRAS ?= train kernels fusionroute dev
+EXTRAS ?= train kernels fusionroute eval dev
 ARGS   ?=
 # Workers of pytest. Tests that start processes of their own keep two cores busy already.
 JOBS   ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))

@@ -1,0 +1,87 @@
+"""``fusionroute eval``: a checkpoint on tasks of the lm-evaluation-harness, its own or from a folder of YAML files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ebpo_core.fusionroute.cli.options import add_model_flags, add_routing_flags, load, routing_options
+from ebpo_core.fusionroute.evaluation import evaluate, task_manager, write_results
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fusionroute eval", description=__doc__, allow_abbrev=False)
+    add_model_flags(parser)
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names, apart by spaces or commas")
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with tasks of your own")
+    parser.add_argument("--limit", type=float, help="documents per task, or their share below 1; for trials only")
+    parser.add_argument("--num-fewshot", type=int, help="examples in the prompt; by default the task's")
+    parser.add_argument("--batch-size", default="8", help="rows at once, or auto (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, help="longest input in tokens; by default the router's limit")
+    parser.add_argument("--max-gen-toks", type=int, help="most new tokens, in place of the task's; 400 in the paper")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--log-samples", action="store_true", help="keep every document and answer in the results")
+    add_routing_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate, print a table, and write the results."""
+    arguments = _parser().parse_args(argv)
+    size = arguments.batch_size
+    if not size.startswith("auto") and not (size.isdigit() and int(size) > 0):
+        raise ValueError(f"batch-size={size!r}: expected a whole number of at least 1, or auto")
+    names = [name for item in arguments.tasks for name in item.split(",") if name]
+    manager = task_manager(names, arguments.include_path)  # a wrong name is worth no minutes of loading
+    model, tokenizer = load(arguments)
+    results = evaluate(
+        model,
+        names,
+        tokenizer=tokenizer,
+        manager=manager,
+        limit=arguments.limit,
+        num_fewshot=arguments.num_fewshot,
+        batch_size=int(size) if size.isdigit() else size,
+        max_length=arguments.max_length,
+        apply_chat_template=arguments.chat,
+        generation_kwargs=None if arguments.max_gen_toks is None else {"max_gen_toks": arguments.max_gen_toks},
+        log_samples=arguments.log_samples,
+        seed=arguments.seed,
+        **routing_options(arguments),
+    )
+    print_results(Console(highlight=False), results)
+    if arguments.output is not None:
+        print(write_results(arguments.output, results))
+    return 0
+
+
+def print_results(console: Console, results: dict[str, Any]) -> None:
+    """A row per task and metric: its value, its standard error where the harness gives one, and the documents."""
+    table = Table("task", "metric")
+    for name in ("value", "s.e.", "documents"):
+        table.add_column(name, justify="right")
+    for task, numbers in results["results"].items():
+        for key, value in numbers.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr"):
+                continue
+            error = numbers.get(f"{metric}_stderr,{kind}")
+            label = metric if kind == "none" else f"{metric} ({kind})"
+            documents = results.get("n-samples", {}).get(task, {}).get("effective", "")
+            table.add_row(Text(task), Text(label), _number(value), _number(error), str(documents))
+    console.print(table)
+
+
+def _number(value: Any) -> str:
+    """Four decimals; a dash for what the harness could not compute."""
+    return f"{value:.4f}" if isinstance(value, (int, float)) else "-"

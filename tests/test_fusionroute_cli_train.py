@@ -1,0 +1,231 @@
+"""`fusionroute train`: both stages on tiny models from files and flags, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("rich")
+
+import torch
+from fusionroute_tiny import save_tiny, tiny_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from ebpo_core.fusionroute import FusionRouteForCausalLM
+from ebpo_core.fusionroute.cli import main
+from ebpo_core.fusionroute.cli.arguments import parse
+from ebpo_core.fusionroute.cli.train import load_model, load_rows
+from ebpo_core.fusionroute.training import FusionRouteCDPOConfig, FusionRouteSFTConfig
+
+# transformers renamed what TRL 1.16 still sets; see ebpo_core.fusionroute.cli.main for the command itself.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:(transformers|trl)")
+
+SMALL = """
+use_cpu: true
+max_steps: 2
+per_device_train_batch_size: 4
+learning_rate: 1.0e-2
+logging_steps: 1
+save_strategy: "no"
+report_to: none
+disable_tqdm: true
+beta: 0.2
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A router, two experts of other families, sixteen SFT rows and eight preference rows."""
+    root = tmp_path_factory.mktemp("train")
+    for seed, (name, family) in enumerate([("router", "llama"), ("math", "llama"), ("code", "qwen3")]):
+        save_tiny(root / name, family, seed=seed, hidden_size=32, layers=1)
+    samples = [{"prompt": f"w{10 + n} w{20 + n}", "completion": f" w{30 + n} w{40 + n}"} for n in range(16)]
+    pairs = [
+        {"prompt": f"w{10 + n} w{20 + n}", "chosen": f" w{30 + n}", "rejected": f" w{60 + n} w{70 + n}"}
+        for n in range(8)
+    ]
+    for name, rows in (("samples", samples), ("pairs", pairs)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "recipe.yaml").write_text(
+        f"model_name_or_path: {root}/router\nexperts:\n  math: {root}/math\n  code: {root}/code\n"
+        f"data: {root}/samples.jsonl\n{SMALL}"
+    )
+    return root
+
+
+def train(folder: Path, *flags: str) -> int:
+    return main(["train", "--config", str(folder / "recipe.yaml"), *flags])
+
+
+def read_log(output: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if "loss" in record]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_sft_then_mix_from_one_recipe(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file serves both stages: the second starts from the first's checkpoint, whose experts it finds there."""
+    first, second = tmp_path / "sft", tmp_path / "mix"
+    held_out = f"--eval_data={folder}/samples.jsonl"
+    assert train(folder, "--output_dir", str(first), held_out) == 0
+    assert str(first) in capsys.readouterr().out.splitlines()[-1]
+    assert [record["step"] for record in read_log(first)] == [1, 2]
+    result = json.loads((first / "result.json").read_text())
+    assert (result["stage"], result["steps"]) == ("sft", 2)
+    assert result["evaluation"]["eval_loss"] > 0
+
+    second_recipe = tmp_path / "mix.yaml"
+    second_recipe.write_text(
+        f"model_name_or_path: {first}\nstage: mix\ndata: {folder}/samples.jsonl\n"
+        f"preferences: {folder}/pairs.jsonl\n{SMALL}"
+    )
+    command = ["train", f"--config={second_recipe}", "--output_dir", str(second), "--train_size=6", "--max_steps=3"]
+    assert main(command) == 0
+    log = read_log(second)
+    assert [record["step"] for record in log] == [1, 2, 3]
+    assert "rewards/margins" in log[0]
+    assert "routing/accuracy" in log[0]
+    for before, after in [(folder / "router", first), (first, second)]:
+        old, new = weights(before), weights(after)
+        old = old if before == first else {f"router.{name}": value for name, value in old.items()}
+        changed = [name for name in new if name in old and not torch.equal(old[name], new[name])]
+        assert any(name.startswith("router.") for name in changed)
+        assert before != first or "route_head.weight" in changed
+    model = FusionRouteForCausalLM.from_pretrained(second)
+    assert list(model.experts.names) == ["math", "code"]
+    assert main(["generate", str(second), "--prompt", "w10 w20", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+
+
+@pytest.mark.slow
+def test_cdpo_alone_loads_no_expert_and_leaves_the_route_head(folder: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "sft", tmp_path / "cdpo"
+    assert train(folder, "--output_dir", str(first), "--routing_loss", "softmax") == 0
+    flags = [f"--model_name_or_path={first}", "--stage=cdpo", f"--preferences={folder}/pairs.jsonl", "--use_cpu=true"]
+    flags += [f"--output_dir={second}", "--max_steps=2", "--report_to=none", "--save_strategy=no"]
+    model, _ = load_model(*parse(flags))
+    assert len(model.experts) == 0
+    assert main(["train", *flags]) == 0
+    old, new = weights(first), weights(second)
+    assert torch.equal(old["route_head.weight"], new["route_head.weight"])
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged_into_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    flags = ["--use_peft", "--lora_r=2", "--lora_target_modules", "q_proj", "v_proj"]
+    assert train(folder, f"--output_dir={tmp_path}/run", *flags) == 0
+    model = FusionRouteForCausalLM.from_pretrained(tmp_path / "run")
+    router = load_file(folder / "router" / "model.safetensors")
+    merged = weights(tmp_path / "run")
+    changed = [name for name, value in router.items() if not torch.equal(value, merged[f"router.{name}"])]
+    assert sorted(changed) == [name for name in sorted(router) if "q_proj" in name or "v_proj" in name]
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == tiny_tokenizer().get_vocab()
+    assert len(model.experts) == 2
+
+
+@pytest.mark.slow
+def test_a_run_resumes_as_if_never_stopped(folder: Path, tmp_path: Path) -> None:
+    saving = ("--save_strategy=steps", "--save_steps=1", "--max_steps=3")
+    assert train(folder, f"--output_dir={tmp_path}/whole", *saving) == 0
+    cut = tmp_path / "cut"
+    assert train(folder, f"--output_dir={cut}", *saving) == 0
+    # As a kill during the third step would leave it.
+    (cut / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3, "ep')
+    (cut / "model.safetensors").unlink()
+    assert train(folder, f"--output_dir={cut}", *saving, "--resume_from_checkpoint=auto") == 0
+    whole, resumed = weights(tmp_path / "whole"), weights(cut)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [record["step"] for record in read_log(cut)] == [1, 2, 3]
+
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+def test_experts_from_flags_and_files(folder: Path) -> None:
+    flags = ["--model_name_or_path=m", "--data=d.jsonl", "--experts", "math=a", "code=b=c", "--use_cpu=true"]
+    arguments, config, model = parse(flags)
+    assert arguments.named_experts() == {"math": "a", "code": "b=c"}
+    assert type(config) is FusionRouteSFTConfig
+    assert model.model_name_or_path == "m"
+    arguments, config, _ = parse(["--config", str(folder / "recipe.yaml"), "--learning_rate=3e-4"])
+    assert arguments.named_experts() == {"math": f"{folder}/math", "code": f"{folder}/code"}
+    assert (config.learning_rate, config.max_steps) == (3e-4, 2)
+    arguments, config, _ = parse(
+        ["--config", str(folder / "recipe.yaml"), "--stage", "mix", f"--preferences={folder}/pairs.jsonl"]
+    )
+    assert type(config) is FusionRouteCDPOConfig
+    assert config.beta == 0.2
+
+
+def test_rows_from_every_kind_of_file(folder: Path, tmp_path: Path) -> None:
+    rows = load_rows("data", str(folder / "samples.jsonl"), "train")
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "saved"):
+        assert load_rows("data", str(tmp_path / name), "train").to_list() == rows.to_list()
+    assert len(load_rows("data", str(folder / "samples.jsonl"), "train", 5)) == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--no_such_option=1"], "no_such_option"),
+        (["--stage=sft", "--beta=0.5"], "--beta"),
+        (["--stage=mix"], "preferences is missing"),
+        (["--stage=cdpo", "--preferences=p.jsonl"], "stage cdpo does not use it"),
+        (["--eval_preferences=p.jsonl"], "stage sft does not use it"),
+        (["--experts", "math"], "experts='math': expected NAME=PATH"),
+        (["--experts", "a=x", "a=y"], "'a' is there twice"),
+        (["--train_size=0"], "train_size=0"),
+        (["--config=second.yaml"], "--config"),
+        (["--data=nowhere.jsonl"], "data='nowhere.jsonl': no such file"),
+        (["--data=/nowhere/at/all"], "data='/nowhere/at/all': no such file"),
+        (["--resume_from_checkpoint=nowhere"], "no such directory"),
+        (["--alpha=nan"], "alpha is nan"),
+        (["--expert_paths", "math=x"], "expert_paths and experts"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    more: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(folder, f"--output_dir={tmp_path}/run", *more) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fusionroute train: ")
+    assert message in error
+
+
+def test_a_file_with_an_unknown_name_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content, message in [
+        ("learning_rat: 0.1\n", "learning_rat"),
+        ("- a\n", "expected a mapping"),
+        ("a: [\n", "not YAML"),
+    ]:
+        file = tmp_path / "typo.yaml"
+        file.write_text(content)
+        assert main(["train", "--config", str(file), "--model_name_or_path=m", "--data=d"]) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_plain_model_needs_experts_and_a_model_is_needed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--model_name_or_path={folder}/router", f"--data={folder}/samples.jsonl", "--use_cpu=true"]
+    assert main(["train", *flags, f"--output_dir={tmp_path}"]) == 1
+    assert "a llama model has no experts" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="model_name_or_path is missing"):
+        parse(["--data=d"])
+    for flags in (["--config=nowhere.yaml"], ["--config"]):
+        with pytest.raises(FileNotFoundError, match="no such YAML"):
+            parse(flags)
