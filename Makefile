@@ -46,6 +46,10 @@ help: ## show this list
 demo: build ## install, then watch a small transformer learn mini-countdown with EBPO (about 5 minutes on a CPU)
 	$(BIN)/ebpo demo $(ARGS)
 
+.PHONY: demo-fusionroute
+demo-fusionroute: build ## install, then three experts and a router from scratch: who wrote which token (about 9 minutes on a CPU)
+	$(BIN)/fusionroute demo $(ARGS)
+
 .PHONY: test
 test: lint test-rust bench-smoke test-python ## install, then every check of the main environment: lints, types, Rust, benches, Python
 

@@ -19,7 +19,15 @@ from .reference import Filters
 NAMESPACE = "ebpo_core"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _operators = getattr(torch.ops, NAMESPACE)
+# This folder has the name of Hugging Face's package `kernels`: where the root of the repository is on the import path,
+# transformers imports it under that name first. One definition serves both copies.
+_defined = hasattr(_operators, "select_add_tokens")
 _STEP = "Tensor router, Tensor? selection, Tensor[] experts, int form, float alpha, int vocab_size, bool round_sum"
+
+
+def _define(schema: str) -> None:
+    if not _defined:
+        _library.define(schema)
 
 
 def fuses_on(device: torch.device) -> bool:
@@ -51,7 +59,7 @@ def plain(*tensors: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------------- tokens
 
 _Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-_library.define(
+_define(
     f"select_add_tokens({_STEP}, Tensor? tokens, bool logprobs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -109,7 +117,7 @@ def _tokens_fake(*arguments: object) -> _Five:
 
 # ---------------------------------------------------------------------------------------------------------------- add
 
-_library.define(f"select_add({_STEP}) -> (Tensor, Tensor)")
+_define(f"select_add({_STEP}) -> (Tensor, Tensor)")
 
 
 def select_add(step: Step) -> tuple[Tensor, Tensor]:
@@ -141,7 +149,7 @@ def _add_fake(*arguments: object) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------------------------- sample
 
-_library.define(
+_define(
     f"select_add_sample({_STEP}, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? log_min_p, "
     "Tensor? seed, Tensor? position, Tensor? noise) -> (Tensor, Tensor)"
 )
@@ -215,4 +223,5 @@ def _register() -> None:
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
-_register()
+if not _defined:
+    _register()
