@@ -59,9 +59,7 @@ def plain(*tensors: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------------- tokens
 
 _Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-_define(
-    f"select_add_tokens({_STEP}, Tensor? tokens, bool logprobs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_define(f"select_add_tokens({_STEP}, Tensor? tokens, bool logprobs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 def select_add_tokens(step: Step, tokens: Tensor | None, logprobs: bool) -> _Five:

@@ -65,7 +65,7 @@ class Conversation:
         self.mask = torch.cat([self.mask, torch.ones(len(new), count, dtype=torch.int64)], dim=1)
 
     def worst(self, logits: Tensor, experts: list[int]) -> float:
-        """Largest difference to the oracle, over the largest logit; call after ``step`` (the rows have grown by one)."""
+        """Largest difference to the oracle, over the largest logit; call after ``step``: rows have grown by one."""
         errors = []
         for row, expert in enumerate(experts):
             expected = oracle_logits(self.model, self.rows[row][:-1], expert)

@@ -1,4 +1,4 @@
-"""FusionRoute's recipes parse for every stage, hold the paper's settings, and train when tiny models take their places."""
+"""FusionRoute's recipes parse for every stage, hold the paper's settings, and train with tiny models in place."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             object.__setattr__(model, "_experts", experts)
             model.config.experts = [reference.to_dict() for reference in experts.references]
         else:
-# Saved elsewhere later, the references must not depend on this folder any more.
+            # Saved elsewhere later, the references must not depend on this folder any more.
             known = [ExpertReference.parse(expert) for expert in wanted.values()]
             model.config.experts = [
                 expert.anchored(pretrained_model_name_or_path, missing_ok=True).to_dict() for expert in known

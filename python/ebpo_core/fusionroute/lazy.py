@@ -17,8 +17,8 @@ from .history import TokenHistory
 from .ragged import RaggedCache, windows_of
 from .recurrent import ColumnExpert
 
-# What one more forward costs, in tokens: reading the weights again (60 M float32 parameters on two cores took as long for
-# 16 tokens as for 2). Rows that lag differently share a forward until the padding would cost more than that.
+# What one more forward costs, in tokens: reading the weights again (60 M float32 parameters on two cores took as long
+# for 16 tokens as for 2). Rows that lag differently share a forward until the padding would cost more than that.
 _FORWARD_IN_TOKENS = {"cpu": 32, "cuda": 128}
 _OUR_MASKS = ("sdpa", "eager")  # attention that takes the masks we make; others get rows of equal length only
 

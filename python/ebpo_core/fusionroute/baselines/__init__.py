@@ -1,0 +1,19 @@
+"""What FusionRoute is compared with: merged weights, and the best of several full answers.
+
+Each is a few lines with its formulas, to be read beside its paper; to merge models of many gigabytes, use a tool that
+is made for it.
+"""
+
+from .merging import dare, task_arithmetic
+from .sequence import Response, Selection, likelihood_scores, reward_scores, select_sequences, write_responses
+
+__all__ = [
+    "Response",
+    "Selection",
+    "dare",
+    "likelihood_scores",
+    "reward_scores",
+    "select_sequences",
+    "task_arithmetic",
+    "write_responses",
+]
