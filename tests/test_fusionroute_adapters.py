@@ -15,9 +15,9 @@ from fusionroute_tiny import put_in_hub_cache, save_tiny, save_tiny_adapter, tin
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from ebpo_core.fusionroute.experts import Experts
-from ebpo_core.fusionroute.residency import OffloadPool, exact_device
-from ebpo_core.fusionroute.weights import ADAPTER_WEIGHTS
+from ebpo_core.fusionroute.experts.expert import Experts
+from ebpo_core.fusionroute.experts.residency import OffloadPool, exact_device
+from ebpo_core.fusionroute.experts.weights import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from pathlib import Path

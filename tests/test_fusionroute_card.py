@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ebpo_core.fusionroute.card import model_card
 from ebpo_core.fusionroute.config import FusionRouteConfig
-from ebpo_core.fusionroute.references import ExpertReference
+from ebpo_core.fusionroute.experts.references import ExpertReference
 
 
 def config(*experts: dict[str, Any], **options: Any) -> Any:

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ebpo_core.fusionroute import FusionRouteForCausalLM, demo, trace
+from ebpo_core.fusionroute import FusionRouteForCausalLM, demo
 from ebpo_core.fusionroute.demo.demo import KINDS, run
 from ebpo_core.fusionroute.demo.domains import (
     DOMAINS,
@@ -32,6 +32,7 @@ from ebpo_core.fusionroute.demo.experts import Course, build_model, encode
 from ebpo_core.fusionroute.demo.results import outcomes, results_table
 from ebpo_core.fusionroute.demo.routers import new_router, train_mix, train_sft
 from ebpo_core.fusionroute.demo.settings import FULL_SIZE, QUICK, Settings
+from ebpo_core.traces import trace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +89,7 @@ def test_the_demo_prints_what_it_measured_and_leaves_a_page_and_a_checkpoint(
         assert kinds["mean"]["accuracy"] == pytest.approx(sum(accuracies) / 4)
         assert all((accuracy * QUICK.test_problems) % 1 == pytest.approx(0) for accuracy in accuracies)
         cells = [f"{100 * part['accuracy']:.1f}±{100 * part['standard_error']:.1f}" for part in kinds.values()]
-        line = next(line for line in shown.splitlines() if re.match(rf" ?{re.escape(name)} +\d", line))
+        line = next(line for line in shown.splitlines() if re.match(rf" ?{re.escape(name)} +[\d.]+±", line))
         assert line.split()[-5:] == cells
     assert all(len(line) <= 80 for line in shown.splitlines() if "±" in line)
 

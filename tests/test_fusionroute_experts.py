@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations import deepspeed
 
-from ebpo_core.fusionroute.experts import Experts
-from ebpo_core.fusionroute.references import ExpertReference
+from ebpo_core.fusionroute.experts.expert import Experts
+from ebpo_core.fusionroute.experts.references import ExpertReference
 
 if TYPE_CHECKING:
     from pathlib import Path

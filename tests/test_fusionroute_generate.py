@@ -21,7 +21,7 @@ from transformers import (
 
 from ebpo_core.fusionroute import FusionRouteCache, FusionRouteForCausalLM, RoutingOptions
 from ebpo_core.fusionroute.compat import CACHE
-from ebpo_core.fusionroute.routing import permitted, select
+from ebpo_core.fusionroute.decoding.routing import permitted, select
 
 FAMILIES = ["llama", "qwen2", "mistral", "gemma3"]
 NEW = 24

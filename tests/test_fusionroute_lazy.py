@@ -297,7 +297,7 @@ def test_holes_in_the_mask_are_padding_too() -> None:
 
 @pytest.mark.parametrize("cost", [1, 4, 128])
 def test_rows_that_lag_differently_share_a_forward_where_padding_is_cheaper(cost: int) -> None:
-    from ebpo_core.fusionroute.lazy import _cheapest_cuts
+    from ebpo_core.fusionroute.decoding.lazy import _cheapest_cuts
 
     def price(lags: list[int], cuts: list[int]) -> int:
         bounds = [0, *cuts, len(lags)]

@@ -14,8 +14,8 @@ pytest.importorskip("rich")
 from fusionroute_tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
-from ebpo_core.fusionroute.cli import main
-from ebpo_core.fusionroute.cli.arguments import parse
+from ebpo_core.cli.fusionroute import main
+from ebpo_core.cli.fusionroute.arguments import parse
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:(transformers|trl)")
 

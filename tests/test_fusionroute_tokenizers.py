@@ -30,8 +30,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from ebpo_core.fusionroute.references import ExpertReference
-from ebpo_core.fusionroute.tokenizers import check_tokenizers, fingerprint, load_tokenizer
+from ebpo_core.fusionroute.experts.references import ExpertReference
+from ebpo_core.fusionroute.experts.tokenizers import check_tokenizers, fingerprint, load_tokenizer
 
 
 def of_tokens(tokens: dict[int, str], **special: str) -> Any:
@@ -116,7 +116,7 @@ def test_fingerprint() -> None:
 @pytest.mark.slow
 def test_fingerprint_in_another_process(tmp_path: Path) -> None:
     code = (
-        "from fusionroute_tiny import tiny_tokenizer; from ebpo_core.fusionroute.tokenizers import fingerprint;"
+        "from fusionroute_tiny import tiny_tokenizer; from ebpo_core.fusionroute.experts.tokenizers import fingerprint;"
         "print(fingerprint(tiny_tokenizer()))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "7"}

@@ -18,9 +18,9 @@ import torch
 from fusionroute_tiny import put_in_hub_cache, save_tiny, save_tiny_adapter, save_tiny_gguf, tiny_model
 from safetensors.torch import load_file, save_file
 
-from ebpo_core.fusionroute import weights
-from ebpo_core.fusionroute.references import ExpertReference
-from ebpo_core.fusionroute.weights import (
+from ebpo_core.fusionroute.experts import weights
+from ebpo_core.fusionroute.experts.references import ExpertReference
+from ebpo_core.fusionroute.experts.weights import (
     adapter_files,
     check_hash,
     commit_hash,
@@ -179,7 +179,7 @@ def test_the_same_in_another_process(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "gemma2")
     code = (
         "import sys; from fusionroute_tiny import tiny_model;"
-        "from ebpo_core.fusionroute.weights import files_hash, tensors_hash, weight_files;"
+        "from ebpo_core.fusionroute.experts.weights import files_hash, tensors_hash, weight_files;"
         "print(files_hash(weight_files(sys.argv[1])), tensors_hash(tiny_model('gemma2').state_dict()))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "5"}

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 HEAVY = "torch transformers triton trl ray vllm verl datasets accelerate peft matplotlib pandas rich tensorboard yaml"
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, cwd: Path | None = None) -> str:
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -39,3 +44,13 @@ def test_the_version_is_the_distributions():
         "import ebpo_core, importlib.metadata as m; print(ebpo_core.__version__, m.version('ebpo-core'))"
     ).split()
     assert module == distribution
+
+
+def test_traces_are_read_and_drawn_without_a_model():
+    loaded = run(f"import sys, ebpo_core.traces.page; print(*[n for n in {HEAVY.split()} if n in sys.modules])")
+    assert loaded in ("", "rich")
+
+
+def test_models_import_at_the_root_of_a_checkout():
+    """Its folder ``kernels`` has the name of a package that transformers looks for."""
+    assert run("import ebpo_core.fusionroute as f; print(f.FusionRouteConfig.model_type)", cwd=ROOT) == "fusionroute"

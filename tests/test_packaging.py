@@ -40,6 +40,7 @@ def maturin(*arguments: object, cwd: Path = ROOT, **env: str) -> None:
 def sources() -> dict[str, Path]:
     """Every file that has to ship, by its name in the wheel. No walk follows the symlink `kernels`, so it is named."""
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py"), PACKAGE / "_core.pyi", PACKAGE / "py.typed"]
+    files += [PACKAGE / "traces" / "page.css", PACKAGE / "traces" / "page.js"]
     return {f"ebpo_core/{path.relative_to(PACKAGE).as_posix()}": path for path in files}
 
 
@@ -105,7 +106,7 @@ def test_wheel_holds_every_source_of_the_package(wheel):
             assert archive.read(name) == path.read_bytes(), name
 
 
-@pytest.mark.parametrize("subpackage", ["kernels", "trainer", "tasks", "cli"])
+@pytest.mark.parametrize("subpackage", ["kernels", "trainer", "tasks", "cli", "fusionroute", "traces"])
 def test_wheel_holds_the_subpackage(wheel, subpackage):
     with zipfile.ZipFile(wheel) as archive:
         assert f"ebpo_core/{subpackage}/__init__.py" in archive.namelist()
@@ -118,22 +119,26 @@ def test_wheel_adds_one_name_to_site_packages_and_nothing_stray(wheel):
     assert {name.split("/")[0] for name in names} == {"ebpo_core", info}
     extension = {name for name in names if name.startswith("ebpo_core/_core.") and name.endswith((".so", ".pyd"))}
     shipped = {name for name in names if name.startswith("ebpo_core/")} - extension
-    assert {name for name in shipped if name.endswith((".py", ".pyi", ".typed"))} == sources().keys()
+    assert shipped == sources().keys()
     assert not [name for name in names if "test" in name or name.endswith((".pyc", ".rs", ".safetensors", ".gguf"))]
 
 
 def test_numpy_is_all_that_is_required_and_the_rest_are_extras(metadata):
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert [re.match(r"[\w-]+", line).group() for line in required] == ["numpy"]
-    assert set(metadata.get_all("Provides-Extra")) >= {"torch", "train", "kernels", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) >= {"torch", "train", "kernels", "fusionroute", "eval", "dev"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "LICENSE" in metadata.get_all("License-File")
 
 
-def test_wheel_declares_the_command(wheel):
+@pytest.mark.parametrize(
+    ("command", "module"), [("ebpo", "ebpo_core.cli"), ("fusionroute", "ebpo_core.cli.fusionroute")]
+)
+def test_wheel_declares_the_command(wheel, command, module):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
-        assert re.search(r"^ebpo\s*=\s*ebpo_core\.cli:main$", archive.read(name).decode(), re.MULTILINE)
+        pattern = rf"^{command}\s*=\s*{re.escape(module)}:main$"
+        assert re.search(pattern, archive.read(name).decode(), re.MULTILINE)
 
 
 def test_wheel_works_with_numpy_only(clean_python, tmp_path):
@@ -142,8 +147,9 @@ def test_wheel_works_with_numpy_only(clean_python, tmp_path):
     assert "works on Python" in run(clean_python, "-W", "error", ROOT / "tests" / "wheel_smoke.py", cwd=tmp_path)
 
 
-def test_the_command_starts_with_numpy_only(clean_python, tmp_path):
-    assert "usage: ebpo" in run(clean_python.with_name("ebpo"), "--help", cwd=tmp_path)
+@pytest.mark.parametrize("command", ["ebpo", "fusionroute"])
+def test_the_command_starts_with_numpy_only(clean_python, tmp_path, command):
+    assert f"usage: {command}" in run(clean_python.with_name(command), "--help", cwd=tmp_path)
 
 
 def test_sdist_holds_real_kernel_files_the_lock_file_and_the_licence(unpacked_sdist):

@@ -17,14 +17,15 @@ except ModuleNotFoundError as error:
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .cache import FusionRouteCache
+from ebpo_core.traces.trace import RoutedToken, RoutingTrace
+
 from .config import FusionRouteConfig
-from .experts import Expert, Experts
+from .decoding.cache import FusionRouteCache
+from .decoding.routing import RoutingOptions
+from .experts.expert import Expert, Experts
+from .experts.references import ExpertReference
+from .experts.tokenizers import check_tokenizers
 from .model import FusionRouteForCausalLM, FusionRouteOutput
-from .references import ExpertReference
-from .routing import RoutingOptions
-from .tokenizers import check_tokenizers
-from .trace import RoutedToken, RoutingTrace
 
 __all__ = [
     "Expert",

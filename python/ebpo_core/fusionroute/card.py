@@ -9,7 +9,7 @@ from typing import Any
 
 from ebpo_core.tasks.loading import PACKAGE_PREFIX
 
-from .references import EXPERTS_FOLDER, ExpertReference, is_hub_id
+from .experts.references import EXPERTS_FOLDER, ExpertReference, is_hub_id
 
 _HASH_DIGITS = 12
 _OPTIONS = ("vocab_size", "alpha", "complementary", "route", "hysteresis", "expert_prefill", "expert_cache_budget")

@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from .card import model_card
 from .config import FusionRouteConfig
-from .experts import Experts
-from .references import ExpertReference
-from .roster import overridden
-from .tokenizers import check_tokenizers, load_tokenizer
+from .experts.expert import Experts
+from .experts.references import ExpertReference
+from .experts.roster import overridden
+from .experts.tokenizers import check_tokenizers, load_tokenizer
 
 if TYPE_CHECKING:
     from typing import Any as Base  # stands in front of PreTrainedModel
@@ -60,7 +60,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 whose folder holds no tokenizer are not compared.
             vocab_size: V; by default the smallest width among router and experts.
             dtype: of router and experts that are loaded here and name none; by default the router's own, or float32.
-            options: stored as defaults of decoding, see :class:`~.routing.RoutingOptions`.
+            options: stored as defaults of decoding, see :class:`~.decoding.routing.RoutingOptions`.
 
         Raises:
             ValueError: no experts, tokenizers that disagree (the first differing token is named), or a bad reference.
@@ -116,7 +116,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 reference names none.
             load_experts: False loads the router alone, e.g. to train from an expert cache.
             expert_paths: where experts are now, by name: a path, a dict of the fields of
-                :class:`~.references.ExpertReference` that change, or a loaded model.
+                :class:`~.experts.references.ExpertReference` that change, or a loaded model.
             verify_experts: False accepts experts whose weights are no longer those of the checkpoint.
 
         Raises:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .routing import STORED_OPTIONS, RoutingOptions
+from .decoding.routing import STORED_OPTIONS, RoutingOptions
 
 VERSION = 1
 
@@ -17,11 +17,11 @@ class FusionRouteConfig(PreTrainedConfig):
 
     Args:
         router_config: config of the router, a causal LM of any architecture (an object, or its dict with "model_type").
-        experts: one dict per expert, as :meth:`~.references.ExpertReference.to_dict` writes it, in the order of the
-            route head's rows.
+        experts: one dict per expert, as :meth:`~.experts.references.ExpertReference.to_dict` writes it, in the order
+            of the route head's rows.
         vocab_size: V, the number of leading token ids that take part; by default the router's.
         alpha, complementary, route, hysteresis, expert_prefill, expert_cache_budget: defaults of decoding, see
-            :class:`~.routing.RoutingOptions`.
+            :class:`~.decoding.routing.RoutingOptions`.
         fusionroute_version: version of this format.
 
     Raises:

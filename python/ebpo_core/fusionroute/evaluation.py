@@ -25,8 +25,8 @@ except ModuleNotFoundError as error:
     message = 'evaluation needs the lm-evaluation-harness: pip install "ebpo-core[fusionroute]"'
     raise ModuleNotFoundError(message, name=error.name) from error
 
+from ebpo_core.fusionroute.decoding.routing import OPTION_NAMES, RoutingOptions, permitted_rows
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
-from ebpo_core.fusionroute.routing import OPTION_NAMES, RoutingOptions, permitted_rows
 
 # A comma ends an argument, and experts may have a plus in their names.
 LIST_SEPARATOR = ":"
@@ -36,9 +36,9 @@ LIST_SEPARATOR = ":"
 class FusionRouteLM(HFLM):  # type: ignore[misc]
     """The harness's ``HFLM`` for a FusionRoute checkpoint or model, greedy or sampled as a task asks.
 
-    Model arguments are those of ``hf`` and the options of :class:`~.routing.RoutingOptions`; a list is written with
-    colons, as in ``pretrained=runs/router,alpha=0.5,allowed_experts=math:code``. Any other causal LM can be evaluated
-    too, an expert alone for instance, without those options. Weights are loaded from safetensors only.
+    Model arguments are those of ``hf`` and the options of :class:`~.decoding.routing.RoutingOptions`; a list is written
+    with colons, as in ``pretrained=runs/router,alpha=0.5,allowed_experts=math:code``. Any other causal LM can be
+    evaluated too, an expert alone for instance, without those options. Weights are loaded from safetensors only.
 
     Raises:
         ValueError: An option for a model that is not FusionRoute, an option's value, or an unknown expert.
@@ -127,7 +127,7 @@ def evaluate(
         generation_kwargs: Override a task's, e.g. ``{"max_gen_toks": 400}`` as in the paper.
         log_samples: Keep every document, answer and score under ``"samples"``.
         seed: Of the few-shot examples and of sampling.
-        options: Of :class:`~.routing.RoutingOptions`, e.g. ``forced_expert="math"`` or ``complementary=False``.
+        options: Of :class:`~.decoding.routing.RoutingOptions`, e.g. ``forced_expert="math"``.
 
     Returns:
         The harness's results: ``["results"][task]["<metric>,<filter>"]`` and the record of the run.

@@ -22,10 +22,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ebpo_core.kernels import select_add_argmax, select_add_sample
 
-from .cache import FusionRouteCache
 from .compat import CACHE
-from .recorder import RoutingRecorder
-from .routing import OPTION_NAMES, RoutingOptions, permitted_rows
+from .decoding.cache import FusionRouteCache
+from .decoding.recorder import RoutingRecorder
+from .decoding.routing import OPTION_NAMES, RoutingOptions, permitted_rows
 
 if TYPE_CHECKING:
     from typing import Any as GenerationMixin  # typed for models of one class each; here the model is a mixin's
@@ -62,9 +62,10 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         Args:
             inputs, args, kwargs: as in ``GenerationMixin.generate``.
             alpha, complementary, route, hysteresis, allowed_experts, forced_expert, expert_prefill,
-            expert_cache_budget: see :class:`~.routing.RoutingOptions`; by default the config's.
-            output_routing: return a ``ModelOutput`` whose ``routing`` holds one :class:`~.trace.RoutingTrace` per
-                returned sequence: which expert wrote each token, its weight, whether the token is not its own argmax.
+            expert_cache_budget: see :class:`~.decoding.routing.RoutingOptions`; by default the config's.
+            output_routing: return a ``ModelOutput`` whose ``routing`` holds one
+                :class:`~ebpo_core.traces.trace.RoutingTrace` per returned sequence: which expert wrote each token,
+                its weight, whether the token is not its own argmax.
 
         Greedy decoding and sampling (temperature, top-k, top-p, min-p) take their tokens from
         :mod:`ebpo_core.kernels` when nothing needs the logits themselves; the fused logits are not written then.

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import FusionRouteCache
 from .checkpoint import CheckpointMixin
 from .compat import CACHE
 from .config import FusionRouteConfig
-from .experts import Experts
-from .fusing import full_parts, fuse_parts, lazy_parts
+from .decoding.cache import FusionRouteCache
+from .decoding.fusing import full_parts, fuse_parts, lazy_parts
+from .decoding.routing import OPTION_NAMES, permitted, select, selected_share
+from .experts.expert import Experts
 from .generation import FusionRouteGenerationMixin, current_call
-from .routing import OPTION_NAMES, permitted, select, selected_share
 
 if TYPE_CHECKING:
     from typing import Any as PreTrainedModel
@@ -60,7 +60,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
 
     The router is a submodule like any other. The experts are not: they are frozen, loaded from references, and stay out
     of ``state_dict``, ``parameters``, optimizers, FSDP and PEFT. An expert runs only for the rows and steps that select
-    it and catches up on what it missed (see :mod:`.lazy`).
+    it and catches up on what it missed (see :mod:`.decoding.lazy`).
 
     Use :meth:`from_experts` to begin, ``from_pretrained`` to load, ``generate`` as with any transformers model.
     """
@@ -167,8 +167,8 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             fuse: False leaves the sum to the caller's kernels, for one position per row.
             active_rows: ``[B]`` bool; rows that are False run no expert (their sequences are finished).
             alpha, complementary, route, hysteresis, allowed_experts, forced_expert, expert_prefill,
-            expert_cache_budget: see :class:`~.routing.RoutingOptions`; by default those of the call of ``generate``,
-                then the config's.
+            expert_cache_budget: see :class:`~.decoding.routing.RoutingOptions`; by default those of the call of
+                ``generate``, then the config's.
             kwargs: to the router's forward.
 
         Raises:

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ebpo_core.cli.progress import bar
-from ebpo_core.fusionroute import trace
 from ebpo_core.fusionroute.baselines import (
     Response,
     likelihood_scores,
@@ -31,9 +30,10 @@ from ebpo_core.fusionroute.baselines import (
     select_sequences,
     write_responses,
 )
-from ebpo_core.fusionroute.page import write_page
-from ebpo_core.fusionroute.show import print_traces
 from ebpo_core.tasks.rewards import exact_match
+from ebpo_core.traces import trace
+from ebpo_core.traces.page import write_page
+from ebpo_core.traces.show import print_traces
 
 from .domains import (
     DOMAINS,

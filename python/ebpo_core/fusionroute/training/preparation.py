@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ebpo_core.fusionroute.experts import Expert, Experts
+from ebpo_core.fusionroute.experts.expert import Expert, Experts
+from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
-from ebpo_core.fusionroute.references import ExpertReference
 
 from .annotation import ExpertSource
 from .batches import MixDataset

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from ebpo_core.fusionroute.weights import tensors_hash
+from ebpo_core.fusionroute.experts.weights import tensors_hash
 
 from .atomic import write_arrays
 from .cache_build import OnChange

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .compat import CACHE
-from .experts import Expert
+from ebpo_core.fusionroute.compat import CACHE
+from ebpo_core.fusionroute.experts.expert import Expert
+
 from .history import TokenHistory
 
 

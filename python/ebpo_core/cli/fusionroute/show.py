@@ -7,9 +7,9 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ebpo_core.fusionroute.page import DEFAULT_TITLE, write_page
-from ebpo_core.fusionroute.show import print_traces
-from ebpo_core.fusionroute.trace import load
+from ebpo_core.traces.page import DEFAULT_TITLE, write_page
+from ebpo_core.traces.show import print_traces
+from ebpo_core.traces.trace import load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ebpo_core.fusionroute.experts.expert import Expert
+
 from .cache import FusionRouteCache
-from .experts import Expert
 
 
 class Part(NamedTuple):

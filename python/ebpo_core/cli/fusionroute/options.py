@@ -24,7 +24,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
 
 
 def add_routing_flags(parser: ArgumentParser) -> None:
-    """The options of :class:`~ebpo_core.fusionroute.routing.RoutingOptions` that a person would set by hand."""
+    """What a person would set by hand of :class:`~ebpo_core.fusionroute.decoding.routing.RoutingOptions`."""
     group = parser.add_argument_group("routing", "by default as the checkpoint's config says")
     group.add_argument("--alpha", type=float, help="weight of the expert's logits; 1 in the paper")
     group.add_argument("--routing-only", action="store_true", help="leave the router's own logits out")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from ebpo_core.cli.fusionroute.arguments import TrainArguments, parse
 from ebpo_core.cli.progress import JsonlCallback, ProgressCallback
 from ebpo_core.cli.train import RESULT_NAME, resolve_resume
-from ebpo_core.fusionroute.cli.arguments import TrainArguments, parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .experts import Expert
+from ebpo_core.fusionroute.experts.expert import Expert
+
 from .history import TokenHistory
 from .lazy import lazy_expert
 

@@ -132,7 +132,7 @@ class ExpertReference:
 
     @classmethod
     def parse(cls, obj: Any) -> ExpertReference:
-        """A reference from a path or hub id, a dict, a reference, or a live model (which :class:`~.experts.Experts`
+        """A reference from a path or hub id, a dict, a reference, or a live model (which :class:`~.expert.Experts`
         keeps beside it).
 
         The folder of a PEFT adapter becomes the adapter of the base model that its config names. A live model's path is

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebpo_core.fusionroute.cli.options import add_model_flags, add_routing_flags, load, routing_options
-from ebpo_core.fusionroute.page import write_page
-from ebpo_core.fusionroute.palette import visible
-from ebpo_core.fusionroute.show import print_traces
-from ebpo_core.fusionroute.trace import RoutingTrace, dump
+from ebpo_core.cli.fusionroute.options import add_model_flags, add_routing_flags, load, routing_options
+from ebpo_core.traces.page import write_page
+from ebpo_core.traces.palette import visible
+from ebpo_core.traces.show import print_traces
+from ebpo_core.traces.trace import RoutingTrace, dump
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

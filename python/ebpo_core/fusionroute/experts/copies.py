@@ -16,7 +16,7 @@ from .roster import unused_name
 from .weights import FILES, adapter_files, local_folder, sources_hash, weight_files
 
 if TYPE_CHECKING:
-    from .experts import Expert
+    from .expert import Expert
 
 # What may stand beside the weights; anything else in the folder (training states, data, pickles) stays where it is.
 COMPANIONS = (

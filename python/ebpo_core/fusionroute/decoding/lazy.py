@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebpo_core.fusionroute.compat import CACHE
+from ebpo_core.fusionroute.experts.expert import Expert
+
 from .columns import Chunk
-from .compat import CACHE
-from .experts import Expert
 from .history import TokenHistory
 from .ragged import RaggedCache, windows_of
 from .recurrent import ColumnExpert

@@ -1,0 +1,1 @@
+"""One step of decoding: which expert each row selects, the caches of lazy experts, and the sum of logits."""
