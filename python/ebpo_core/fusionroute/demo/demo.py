@@ -152,7 +152,7 @@ class Demo:
             train_sft(longer, self.tokenizer, rows, settings.mix, work / "longer", name="SFT, as many steps", **shown)
             self.answers("SFT, as many steps", longer)
         else:
-            self.answers("fine-tuned, SFT only", policy)
+            self.answers("fine-tuned, SFT", policy)
         half = settings.mix.steps * settings.mix.batch_size // 2
         problems = self.problems(half, 6)
         with torch.random.fork_rng(devices=[]):
