@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from fusionroute_oracle import VOCAB, fusionroute, oracle_logits, padded_prompts
 from fusionroute_tiny import tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -232,6 +234,81 @@ def test_a_conversation_goes_on_from_its_cache(model: Any, prompts: dict[str, An
     assert any(sum(rows) - done < 3 * ids.shape[1] for rows, done in zip(cache.forwarded, before, strict=True))
 
 
+def test_a_conversation_goes_on_after_rows_that_ended_early(model: Any, prompts: dict[str, Any]) -> None:
+    """What `generate` filled up an ended row with is padding in the next turn: no expert may look at it either."""
+    longest = prompts["input_ids"].shape[1]
+    stop = int(model.generate(**prompts)[0, longest + 3])
+    first = model.generate(**{**prompts, "eos_token_id": stop}, return_dict_in_generate=True)
+    turn = torch.randint(3, VOCAB, (3, 5), generator=torch.Generator().manual_seed(2))
+    ids = torch.cat([first.sequences, turn], dim=1)
+    mask = (ids != 0).long()
+    assert 0 in mask[0, longest:]
+    second = {**prompts, "input_ids": ids, "attention_mask": mask, "output_logits": True, "max_new_tokens": 1}
+    cached = model.generate(**second, **{CACHE: first[CACHE]}, return_dict_in_generate=True).logits[0]
+    for row, (tokens, real) in enumerate(zip(ids, mask.bool(), strict=True)):
+        with torch.no_grad():
+            alone = model(input_ids=tokens[real][None], logits_to_keep=1).logits[0, -1]
+        assert (cached[row] - alone).abs().max() <= 5e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"forced_expert": "nobody"}, "forced_expert names 'nobody'"),
+        ({"input_ids": torch.tensor([[9]])}, "input_ids has 1 rows, the cache holds 2"),
+        ({"router_only": True}, "router_only=True with a cache"),
+        ({"logits_to_keep": torch.tensor([0])}, "logits_to_keep is a tensor"),
+        ({"attention_mask": torch.ones(2, 3)}, r"attention_mask has shape \[2, 3\]"),
+    ],
+)
+def test_a_forward_that_is_refused_leaves_the_cache_as_it_was(
+    model: Any, arguments: dict[str, Any], message: str
+) -> None:
+    ids, mask = padded_prompts([5, 8], seed=3)
+    steps = [torch.tensor([[7], [18]]), torch.tensor([[9], [11]])]
+
+    @torch.no_grad()
+    def run(refused: bool) -> torch.Tensor:
+        state, seen = model(input_ids=ids, attention_mask=mask, use_cache=True)[CACHE], mask
+        for tokens in steps:
+            if refused:
+                with pytest.raises(ValueError, match=message):
+                    model(**{"input_ids": tokens, **arguments, CACHE: state})
+            seen = torch.cat([seen, torch.ones_like(tokens)], dim=1)
+            out = model(input_ids=tokens, attention_mask=seen, use_cache=True, **{CACHE: state})
+        logits: torch.Tensor = out.logits
+        return logits
+
+    assert torch.equal(run(refused=True), run(refused=False))
+
+
+def test_generation_works_after_an_expert_failed(model: Any, prompts: dict[str, Any]) -> None:
+    expected = model.generate(**prompts)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    handle = model.experts[1].model.get_output_embeddings().register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model.generate(**prompts)
+    handle.remove()
+    assert torch.equal(model.generate(**prompts), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_copies_of_a_prefix_cache_serve_several_prompts(model: Any, one: dict[str, Any], mode: Any) -> None:
+    """transformers' recipe for prompts with one beginning. The copies share the experts; the cache is not used up."""
+    with mode():
+        prefix = model(input_ids=one["input_ids"], use_cache=True)[CACHE]
+    for seed in (1, 2):
+        state = copy.deepcopy(prefix)
+        assert [each.expert for each in state.states] == list(model.experts)
+        ids = torch.cat([one["input_ids"], padded_prompts([4], seed)[0]], dim=1)
+        full = {**one, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(model.generate(**full, **{CACHE: state}), model.generate(**full))
+    assert prefix.get_seq_length() == one["input_ids"].shape[1]
+
+
 def test_streaming_yields_the_text(model: Any, one: dict[str, Any]) -> None:
     tokenizer = tiny_tokenizer(VOCAB)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
@@ -398,6 +475,30 @@ def test_traces_end_at_the_end_token(model: Any, prompts: dict[str, Any]) -> Non
     assert any(len(trace.tokens) < NEW for trace in out.routing) or extra
 
 
+def test_traces_heed_a_generation_config_and_the_models_defaults(prompts: dict[str, Any]) -> None:
+    model = fusionroute(FAMILIES)
+    longest = prompts["input_ids"].shape[1]
+    inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
+    model.generation_config.eos_token_id = int(model.generate(**prompts)[0, longest + 3])
+    model.generation_config.pad_token_id = 0
+    config = GenerationConfig(max_new_tokens=NEW)  # the end token is the model's
+    assert len(model.generate(**inputs, generation_config=config, output_routing=True).routing[0].tokens) == 4
+    beams = GenerationConfig(max_new_tokens=NEW, num_beams=3)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    given = model.generate(ids, beams, attention_mask=mask, output_routing=True)
+    named = model.generate(**inputs, max_new_tokens=NEW, num_beams=3, output_routing=True)
+    assert torch.equal(given.sequences, named.sequences)
+    assert given.routing == named.routing
+    assert "beam_indices" in given
+    assert len(model.generate(max_new_tokens=5, eos_token_id=None, output_routing=True).routing[0].tokens) == 5
+
+
+def test_a_trace_with_guidance_is_refused(model: Any, one: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"output_routing with guidance_scale=1\.5"):
+        model.generate(**one, guidance_scale=1.5, output_routing=True)
+    assert model.generate(**one, guidance_scale=1.5).shape == (1, one["input_ids"].shape[1] + NEW)
+
+
 def test_a_trace_of_a_continued_conversation_covers_the_new_turn(model: Any, one: dict[str, Any]) -> None:
     first = model.generate(**one, return_dict_in_generate=True)
     ids = torch.cat([first.sequences, torch.tensor([[9, 8, 7]])], dim=1)
@@ -431,6 +532,17 @@ def test_hysteresis_of_a_batch_survives_beam_reordering(model: Any, prompts: dic
             weights = model(input_ids=torch.tensor([tokens[:-1]]), router_only=True).routing_weights[:, start - 1 :]
         replayed = select(weights, RoutingOptions(hysteresis=1.5))[0].tolist()
         assert [token.expert for token in trace.tokens] == replayed
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hysteresis_does_not_begin_at_padding(model: Any, seed: int) -> None:
+    ids, mask = padded_prompts([5, 9], seed=seed)
+    options = {"hysteresis": 4.0}
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask, **options).expert_ids[0, 4:]
+        assert torch.equal(padded, model(input_ids=ids[:1, 4:], **options).expert_ids[0])
+        cached = model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
+    assert torch.equal(cached.expert_ids[0, 4:], padded)
 
 
 def test_hysteresis_needs_a_cache_in_generate(model: Any, one: dict[str, Any]) -> None:
@@ -482,6 +594,16 @@ def test_allowed_experts_as_a_mask_and_as_names() -> None:
     repeated = permitted(RoutingOptions(allowed_experts=table), names, 4, torch.device("cpu"))
     assert repeated is not None
     assert torch.equal(repeated, table[[0, 0, 1, 1]])
+
+
+def test_experts_may_be_given_as_numbers_of_any_kind() -> None:
+    import numpy as np
+
+    names, device = ["a", "b", "c"], torch.device("cpu")
+    expected = permitted(RoutingOptions(forced_expert=1), names, 2, device)
+    assert expected is not None
+    for one in (np.int64(1), np.array([1]), torch.tensor(1), [np.int32(1)]):
+        assert torch.equal(permitted(RoutingOptions(forced_expert=one), names, 2, device), expected)  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------------------------------- forward
@@ -582,3 +704,54 @@ def test_a_router_of_many_layers_keeps_its_backbone() -> None:
     assert model.get_decoder() is model.router.get_decoder()
     assert model.can_generate()
     assert isinstance(model.router, type(AutoModelForCausalLM.from_config(model.config.router_config)))
+
+
+def test_forward_as_a_tuple(model: Any) -> None:
+    with torch.no_grad():
+        logits, weights, ids = model(torch.tensor([[5, 6, 7]]), return_dict=False)
+        expected = model(torch.tensor([[5, 6, 7]]))
+        labelled = model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]]))
+    assert torch.equal(logits, expected.logits)
+    assert torch.equal(logits, expected[0])
+    assert [float(labelled[0]), labelled[1].shape] == [float(labelled.loss), logits.shape]
+    assert torch.equal(weights, expected.routing_weights)
+    assert torch.equal(ids, expected.expert_ids)
+
+
+def test_threads_may_make_a_models_first_forward_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fusionroute(["llama"])
+    head = model.get_output_embeddings()
+    register = head.register_forward_pre_hook
+
+    def slowly(hook: Any) -> Any:
+        threading.Event().wait(0.05)  # so that every thread gets here, where nothing stops it
+        return register(hook)
+
+    monkeypatch.setattr(head, "register_forward_pre_hook", slowly)
+    done: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: done.append(model(torch.tensor([[5, 6]]), router_only=True))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 3
+    assert len(head._forward_pre_hooks) == 1
+
+
+def test_a_loop_that_never_asks_for_a_cache_keeps_its_context(model: Any) -> None:
+    ids = torch.randint(5, 190, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole = model(ids).logits[:, -1]
+        first = model(ids[:, :-1])
+        assert isinstance(getattr(first, CACHE), FusionRouteCache)
+        last = model(ids[:, -1:], **{CACHE: getattr(first, CACHE)}).logits[:, -1]
+        assert torch.allclose(whole, last, rtol=0, atol=1e-4 * float(whole.abs().max()))
+        assert getattr(model(ids, labels=ids), CACHE) is None
+        assert getattr(model(ids, use_cache=False), CACHE) is None
+
+
+def test_continuous_batching_is_refused(model: Any) -> None:
+    with pytest.raises(NotImplementedError, match="generate_batch"):
+        model.generate_batch([[5, 6]])

@@ -295,6 +295,50 @@ def test_holes_in_the_mask_are_padding_too() -> None:
         assert talk.worst(talk.step(experts), experts) <= 1e-9
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_that_turn_out_to_be_padding_are_forgotten(family: str) -> None:
+    """As after `generate` filled up a row that had ended, and the next turn's mask says so."""
+    model = fusionroute([family] * 2, dtype=torch.float64)
+    talk = Conversation(model, [4, 9, 6], seed=27)
+    for experts in schedule(28, rows=3, experts=2, steps=14):
+        talk.step(experts)
+    for row, count in ((0, 10), (2, 3)):  # of the tokens forwarded so far, the last ones
+        talk.rows[row] = [*talk.rows[row][: -count - 1], talk.rows[row][-1]]
+        talk.mask[row, -count - 1 : -1] = 0
+    for experts in schedule(29, rows=3, experts=2, steps=12):
+        assert talk.worst(talk.step(experts), experts) <= 1e-9
+        assert talk.cache is not None
+        assert talk.cache.history is not None
+        assert talk.cache.history.lengths == [len(row) - 1 for row in talk.rows]
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "bloom"])
+def test_models_that_mask_columns_by_themselves_get_rows_of_equal_length(kind: str) -> None:
+    """GPT-Neo's local layers and Bloom's biases go by columns: a row must not lie beside a longer one."""
+    from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig
+
+    configs: dict[str, Any] = {
+        "gpt_neo": lambda: GPTNeoConfig(
+            vocab_size=200,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=WINDOW,
+            initializer_range=0.3,
+        ),
+        "bloom": lambda: BloomConfig(vocab_size=200, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.3),
+    }
+    torch.manual_seed(1)
+    expert = AutoModelForCausalLM.from_config(configs[kind]()).to(torch.float64).eval()
+    experts = {kind: expert, "llama": tiny_model("llama", 2, torch.float64)}
+    model = FusionRouteForCausalLM.from_experts(tiny_model("llama", 0, torch.float64), experts).double()
+    talk = Conversation(model, [5, 12, 9], seed=30)
+    for experts_of_step in schedule(31, rows=3, experts=2, steps=26):
+        # GPT-Neo's attention is in float32.
+        assert talk.worst(talk.step(experts_of_step), experts_of_step) <= 5e-5
+
+
 @pytest.mark.parametrize("cost", [1, 4, 128])
 def test_rows_that_lag_differently_share_a_forward_where_padding_is_cheaper(cost: int) -> None:
     from ebpo_core.fusionroute.decoding.lazy import _cheapest_cuts
@@ -327,24 +371,29 @@ def test_one_family_beside_another_with_other_depth_width_and_vocabulary() -> No
         assert talk.worst(logits, experts_of_step) <= 1e-9
 
 
+def lfm2() -> Any:
+    """Convolutions mixed with attention."""
+    from transformers import Lfm2Config
+
+    return Lfm2Config(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv", "full_attention"],
+        initializer_range=0.3,
+    )
+
+
 @pytest.mark.parametrize("lengths", [[9, 9], [4, 9]])
 def test_recurrent_layers_fall_back_to_whole_batches_and_stay_exact_and_lazy(lengths: list[int]) -> None:
     """LFM2 mixes convolutions with attention: its state cannot be kept row by row."""
-    from transformers import AutoModelForCausalLM, Lfm2Config
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    recurrent = AutoModelForCausalLM.from_config(
-        Lfm2Config(
-            vocab_size=200,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention", "conv", "full_attention"],
-            initializer_range=0.3,
-        )
-    ).to(torch.float64)
+    recurrent = AutoModelForCausalLM.from_config(lfm2()).to(torch.float64)
     experts = {"recurrent": recurrent, "llama": tiny_model("llama", 2, torch.float64)}
     model = FusionRouteForCausalLM.from_experts(tiny_model("llama", 0, torch.float64), experts).double()
     talk = Conversation(model, lengths, seed=25)
@@ -362,3 +411,20 @@ def test_recurrent_layers_fall_back_to_whole_batches_and_stay_exact_and_lazy(len
     run([[0, 1], [1, 1], [1, 1], [1, 0]])
     talk.crop(2)
     run([[1, 0], [0, 1]])
+    # A mask that changed: the state has seen what is padding now, and begins anew.
+    talk.mask[0, -3:-1] = 0
+    talk.rows[0] = [*talk.rows[0][:-3], talk.rows[0][-1]]
+    talk.step([0, 1])
+    assert counter.rows[-1] == 2
+    assert talk.cache is not None
+    assert talk.cache.states[0].runs[-1] == talk.mask.shape[1] - 1
+
+
+def test_experts_that_cannot_catch_up_are_refused() -> None:
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    config = MambaConfig(vocab_size=200, hidden_size=32, state_size=8, num_hidden_layers=1)
+    experts = {"mamba": AutoModelForCausalLM.from_config(config), "llama": tiny_model("llama", 2)}
+    model = FusionRouteForCausalLM.from_experts(tiny_model("llama", 0), experts)
+    with pytest.raises(ValueError, match="'mamba' is a MambaForCausalLM, which cannot catch up on several tokens"):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)

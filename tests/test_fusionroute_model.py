@@ -277,6 +277,25 @@ def test_tokenizers_that_disagree_are_named(folders: dict[str, Path], tmp_path: 
         FusionRouteForCausalLM.from_experts(tiny_model("llama"), {"odd": str(odd)}, tokenizer=tiny_tokenizer(VOCAB))
 
 
+def test_a_router_keeps_its_attention() -> None:
+    router = tiny_model("llama")
+    router.set_attn_implementation("eager")
+    model = FusionRouteForCausalLM.from_experts(router, [tiny_model("llama", 1)])
+    assert router.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        out = model(torch.tensor([[5, 6, 7]]), output_attentions=True)
+    assert out.attentions[0].shape == (1, 4, 3, 3)
+
+
+def test_the_routers_own_object_is_no_expert() -> None:
+    router = tiny_model("llama")
+    for experts in ([tiny_model("llama", 1), router], {"chat": router}):
+        with pytest.raises(ValueError, match=r"as the same object.*copy\.deepcopy\(router\)"):
+            FusionRouteForCausalLM.from_experts(router, experts)
+    assert all(weight.requires_grad for weight in router.parameters())
+
+
 def test_the_given_router_is_taken_over_and_draws_are_reproducible() -> None:
     router = tiny_model("llama")
     torch.manual_seed(0)
@@ -383,3 +402,20 @@ def test_embeddings_can_be_resized(model: FusionRouteForCausalLM) -> None:
     assert model.router.get_output_embeddings().weight.shape[0] == VOCAB + 8
     with torch.no_grad():
         assert model(torch.tensor([[5, VOCAB + 1]]), router_only=True).logits.shape[-1] == VOCAB
+
+
+@pytest.mark.parametrize(("width", "vocabulary"), [(216, 200), (190, 190)])
+def test_a_router_wider_than_v_can_be_resized_and_saved(width: int, vocabulary: int, tmp_path: Path) -> None:
+    model = FusionRouteForCausalLM.from_experts(tiny_model("llama", vocab_size=208), [tiny_model("llama", 1)])
+    assert model.config.vocab_size == 200
+    model.resize_token_embeddings(width)
+    assert model.config.vocab_size == vocabulary
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert expected.shape[-1] == vocabulary
+    model.save_pretrained(tmp_path, save_experts=True)
+    loaded = FusionRouteForCausalLM.from_pretrained(tmp_path)
+    assert loaded.router.get_input_embeddings().weight.shape[0] == width
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, expected)

@@ -63,8 +63,15 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             options: stored as defaults of decoding, see :class:`~.decoding.routing.RoutingOptions`.
 
         Raises:
-            ValueError: no experts, tokenizers that disagree (the first differing token is named), or a bad reference.
+            ValueError: no experts, tokenizers that disagree (the first differing token is named), a bad reference, or
+                the router's own object among the experts.
         """
+        for expert in experts.values() if isinstance(experts, Mapping) else experts:
+            if expert is router and isinstance(router, PreTrainedModel):
+                raise ValueError(
+                    "the router is one of the experts, as the same object: training would freeze or change both; "
+                    "pass copy.deepcopy(router) as the expert, or a path"
+                )
         if not isinstance(router, PreTrainedModel):
             from ebpo_core.tasks.loading import load_model
 

@@ -63,6 +63,9 @@ class FusionRouteConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if kwargs.get(name) is None and getattr(self, name, None) is None:
                 kwargs[name] = getattr(router, name, None)
+        for name in ("attn_implementation", "experts_implementation"):
+            # Left out, they would be reset in the router's config, which is the very object that a loaded router uses.
+            kwargs.setdefault(name, getattr(router, f"_{name}", None))
         self.options()  # raises for values that do not fit
         super().__post_init__(**kwargs)
 

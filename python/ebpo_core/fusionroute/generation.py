@@ -77,26 +77,41 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         recorder = None
         if output_routing:
             recorder = RoutingRecorder()
-            kwargs["return_dict_in_generate"] = True
-            if _beams(kwargs, self.generation_config) > 1:
-                kwargs["output_scores"] = True  # transformers returns the beams' indices with the scores only
         token = _calls.set((*_calls.get(), _Call(self, options, recorder)))
         try:
             result = super().generate(inputs, *args, **kwargs)
         finally:
             _calls.reset(token)
         if recorder is not None:
-            eos = getattr(kwargs.get("generation_config") or self.generation_config, "eos_token_id", None)
-            eos = kwargs.get("eos_token_id", eos)
-            prompt = inputs if inputs is not None else kwargs["input_ids"]
+            prompt = inputs if inputs is not None else kwargs.get("input_ids")
+            if prompt is None:
+                prompt = result.sequences[:, :1]  # transformers began with a BOS
             first = _columns(prompt, kwargs) - 1
-            result["routing"] = recorder.traces(self.experts.names, result, prompt.shape[1], first, eos)
+            result["routing"] = recorder.traces(self.experts.names, result, prompt.shape[1], first)
         return result
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: continuous batching has a cache of its own, which no expert could follow."""
+        raise NotImplementedError("generate_batch (continuous batching): use generate, which takes padded batches")
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """transformers makes the router's cache, of the kind asked for; the experts' lazy caches stand beside it."""
+        """transformers makes the router's cache, of the kind asked for; the experts' lazy caches stand beside it.
+
+        Here ``generation_config`` is this call's own, with all that was given in whatever way, and with the defaults.
+        """
+        call = current_call(self)
+        if call is not None and call.recorder is not None:
+            if generation_config.guidance_scale not in (None, 1):
+                raise ValueError(
+                    f"output_routing with guidance_scale={generation_config.guidance_scale}: the forwards without the "
+                    "prompt select experts of their own; leave one of the two out"
+                )
+            call.recorder.eos_token_id = generation_config.eos_token_id
+            generation_config.return_dict_in_generate = True
+            if generation_config.num_beams > 1:
+                generation_config.output_scores = True  # transformers returns the beams' indices with the scores only
         given = model_kwargs.get(CACHE)
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
@@ -241,8 +256,3 @@ def _columns(prompt: Tensor, kwargs: dict[str, Any]) -> int:
     past = 0 if cache is None else cache.get_seq_length()
     # Like transformers: either the whole conversation is passed again, or only what is new.
     return int(prompt.shape[1] if prompt.shape[1] > past else past + prompt.shape[1])
-
-
-def _beams(kwargs: dict[str, Any], default: Any) -> int:
-    config = kwargs.get("generation_config") or default
-    return int(kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1)

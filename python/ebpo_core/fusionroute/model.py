@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from .checkpoint import CheckpointMixin
 from .compat import CACHE
@@ -28,6 +30,7 @@ else:
 
 # What the router's LM head was given, while `_run_router` listens. Per thread, so that calls may run side by side.
 _heard: ContextVar[list[Tensor] | None] = ContextVar("fusionroute_lm_head_input", default=None)
+_listening = Lock()  # threads that run a model's first forward side by side must not register the hook twice
 
 
 def _listen(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -114,6 +117,14 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.router.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does, for the router; V stays, unless the router becomes narrower than it."""
+        embeddings: Any = super().resize_token_embeddings(*args, **kwargs)
+        text = self.router.config.get_text_config()
+        text.vocab_size = embeddings.weight.shape[0]
+        self.config.vocab_size = min(self.config.vocab_size, text.vocab_size)
+        return embeddings
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As ``nn.Module.to``; experts without a device of their own follow to the device (their dtypes stay)."""
         moved = super().to(*args, **kwargs)
@@ -130,6 +141,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
 
     # -------------------------------------------------------------------------------------------------------- forward
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -157,11 +169,13 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
 
         Args:
             input_ids: ``[B, S]`` int64; required, since each model has embeddings of its own.
-            attention_mask: ``[B, T]``, 0 at padding; T counts what the cache holds. None: no padding.
+            attention_mask: ``[B, T]``, 0 at padding; T counts what the cache holds. What it holds may become padding.
+                None: no padding.
             position_ids: ``[B, S]``; by default counted over the mask.
             cache, past_key_values: one argument under transformers' two names for it: the state of earlier calls.
             labels: ``[B, S]``, -100 to ignore: adds the cross-entropy of the fused policy as ``loss``.
-            use_cache: keep a cache and return it.
+            use_cache: keep a cache and return it; by default True, but not in training, with labels, router_only or a
+                tensor in logits_to_keep.
             logits_to_keep: int, or without a cache a 1-D tensor of positions.
             router_only: run no expert: ``logits`` are the router's own (cut to V), for training and routing statistics.
             fuse: False leaves the sum to the caller's kernels, for one position per row.
@@ -172,7 +186,8 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             kwargs: to the router's forward.
 
         Raises:
-            ValueError: no input_ids, an attention mask that is not 2-D, a cache of another kind, or no experts loaded.
+            ValueError: no input_ids, an attention mask that is not 2-D, a cache of another kind, arguments that do not
+                go with a cache, or no experts loaded. The cache is as it was then.
         """
         state = cache if cache is not None else past_key_values
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
@@ -183,6 +198,9 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         given = (alpha, complementary, route, hysteresis, allowed_experts, forced_expert, expert_prefill)
         options = call.options if call is not None else self.config.options()
         options = options.updated(**dict(zip(OPTION_NAMES, (*given, expert_cache_budget), strict=True)))
+        if use_cache is None:  # as stock models: a loop that feeds the output's cache back works without asking for it
+            one_pass = self.training or router_only or labels is not None or isinstance(logits_to_keep, Tensor)
+            use_cache = not one_pass
         if use_cache and state is None:
             state = FusionRouteCache(DynamicCache(config=self.config.get_text_config()), self.experts)
         if state is not None and not isinstance(state, FusionRouteCache):
@@ -190,7 +208,20 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
                 f"{CACHE} is a {type(state).__name__}: pass the FusionRouteCache of an earlier call, or None"
             )
 
+        if state is not None and router_only:
+            raise ValueError("router_only=True with a cache: the experts could not follow; leave the cache out")
+        if state is not None and isinstance(logits_to_keep, Tensor):
+            raise ValueError("logits_to_keep is a tensor: with a cache pass an int, the number of last positions")
+        if not router_only and not len(self.experts):
+            raise ValueError(
+                "no experts are loaded (load_experts=False): load the model with its experts, or pass router_only=True"
+            )
+
         B, S = input_ids.shape
+        if state is not None:
+            state.check_rows(B)
+        # Before the router runs: a bad option must leave the cache as it was.
+        allowed = None if router_only else permitted(options, self.experts.names, B, self.route_head.weight.device)
         past = 0 if state is None or state.history is None else state.history.columns
         if attention_mask is None:
             whole = torch.ones_like(input_ids, dtype=torch.bool)
@@ -221,25 +252,23 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             weights = self.route_head(hidden.to(self.route_head.weight.dtype))
         V = self.config.vocab_size
-        result = FusionRouteOutput(**{CACHE: state if use_cache else None})  # type: ignore[arg-type]
-        result.routing_weights = weights
-        result.hidden_states, result.attentions = out.hidden_states, out.attentions
+        # Collected first: an output's items, `output[0]` among them, have the order in which they were set.
+        result: dict[str, Any] = {CACHE: state if use_cache else None, "routing_weights": weights}
+        result |= {"hidden_states": out.hidden_states, "attentions": out.attentions}
         if router_only:
-            result.logits, result.expert_ids = router_logits[..., :V], weights.detach().argmax(-1)
-            return result
-        if not len(self.experts):
-            raise ValueError(
-                "no experts are loaded (load_experts=False): load the model with its experts, or pass router_only=True"
-            )
-
-        allowed = permitted(options, self.experts.names, B, weights.device)
-        ids = select(weights, options, allowed, None if state is None else state.previous)
+            result |= {"logits": router_logits[..., :V], "expert_ids": weights.detach().argmax(-1)}
+            return FusionRouteOutput(**result)
         kept = mask[:, -K:] if isinstance(logits_to_keep, int) else mask[:, logits_to_keep]
+        ids = select(weights, options, allowed, None if state is None else state.previous, kept)
         runs = kept if active_rows is None else kept & active_rows[:, None].to(kept.device)
         ids = torch.where(runs, ids, -1)
         if state is not None:
             # The one wait for the device in a step: which experts run is decided on the host.
-            *columns, counts = torch.cat([ids, mask.sum(1, keepdim=True)], dim=1).T.tolist()
+            seen = whole[:, :past]
+            facts = torch.stack([mask.sum(1), state.differs(seen)], dim=1)
+            *columns, counts, remasked = torch.cat([ids, facts], dim=1).T.tolist()
+            if any(remasked):
+                state.remask(seen)
             chosen = [list(row) for row in zip(*columns, strict=True)]
             state.budget = options.expert_cache_budget
             history = state.append(input_ids, position_ids, mask, counts)
@@ -254,7 +283,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         else:
             parts = full_parts(self.experts, ids, input_ids, attention_mask, position_ids, logits_to_keep)
         parts = [part._replace(logits=part.logits.to(router_logits.device)) for part in parts]
-        result.expert_ids = ids
+        result["expert_ids"] = ids
         if call is not None and call.recorder is not None:
             share = selected_share(weights, ids.clamp(min=0), allowed)
             own = torch.full_like(ids, -1)
@@ -262,23 +291,23 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
                 own[part.rows, part.positions] = part.logits[:, :V].argmax(-1)
             call.recorder.add(past + S, ids, share, own)
         if not fuse:
-            result.router_logits = router_logits
-            result.expert_logits = tuple(part.logits for part in parts)
-            return result
-        result.logits = fuse_parts(router_logits[..., :V], parts, options.alpha, options.complementary)
+            result |= {"router_logits": router_logits, "expert_logits": tuple(part.logits for part in parts)}
+            return FusionRouteOutput(**result)
+        logits = fuse_parts(router_logits[..., :V], parts, options.alpha, options.complementary)
         if labels is not None:
-            result.loss = self.loss_function(logits=result.logits, labels=labels, vocab_size=V, **kwargs)
-        return result
+            result["loss"] = self.loss_function(logits=logits, labels=labels, vocab_size=V, **kwargs)
+        return FusionRouteOutput(**result, logits=logits)
 
     def _run_router(self, **inputs: Any) -> tuple[Tensor, Tensor, Any]:
         """The router's logits ``[B, K, V_router]``, the input of its LM head ``[B, K, D]``, and its output object."""
         head = self.router.get_output_embeddings()
-        if _listen not in head._forward_pre_hooks.values():
-            head.register_forward_pre_hook(_listen)
+        with _listening:
+            if _listen not in head._forward_pre_hooks.values():
+                head.register_forward_pre_hook(_listen)
         box: list[Tensor] = []
         token = _heard.set(box)
         try:
-            out = self.router(**inputs)
+            out = self.router(**inputs, return_dict=True)
         finally:
             _heard.reset(token)
         if len(box) != 1:

@@ -55,14 +55,34 @@ class FusionRouteCache(Cache):
             self.history = TokenHistory(len(ids), ids.device)
             self.states = [lazy_expert(expert, len(ids)) for expert in self._experts]
             self._used = [0] * len(self.states)
-        if len(ids) != len(self.history.lengths):
-            raise ValueError(
-                f"input_ids has {len(ids)} rows, the cache holds {len(self.history.lengths)}: go on with as "
-                "many rows, or select rows of the cache first (batch_select_indices)"
-            )
         self.history.append(ids, positions, mask, counts)
         self._step += 1
         return self.history
+
+    def check_rows(self, rows: int) -> None:
+        """Raise a ValueError unless the cache is empty or holds so many rows."""
+        held = rows if self.history is None else len(self.history.lengths)
+        if rows != held:
+            raise ValueError(
+                f"input_ids has {rows} rows, the cache holds {held}: go on with as many rows, or select rows of the "
+                "cache first (batch_select_indices)"
+            )
+
+    def differs(self, mask: Tensor) -> Tensor:
+        """Rows whose padding in the columns so far is not what it was, ``[B]`` bool."""
+        return (mask if self.history is None else mask != self.history.mask).any(1)
+
+    def remask(self, mask: Tensor) -> None:
+        """Take over a mask of the columns so far, ``[B, T]`` bool, that is not the one they came with.
+
+        So it is when a conversation goes on after a batch whose rows ended early: what ``generate`` filled them up with
+        was no padding then, and is now. Experts read changed rows anew from their first difference.
+        """
+        if self.history is None:
+            raise RuntimeError("the cache holds no tokens: append them first")
+        kept = self.history.remask(mask)
+        for state in self.states:
+            state.keep(kept)
 
     def run(self, expert: int, rows: Sequence[int], ends: Sequence[int], keep: int) -> Tensor:
         """Last logits ``[rows, keep, V]`` of an expert after it has caught up on ``rows`` to ``ends``."""

@@ -161,6 +161,10 @@ class RaggedLayer(CacheLayerMixin):
         keys, values = (buffer[rows, :, columns.first : columns.last] for buffer in self.buffers)
         return keys, values
 
+    def thaw(self) -> None:
+        """Before a run: buffers that were made under ``torch.inference_mode`` may be written outside of it too."""
+        self.buffers = [writable(buffer) for buffer in self.buffers]
+
     def copy_slots(self, copies: list[tuple[int, int]], count: int, batch_size: int) -> None:
         """Room for ``count`` slots; then each pair's second becomes a copy of its first."""
         if count > self.slot_count:
@@ -189,6 +193,11 @@ class RaggedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def writable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where torch forbids to write into it: made in inference mode, used outside of it."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def _room(states: Tensor, slots: int, columns: int) -> Tensor:

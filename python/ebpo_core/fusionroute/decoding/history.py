@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .columns import Chunk
+from .columns import Chunk, writable
 
 _FIRST_COLUMNS = 64
 
@@ -37,11 +37,25 @@ class TokenHistory:
         self.ids = torch.cat([self.ids, ids], dim=1)
         self.positions = torch.cat([self.positions, positions], dim=1)
         self.mask = torch.cat([self.mask, mask], dim=1)
+        self._write(ids, positions, mask, counts)
+
+    def remask(self, mask: Tensor) -> list[int]:
+        """Let ``mask``, ``[B, T]`` bool, say what is padding; returns how many of each row's first tokens stay."""
+        same = (mask == self.mask).long().cumprod(1).bool()
+        kept: list[int] = (self.mask & same).sum(1).tolist()
+        self.mask = mask
+        self.lengths = [0] * len(kept)
+        self._write(self.ids, self.positions, mask, mask.sum(1).tolist())
+        return kept
+
+    def _write(self, ids: Tensor, positions: Tensor, mask: Tensor, counts: Sequence[int]) -> None:
+        """Put the real tokens of some columns behind each row's last one."""
         room = self._tokens.shape[2] - 1
         needed = max(length + count for length, count in zip(self.lengths, counts, strict=True))
         if needed > room:
             more = max(needed - room, room // 2)
             self._tokens = torch.nn.functional.pad(self._tokens, (0, more))
+        self._tokens = writable(self._tokens)
         trash = self._tokens.shape[2] - 1
         first = torch.tensor(self.lengths, device=ids.device)[:, None]
         places = torch.where(mask, first + mask.cumsum(1) - 1, trash)

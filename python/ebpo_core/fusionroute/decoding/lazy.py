@@ -21,7 +21,9 @@ from .recurrent import ColumnExpert
 # What one more forward costs, in tokens: reading the weights again (60 M float32 parameters on two cores took as long
 # for 16 tokens as for 2). Rows that lag differently share a forward until the padding would cost more than that.
 _FORWARD_IN_TOKENS = {"cpu": 32, "cuda": 128}
-_OUR_MASKS = ("sdpa", "eager")  # attention that takes the masks we make; others get rows of equal length only
+# Attention that takes the masks we make; others get rows of equal length only. So do models that are not written for
+# exchangeable attention: they make masks of their own, from columns (GPT-Neo's local layers, the biases of Bloom).
+_OUR_MASKS = ("sdpa", "eager")
 
 
 class LazyExpert:
@@ -35,7 +37,11 @@ class LazyExpert:
         config = expert.config
         types = list(getattr(config, "layer_types", None) or [])
         self.expert = expert
-        self.explicit = config._attn_implementation in _OUR_MASKS and "chunked_attention" not in types
+        self.explicit = (
+            config._attn_implementation in _OUR_MASKS
+            and getattr(expert.model, "_supports_attention_backend", False)
+            and "chunked_attention" not in types
+        )
         # Where transformers makes the masks, all layers keep all columns: then one pair of sizes describes them.
         self._windows = list(windows) if self.explicit else [None] * len(windows)
         # Models that mix windows take one mask for each kind of layer, by name.
@@ -106,7 +112,11 @@ class LazyExpert:
 
     def shorten(self, history: TokenHistory) -> None:
         """Forget the tokens that the history no longer has."""
-        for row, length in enumerate(history.lengths):
+        self.keep(history.lengths)
+
+    def keep(self, lengths: Sequence[int]) -> None:
+        """Forget all but each row's first tokens."""
+        for row, length in enumerate(lengths):
             self.cache.shorten(row, length)
 
     def evict(self) -> None:

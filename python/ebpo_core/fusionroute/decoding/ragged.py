@@ -40,6 +40,8 @@ class RaggedCache(Cache):
 
     def begin(self, chunk: Chunk) -> None:
         """Make room for the chunk and tell the layers where its keys go. ``lengths`` change in :meth:`finish`."""
+        for layer in self.layers:
+            layer.thaw()
         slots = self._own_slots(chunk.rows)
         for group in self.columns.values():
             group.fit(self._layers_of(group), slots, chunk.ends, self._slot_lengths())

@@ -19,15 +19,14 @@ class RoutingRecorder:
 
     def __init__(self) -> None:
         self._columns: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.eos_token_id: Any = None  # one id, several, or None
 
     def add(self, end: int, ids: Tensor, share: Tensor, own: Tensor) -> None:
         """The last K columns before ``end``: expert ids, their softmax weight, their own argmax; ``[B, K]`` each."""
         for k in range(ids.shape[1]):
             self._columns[end - ids.shape[1] + k] = (ids[:, k], share[:, k], own[:, k])
 
-    def traces(
-        self, names: Sequence[str], result: Any, prompt_length: int, first: int, eos_token_id: Any
-    ) -> list[RoutingTrace]:
+    def traces(self, names: Sequence[str], result: Any, prompt_length: int, first: int) -> list[RoutingTrace]:
         """One trace per sequence of ``result``, up to and with its first end token.
 
         Args:
@@ -35,13 +34,12 @@ class RoutingRecorder:
             result: what transformers returned: ``sequences``, and ``beam_indices`` after a beam search.
             prompt_length: tokens of ``sequences`` that are not new.
             first: the column that decides the first new token.
-            eos_token_id: one id, several, or None.
         """
         new = result.sequences[:, prompt_length:].cpu()
         records = [self._columns[first + step] for step in range(new.shape[1])]
         ids, share, own = (torch.stack(column, dim=1).cpu() for column in zip(*records, strict=True))
         beams = result.get("beam_indices")
-        ends = _as_list(eos_token_id)
+        ends = _as_list(self.eos_token_id)
         traces = []
         for row, tokens in enumerate(new.tolist()):
             stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -99,7 +100,7 @@ def permitted_rows(options: RoutingOptions, names: Sequence[str]) -> Tensor | No
         table = allowed
     else:
         items = _items(allowed)
-        one_for_all = all(isinstance(item, (str, int)) for item in items)
+        one_for_all = all(isinstance(item, (str, Integral)) for item in items)
         table = _table("allowed_experts", [items] if one_for_all else [_items(item) for item in items], names)
     if not bool(table.any(dim=1).all()):
         raise ValueError("allowed_experts leaves a row without any expert: allow at least one in every row")
@@ -107,7 +108,11 @@ def permitted_rows(options: RoutingOptions, names: Sequence[str]) -> Tensor | No
 
 
 def select(
-    weights: Tensor, options: RoutingOptions, allowed: Tensor | None = None, previous: Tensor | None = None
+    weights: Tensor,
+    options: RoutingOptions,
+    allowed: Tensor | None = None,
+    previous: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Expert ids ``[B, K]`` int64 for routing weights ``[B, K, n]``.
 
@@ -116,6 +121,7 @@ def select(
         options: route and hysteresis.
         allowed: ``[B, n]`` bool, or None for all.
         previous: ids of the position before the first, ``[B]``; -1 where there is none. Used with hysteresis.
+        mask: ``[B, K]`` bool, False at padding, which no later position compares itself with; None: no padding.
     """
     scores = weights.detach()
     if allowed is not None:
@@ -134,8 +140,9 @@ def select(
         here = scores[:, position]
         new = chosen[:, position]
         gain = here[rows, new] - here[rows, last.clamp(min=0)]
-        last = torch.where((last >= 0) & (gain <= options.hysteresis), last, new)
-        kept.append(last)
+        picked = torch.where((last >= 0) & (gain <= options.hysteresis), last, new)
+        kept.append(picked)
+        last = picked if mask is None else torch.where(mask[:, position], picked, last)
     return torch.stack(kept, dim=1)
 
 
@@ -151,15 +158,16 @@ def expert_index(argument: str, expert: ExpertName, names: Sequence[str]) -> int
     """The index of an expert given by name or index."""
     if isinstance(expert, str) and expert in names:
         return list(names).index(expert)
-    if isinstance(expert, int) and not isinstance(expert, bool) and 0 <= expert < len(names):
-        return expert
+    number: Any = expert  # numpy's are Integral and no int
+    if not isinstance(number, bool) and isinstance(number, Integral) and 0 <= int(number) < len(names):
+        return int(number)
     raise ValueError(f"{argument} names {expert!r}: choose among {list(names)} or 0 to {len(names) - 1}")
 
 
 def _items(value: Any) -> list[Any]:
     if isinstance(value, Tensor):
         value = value.tolist()
-    return [value] if isinstance(value, (str, int)) else list(value)
+    return [value] if isinstance(value, (str, Integral)) else list(value)
 
 
 def _table(argument: str, rows: Sequence[Sequence[ExpertName]], names: Sequence[str]) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ebpo_core.cli.progress import bar
+from ebpo_core.cli.bar import bar
 from ebpo_core.fusionroute.baselines import (
     Response,
     likelihood_scores,

@@ -100,6 +100,9 @@ class Expert:
             with self._lock, explained(self.name):
                 self.model.to(device)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Expert:
+        return self  # a deep copy of a cache must not copy the models that filled it
+
     def __repr__(self) -> str:
         return f"Expert({self.name!r}, {type(self.model).__name__}, {self.model.dtype}, {self.device})"
 

@@ -198,7 +198,7 @@ def _bar(total: int) -> Any:
     try:
         from rich.console import Console
 
-        from ebpo_core.cli.progress import bar
+        from ebpo_core.cli.bar import bar
     except ModuleNotFoundError as error:
         raise ImportError(
             f'the progress bar needs {error.name!r}: pip install "ebpo-core[fusionroute]", or pass progress=False'
