@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from ebpo_core import reference
@@ -81,10 +82,47 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "eps": draw(st.sampled_from([1e-6, 1e-4, 1.0])),
         "ddof": draw(st.integers(0, 1)),
         "norm_ddof": draw(st.integers(0, 1)),
+        "kappa": draw(st.sampled_from([10.0, 1.0, 0.0])),
     }
     if chosen["score"] == "before":
         chosen["leave_one_out"] = False
     return chosen
+
+
+@st.composite
+def keys(draw: st.DrawFn, case: Case) -> list[Any]:
+    """Keys of a case: one per group of a matrix, one per row otherwise; three levels deep, and None."""
+    kinds = st.sampled_from([None, "a", ("a", 1), ("a", 2), ("a", 1, "x"), ("b", "x"), 3])
+    if case.groups is None:
+        return [draw(kinds) for _ in range(len(case.rewards))]
+    of_group = [draw(kinds) for _ in range(int(case.groups.max()) + 1)]
+    return [of_group[group] for group in case.groups]
+
+
+def assert_same_statistics(got: dict[str, Any], twin: reference.Prior, seen: list[np.ndarray]) -> None:
+    """The nine numbers of a state against the twin's, given the rewards that were seen."""
+    largest = max((float(np.abs(x).max()) for x in seen if x.size), default=0.0)
+    for name, moments in (("rewards", twin.rewards), ("group_means", twin.means)):
+        part = got[name]
+        assert part["count"] == pytest.approx(moments.count, rel=1e-12)
+        assert part["mean"] == pytest.approx(moments.mean, rel=1e-12, abs=1e-12 * largest)
+        # M2 is a sum of count squares, each of which rounds like the largest reward.
+        assert part["m2"] == pytest.approx(
+            moments.m2, rel=1e-11, abs=1e-12 * (largest * 1e-4) ** 2 * max(1, moments.count)
+        )
+    assert got["ssw"] == pytest.approx(twin.ssw, rel=1e-11, abs=1e-12 * (largest * 1e-4) ** 2 * 100)
+    assert got["dof"] == pytest.approx(twin.dof, rel=1e-12)
+    assert got["inv_n"] == pytest.approx(twin.inv_n, rel=1e-12)
+
+
+def assert_same_state(state: dict[str, Any], twin: reference.EBPO, seen: list[np.ndarray]) -> None:
+    """Root, keys and step of ``EBPO.state_dict()`` against the twin's."""
+    assert_same_statistics(state["prior"], twin.prior, seen)
+    keyed = {tuple(entry["key"]): entry for entry in state["keys"]}
+    assert keyed.keys() == twin.keys.keys()
+    for key, entry in keyed.items():
+        assert_same_statistics(entry, twin.keys[key], seen)
+    assert state["step"] == twin.step
 
 
 def tolerance(expected: np.ndarray, seen: list[np.ndarray], spread: float) -> float:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import ebpo_core
 from ebpo_core import reference
-from oracle import Case, cases, options, raw_spread, tolerance
+from oracle import Case, assert_same_state, cases, options, raw_spread, tolerance
 
 
 def as_array(case: Case) -> dict[str, Any]:
@@ -110,24 +110,7 @@ def test_sequences_equal_the_twin(opts: dict[str, Any], batches: list[Any], data
             twin_other(*case.args, mask=case.mask)
             ours.merge(other)
             twin.prior = twin.prior.merge(twin_other.prior)
-        assert_same_prior(ours, twin, seen)
-        assert ours.step == twin.step
-
-
-def assert_same_prior(ours: ebpo_core.EBPO, twin: reference.EBPO, seen: list[np.ndarray]) -> None:
-    largest = max((float(np.abs(x).max()) for x in seen if x.size), default=0.0)
-    state = ours.state_dict()["prior"]
-    for name, moments in (("rewards", twin.prior.rewards), ("group_means", twin.prior.means)):
-        got = state[name]
-        assert got["count"] == pytest.approx(moments.count, rel=1e-12)
-        assert got["mean"] == pytest.approx(moments.mean, rel=1e-12, abs=1e-12 * largest)
-        # M2 is a sum of count squares, each of which rounds like the largest reward.
-        assert got["m2"] == pytest.approx(
-            moments.m2, rel=1e-11, abs=1e-12 * (largest * 1e-4) ** 2 * max(1, moments.count)
-        )
-    assert state["ssw"] == pytest.approx(twin.prior.ssw, rel=1e-11, abs=1e-12 * (largest * 1e-4) ** 2 * 100)
-    assert state["dof"] == pytest.approx(twin.prior.dof, rel=1e-12)
-    assert state["inv_n"] == pytest.approx(twin.prior.inv_n, rel=1e-12)
+        assert_same_state(ours.state_dict(), twin, seen)
 
 
 @settings(max_examples=200)

@@ -80,7 +80,7 @@ def corrupt(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("version", 2, "version=2.*upgrade"),
+        ("version", 3, "version=3.*upgrade"),
         ("version", "1", "version='1'"),
         ("version", None, "version=None"),
         ("prior.rewards.count", -1.0, "count=-1"),
@@ -94,8 +94,8 @@ def corrupt(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("prior.ssw", 1e9, "ssw=1000000000.*at most rewards.m2"),
         ("prior.dof", 1.0, "dof=1.*rewards.count - group_means.count"),
         ("prior.inv_n", 1e9, "at most group_means.count"),
-        ("prior.ssw", 10**400, "'ssw' is 1000"),
-        ("prior.dof", True, "'dof' is True"),
+        ("prior.ssw", 10**400, "'prior.ssw' is 1000"),
+        ("prior.dof", True, "'prior.dof' is True"),
         ("options.decay", 0.5, "decay=0.5.*decay=1.0"),
         ("options.tau2", None, "tau2='missing'"),
         ("options.extra", 1, "unknown option 'extra'"),

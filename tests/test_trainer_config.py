@@ -71,6 +71,8 @@ def test_shadow_mode_keeps_trls_scaling(tmp_path: Path, value: Any, expected: st
     [
         ({"ebpo_normalize": "group"}, "normalize.*group"),
         ({"ebpo_decay": 0.0}, "decay"),
+        ({"ebpo_kappa": -1.0}, "kappa"),
+        ({"ebpo_max_keys": -1}, "max_keys"),
         ({"ebpo_score": "before", "ebpo_leave_one_out": True}, "leave_one_out"),
     ],
 )
@@ -95,7 +97,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         HfArgumentParser(EBPOConfig).parse_args(["--help"])
     printed = capsys.readouterr().out
     fields = {name: field for name, field in EBPOConfig.__dataclass_fields__.items() if name.startswith("ebpo_")}
-    assert len(fields) == 12
+    assert len(fields) == 16
     for name, field in fields.items():
         assert f"--{name}" in printed
         assert len(field.metadata["help"]) > 30
@@ -109,8 +111,24 @@ def test_yaml(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     (built,) = TrlParser([EBPOConfig]).parse_args_and_config(["--config", str(recipe), "--ebpo_decay", "0.5"])
+    assert built.ebpo_key_columns() == []
     assert (built.ebpo_normalize, built.ebpo_leave_one_out, built.ebpo_decay) == ("scale", True, 0.5)
     assert built.scale_rewards == "none"
+
+
+@pytest.mark.parametrize(
+    ("line", "columns"),
+    [("[topic, level]", ["topic", "level"]), ("topic", ["topic"]), ("\n- topic\n- level", ["topic", "level"])],
+)
+def test_keys_in_yaml_and_on_the_command_line(tmp_path: Path, line: str, columns: list[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nebpo_keys: {line}\n", encoding="utf-8")
+    (built,) = TrlParser([EBPOConfig]).parse_args_and_config(["--config", str(recipe)])
+    assert built.ebpo_key_columns() == columns
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--ebpo_keys", *columns]
+    (built,) = HfArgumentParser(EBPOConfig).parse_args_into_dataclasses([*arguments, "--ebpo_per_reward"])
+    assert built.ebpo_key_columns() == columns
+    assert built.ebpo_per_reward
 
 
 def test_without_trl_the_error_says_what_to_install() -> None:

@@ -15,6 +15,8 @@ import pytest
 
 pytest.importorskip("trl")
 
+from trainer_worker import key
+
 import ebpo_core
 from ebpo_core.trainer import PRIOR_NAME, last_complete_checkpoint, read_prior
 
@@ -47,6 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("killed", "--resume"),
         job("cut", "--kill-in-save", "4"),
         job("ranks", "--save-steps", "3", "--batch", "4", "--slow-rank", "1", ranks=2, steps="3"),
+        job("keys", "--batch", "4", "--keys", "topic", "level", "--per-reward", ranks=2, steps="3"),
     ]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
@@ -54,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     kill = -signal.SIGKILL
-    assert json.loads(file.with_suffix(".status").read_text()) == [0, kill, kill, 0, kill, 0], done.stderr[-8000:]
+    assert json.loads(file.with_suffix(".status").read_text()) == [0, kill, kill, 0, kill, 0, 0], done.stderr[-8000:]
     return folder
 
 
@@ -91,12 +94,29 @@ def test_two_ranks_keep_one_prior(runs: Path) -> None:
         assert len(advantages) == 8
         assert first["advantages"][step] == advantages[:4]
         assert second["advantages"][step] == advantages[4:]
-    assert single.state_dict() == first["state"]
+    assert [single.state_dict()] == first["state"]
     assert first["logged"] == advantages
 
     checkpoint = runs / "ranks" / "checkpoint-3"
-    assert read_prior(checkpoint)["ebpo"] == first["state"]
+    assert [read_prior(checkpoint)["ebpo"]] == first["state"]
     # trainer_state.json proves the whole folder, also the file of a rank that was late.
     written = {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
     assert written["rng_state_0.pth"] < written["rng_state_1.pth"] <= written["trainer_state.json"]
     assert written[PRIOR_NAME] <= min(written.values())
+
+
+def test_two_ranks_gather_the_keys_of_their_prompts(runs: Path) -> None:
+    """Each rank sees one group a step, with a key of its own, and scores it with the keys and rewards of both."""
+    ranks = [result(runs / "keys", rank) for rank in (0, 1)]
+    assert ranks[0]["state"] == ranks[1]["state"]
+    singles = [ebpo_core.EBPO(), ebpo_core.EBPO()]
+    for step, rewards in enumerate(ranks[0]["rewards"]):
+        keys = [tuple(part for part in key(rank["prompts"][step][0]) if part is not None) for rank in ranks]
+        third, size = np.array(rewards).reshape(2, 2, 4)
+        expected = singles[0](third, keys=keys) - 0.5 * singles[1](size, keys=keys)
+        for rank in (0, 1):
+            assert ranks[rank]["advantages"][step] == np.float32(expected[rank]).tolist()
+    assert [single.state_dict() for single in singles] == ranks[0]["state"]
+    assert len(singles[0].priors) > 3
+    saved = read_prior(runs / "keys" / "checkpoint-2")["ebpo_per_reward"]
+    assert [entry["reward"] for entry in saved] == ["reward", "size"]

@@ -65,6 +65,21 @@ def prompts(count: int = 6) -> Dataset:
     return Dataset.from_dict({"prompt": [f"{i % 10} {i // 10} {(7 * i) % 10}" for i in range(count)]})
 
 
+def key(prompt: str) -> tuple[str, int | None]:
+    """A topic and a level that a prompt's first number tells; every fifth prompt has no level."""
+    number = int(prompt.split()[0])
+    return "odd" if number % 2 else "even", None if number % 5 == 0 else number % 3
+
+
+def keyed_prompts(count: int = 6) -> Dataset:
+    """The same prompts with their keys in the columns ``topic`` and ``level``, and as lists in ``path``."""
+    texts = prompts(count)["prompt"]
+    topics, levels = zip(*map(key, texts), strict=True)
+    paths = [[topic] if level is None else [topic, str(level)] for topic, level in zip(topics, levels, strict=True)]
+    columns = {"prompt": texts, "topic": list(topics), "level": list(levels), "path": paths}
+    return Dataset.from_dict({name: list(column) for name, column in columns.items()})
+
+
 def third(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """1 where the token ids sum to a multiple of 3: binary, about a third of random completions."""
     return [float(sum(ids) % 3 == 0) for ids in completion_ids]
@@ -155,6 +170,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill-in-save", type=int, help="die half-way through writing this checkpoint")
     parser.add_argument("--kill-in-reward", type=int, help="die while the batch after this step is scored")
+    parser.add_argument("--keys", nargs="+", help="columns of the dataset that name a prompt's key")
+    parser.add_argument("--per-reward", action="store_true", help="two reward functions, a prior for each")
     parser.add_argument("--slow-rank", type=int, help="this rank is late when it saves its random state")
     options = parser.parse_args(arguments)
 
@@ -174,8 +191,12 @@ def main(arguments: list[str]) -> None:
         save_strategy="steps",
         save_steps=options.save_steps,
         per_device_train_batch_size=options.batch,
+        ebpo_keys=options.keys,
+        ebpo_per_reward=options.per_reward,
+        reward_weights=[1.0, -0.5] if options.per_reward else None,
     )
-    trainer = build(RecordingEBPO, args, reward)
+    functions = [reward, size] if options.per_reward else reward
+    trainer = build(RecordingEBPO, args, functions, train_dataset=keyed_prompts() if options.keys else prompts())
 
     save_rng_state = transformers.Trainer._save_rng_state
 
@@ -192,8 +213,9 @@ def main(arguments: list[str]) -> None:
     trainer.train(resume_from_checkpoint=options.resume or None)
     result = {
         "resumed_from": resumed_from,
-        "state": trainer.ebpo.state_dict(),
-        "rewards": [rewards.flatten().tolist() for rewards in trainer.rewards],
+        "state": [ebpo.state_dict() for ebpo in trainer.ebpos],
+        "prompts": trainer.prompts,
+        "rewards": [rewards.T.flatten().tolist() for rewards in trainer.rewards],
         "advantages": [output["advantages"].tolist() for output in trainer.outputs],
         "logged": list(trainer._logs["advantages"]),
         "weights": {name: value.flatten().tolist() for name, value in trainer.model.state_dict().items()},

@@ -10,10 +10,12 @@ import warnings
 
 from ebpo_core import _core
 from ebpo_core._core import __version__
-from ebpo_core.estimator import EBPO, Diagnostics, advantages
+from ebpo_core.diagnostics import Diagnostics
+from ebpo_core.estimator import EBPO, ShrunkenPrior
 from ebpo_core.prior import Prior
+from ebpo_core.stateless import advantages
 
 if _core.DEBUG_BUILD:  # pragma: no cover
     warnings.warn("ebpo_core was compiled without optimisation; do not benchmark it", RuntimeWarning, stacklevel=2)
 
-__all__ = ["EBPO", "Diagnostics", "Prior", "__version__", "advantages"]
+__all__ = ["EBPO", "Diagnostics", "Prior", "ShrunkenPrior", "__version__", "advantages"]

@@ -10,11 +10,13 @@ __all__ = [
     "Options",
     "State",
     "__version__",
+    "apply_affine",
     "baseline_advantages",
     "codes_of_bytes",
     "codes_of_ints",
     "codes_of_objects",
     "equal_advantages",
+    "group_statistics",
 ]
 
 __version__: Final[str]
@@ -26,6 +28,12 @@ _Groups: TypeAlias = int | tuple[NDArray[np.uint32], int]
 _Mask: TypeAlias = NDArray[np.bool_] | None
 _Vector: TypeAlias = NDArray[np.float64]
 _Parts: TypeAlias = tuple[float, float, float, float, float, float, float, float, float]
+_Path: TypeAlias = list[str]
+_Tree: TypeAlias = tuple[_Parts, list[tuple[_Path, _Parts]]]
+_Share: TypeAlias = tuple[_Tree, int, int | None]
+_Keys: TypeAlias = tuple[list[_Path], NDArray[np.uint32]] | None
+_Vectors: TypeAlias = tuple[_Vector, _Vector, _Vector, tuple[_Vector, _Vector, _Vector] | None]
+_Scalars: TypeAlias = tuple[float, float, float, float, float, float]
 
 @final
 class Options:
@@ -41,24 +49,53 @@ class Options:
         eps: float,
         ddof: int,
         norm_ddof: int,
+        kappa: float,
+        max_keys: int,
     ) -> Options: ...
 
 @final
 class State:
     def __new__(cls) -> State: ...
     def advance(
-        self, options: Options, rewards: _Rewards, groups: _Groups, mask: _Mask, update: bool, step: int | None
-    ) -> tuple[NDArray[Any], tuple[_Vector, _Vector, _Vector], tuple[float, float, float, float, float, float]]: ...
+        self,
+        options: Options,
+        rewards: _Rewards,
+        groups: _Groups,
+        mask: _Mask,
+        update: bool,
+        step: int | None,
+        keys: _Keys,
+        stream: bool,
+    ) -> tuple[NDArray[Any], _Vectors, _Scalars]: ...
     def observe(self, rewards: _Rewards, groups: _Groups, mask: _Mask) -> None: ...
-    def merge(self, other: State) -> None: ...
+    def merge(self, other: State, max_keys: int) -> None: ...
     def decay(self, rho: float) -> None: ...
     def parts(self) -> tuple[_Parts, int | None]: ...
-    def load(self, parts: _Parts, step: int | None) -> None: ...
+    def tree(self) -> tuple[_Tree, int | None]: ...
+    def load(self, root: _Parts, keys: list[tuple[_Path, _Parts]], step: int | None, max_keys: int) -> None: ...
+    def share(self) -> tuple[_Tree, _Share, int]: ...
+    def exchange(self, options: Options, shares: list[_Share], changes: int) -> None: ...
+    def together(
+        self,
+        options: Options,
+        shares: list[_Share],
+        changes: int,
+        statistics: tuple[list[float], list[float], list[float]],
+        extremes: tuple[float, float],
+        update: bool,
+        step: int | None,
+        keys: _Keys,
+    ) -> tuple[_Vector, _Vector, _Vectors, _Scalars]: ...
+    def shrunken(self, options: Options, path: _Path) -> tuple[float, float, float]: ...
     def sigma2(self, kind: str, ddof: int) -> float: ...
     def tau2(self, kind: str, ddof: int) -> float: ...
 
 def equal_advantages(rewards: object, /) -> NDArray[Any] | None: ...
 def baseline_advantages(method: str, eps: float, rewards: _Rewards, groups: _Groups, mask: _Mask) -> NDArray[Any]: ...
+def group_statistics(rewards: _Rewards, groups: _Groups, mask: _Mask) -> tuple[_Vector, _Vector, _Vector]: ...
+def apply_affine(
+    rewards: _Rewards, groups: _Groups, mask: _Mask, offset: list[float], scale: list[float]
+) -> NDArray[Any]: ...
 def codes_of_ints(ids: NDArray[np.int64], /) -> tuple[NDArray[np.uint32], int]: ...
 def codes_of_bytes(ids: NDArray[np.uint8], /) -> tuple[NDArray[np.uint32], int]: ...
 def codes_of_objects(ids: Sequence[object], /) -> tuple[NDArray[np.uint32], int]: ...

@@ -45,6 +45,17 @@ def zero_or_one(name: str, value: Any) -> int:
     return number
 
 
+def count(name: str, value: Any) -> int:
+    """How many of something: an integer, at least 0."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: expected an int") from None
+    if isinstance(value, (bool, np.bool_)) or not 0 <= number < 2**31:
+        raise ValueError(f"{name}={value!r}: expected an int of at least 0 and below 2**31")
+    return number
+
+
 def step_id(step: Any) -> int | None:
     """The id of an update: None, or an integer that fits the core's 64 bits."""
     if step is None:

@@ -1,4 +1,4 @@
-"""EBPO advantages: one function without state, one estimator with a running prior (arXiv 2602.05165, §3).
+"""The EBPO estimator with its running priors (arXiv 2602.05165, §3).
 
 For a group m with n valid rows, mean ``mu_m``, and a prior with mean ``mu_glob``, noise variance ``sigma2`` and spread
 ``tau2``::
@@ -7,24 +7,30 @@ For a group m with n valid rows, mean ``mu_m``, and a prior with mean ``mu_glob`
     V_m    = (1 - S_m) * mu_m + S_m * mu_glob          baseline
     raw    = r - V_m
     A      = (raw - mean(raw)) / (std(raw) + eps)      over all valid rows of the batch
+
+With keys the three numbers of a group's prior are blended along its key, from the root down (``h = 1`` for a key that
+has seen no group, so that it starts as its parent)::
+
+    theta~_k = (1 - h) * theta_k + h * theta~_parent   for theta = mu_glob, sigma2, tau2
+    h        = kappa / (kappa + groups seen by k)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ebpo_core import _core
-from ebpo_core.arguments import flag, real, step_id, text, zero_or_one
-from ebpo_core.inputs import is_tensor, read_batch
-from ebpo_core.prior import VERSION, Prior, check_version, load_statistics, statistics_of
+from ebpo_core.arguments import count, flag, real, step_id, text, zero_or_one
+from ebpo_core.diagnostics import Diagnostics
+from ebpo_core.inputs import Batch, read_batch, read_group
+from ebpo_core.keyed import Key, Keys, key_of, path_of, read_keys
+from ebpo_core.prior import Prior
+from ebpo_core.state import check_options, read_state, write_state
 
 Rewards = TypeVar("Rewards")
-Method = Literal["ebpo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "james_stein"]
 
 
 class Options(TypedDict):
@@ -39,39 +45,20 @@ class Options(TypedDict):
     eps: float
     ddof: int
     norm_ddof: int
+    kappa: float
+    max_keys: int
 
 
-@dataclass(frozen=True, eq=False)
-class Diagnostics:
-    """What the last call of an estimator computed, M groups in order of their rows or of first appearance."""
+class ShrunkenPrior(NamedTuple):
+    """What a group is shrunk with: ``theta~`` of its key. All 0 while nothing has been seen."""
 
-    shrinkage: NDArray[np.float64]
-    """``S_m``, shape (M,); NaN for a group without valid rows."""
-    baseline: NDArray[np.float64]
-    """``V_m``, shape (M,); NaN for a group without valid rows."""
-    count: NDArray[np.float64]
-    """Valid rows of each group, shape (M,)."""
-    mu_glob: float
-    """Mean of the prior the batch was scored with, before any group is left out; NaN if it was empty."""
+    mean: float
     sigma2: float
-    """Noise variance, as the option ``sigma2`` estimates it; NaN if that prior was empty."""
     tau2: float
-    """Variance of group means, as the option ``tau2`` estimates it; NaN if that prior was empty."""
-    saturated_fail: float
-    """Share of the non-empty groups whose valid rewards are all equal and below ``mu_glob`` (or at it, and <= 0)."""
-    saturated_pass: float
-    """Share of the non-empty groups whose valid rewards are all equal and above ``mu_glob`` (or at it, and > 0)."""
-    outlier: float
-    """Largest ``|r - mean| / std`` of the batch against the prior before it; NaN if that had no variance."""
-
-    @property
-    def saturated(self) -> float:
-        """Share of the non-empty groups whose valid rewards are all equal: plain GRPO learns nothing from them."""
-        return self.saturated_fail + self.saturated_pass
 
 
 class EBPO:
-    """The estimator with its running prior.
+    """The estimator with its running priors.
 
     Args:
         normalize: ``"batch"`` (paper): ``(raw - mean) / (std + eps)`` over the batch. ``"scale"``:
@@ -87,10 +74,15 @@ class EBPO:
             Raises with ``score="before"``, where it has no meaning.
         decay: rho in (0, 1]; before each update every count, M2 and sum is multiplied by it, so that the prior
             remembers about ``1 / (1 - rho)`` batches. 1 (paper) never forgets. A batch without valid rows is no update.
+            All keys are decayed at each update, as the root is, whether the batch holds them or not: a key that is
+            idle becomes young again, and falls back to its parent.
         eps: Added to the denominator of ``normalize``; at least 0. With 0 nothing damps rounding where the exact
             advantages are 0 without the rewards being equal.
         ddof: 0 or 1; the variances ``sigma2="total"`` and ``tau2="raw"`` divide by ``count - ddof``.
         norm_ddof: 0 or 1; the std of ``normalize="batch"`` divides by ``rows - norm_ddof`` (1 as ``torch.std``).
+        kappa: Groups that a key's parent is worth when the two are blended; at least 0. With 0 a key stands alone
+            from its first group on.
+        max_keys: Most priors kept beside the root's, parents included. An update that would need more raises.
 
     An object may be shared by threads and is intact in a forked child. Arrays must not change during a call.
     """
@@ -109,6 +101,8 @@ class EBPO:
         eps: float = 1e-6,
         ddof: int = 0,
         norm_ddof: int = 1,
+        kappa: float = 10.0,
+        max_keys: int = 1024,
     ) -> None:
         self._options = Options(
             normalize=text("normalize", normalize),
@@ -120,45 +114,150 @@ class EBPO:
             eps=real("eps", eps),
             ddof=zero_or_one("ddof", ddof),
             norm_ddof=zero_or_one("norm_ddof", norm_ddof),
+            kappa=real("kappa", kappa),
+            max_keys=count("max_keys", max_keys),
         )
         self._checked = _core.Options(**self._options)
         self._state = _core.State()
-        self._last: tuple[Any, Any] | None = None
+        self._last: tuple[Any, Any, Keys | None] | None = None
 
     def __call__(
-        self, rewards: Rewards, groups: Any = None, *, mask: Any = None, update: bool = True, step: int | None = None
+        self,
+        rewards: Rewards,
+        groups: Any = None,
+        *,
+        mask: Any = None,
+        update: bool = True,
+        step: int | None = None,
+        keys: Any = None,
+        process_group: Any = None,
     ) -> Rewards:
         """Score a batch and take it into the prior.
 
         Args:
-            rewards: As in :func:`advantages`.
-            groups: As in :func:`advantages`.
-            mask: As in :func:`advantages`.
+            rewards: As in :func:`ebpo_core.advantages`.
+            groups: As in :func:`ebpo_core.advantages`.
+            mask: As in :func:`ebpo_core.advantages`.
             update: False scores against the stored prior alone and leaves it unchanged (evaluation); an empty prior
                 gives S = 0.
             step: Id of this update, growing through training. An update whose id is not newer than the last one
                 applied scores like ``update=False``, so a retried or replayed batch is counted once. (Its advantages
                 are those of the first time only with ``score="after"`` and without ``leave_one_out``.)
+            keys: One key per reward, or one per group where ``rewards`` is ``(M, G)``: a string, an int, a bool, a
+                tuple of them whose prefixes are its parents, or None for the root. The rows of a group have one key.
+                Each group enters the priors of its key, of the key's parents, and the root's, and is shrunk with the
+                blend of them (see the module). Without ``keys`` there is only the root's.
+            process_group: A torch.distributed process group. This batch is then one rank's shard, and every rank must
+                make the call: the shards are scored and taken in as one process would that sees all of them, in the
+                order of the ranks. A group must be whole on one rank; its id need not differ from other ranks'. What
+                is new since the last :meth:`sync` is exchanged at the same time.
 
         Returns:
             Advantages in the container, shape, device and float dtype of ``rewards``.
 
         Raises:
-            ValueError, TypeError: as in :func:`advantages`; the prior is then untouched.
+            ValueError, TypeError: as in :func:`ebpo_core.advantages`; keys that are too many, or differ within a group.
+                The priors are then untouched.
+            RuntimeError: another rank could not score its shard; no rank's prior changed.
         """
+        if process_group is not None:
+            together: Rewards = self._together(rewards, groups, mask, update, step, keys, process_group)
+            return together
         batch = read_batch(rewards, groups, mask)
+        read = None if keys is None else read_keys(keys, batch.groups, batch.rewards.size)
         flat, vectors, scalars = self._state.advance(
-            self._checked, batch.rewards, batch.groups, batch.mask, flag("update", update), step_id(step)
+            self._checked, batch.rewards, batch.groups, batch.mask, flag("update", update), step_id(step), read, False
         )
-        self._last = vectors, scalars  # one assignment, so that threads never see a mixture of two calls
+        self._last = vectors, scalars, read  # one assignment, so that threads never see a mixture of two calls
         result: Rewards = batch.restore(flat)
         return result
+
+    def group(
+        self, rewards: Rewards, key: Any = None, *, mask: Any = None, update: bool = True, step: int | None = None
+    ) -> Rewards:
+        """Score one group as it comes, without a batch: read the prior, score, then take the group into the prior.
+
+        ``A = (r - V) / (sqrt(sigma2) + eps)``, with V and ``sigma2`` of the key's blended prior as it was before this
+        group; ``normalize="none"`` gives ``r - V``, and ``score`` and ``leave_one_out`` make no difference. An empty
+        prior gives S = 0, so V is the group's own mean. While ``sigma2`` is 0 (an empty prior, or one that knows a
+        single value) S is 0 too, and the group's own standard deviation with ``norm_ddof`` stands in for
+        ``sqrt(sigma2)``; a group of equal rewards then gets 0, as S = 0 leaves nothing of it. ``decay`` counts groups
+        here, not batches.
+
+        Args:
+            rewards: ``(n,)``, the group's rewards, in any container that :func:`ebpo_core.advantages` takes.
+            key: The group's key, as in a call with ``keys``.
+            mask: ``(n,)``; True where a reward counts.
+            update: False leaves the prior unchanged.
+            step: As in a call: an id that is not newer than the last one is scored and not counted.
+
+        Returns:
+            Advantages ``(n,)`` in the container and float dtype of ``rewards``.
+        """
+        batch = read_group(rewards, mask)
+        keys = Keys([path_of(key)], np.zeros(1, dtype=np.uint32))
+        flat, vectors, scalars = self._state.advance(
+            self._checked, batch.rewards, batch.groups, batch.mask, flag("update", update), step_id(step), keys, True
+        )
+        self._last = vectors, scalars, keys
+        result: Rewards = batch.restore(flat)
+        return result
+
+    def sync(self, process_group: Any = None) -> None:
+        """Bring the priors of several ranks together, each of which has seen its own shard of every batch.
+
+        Every rank must make the call. It exchanges what each rank has seen since the last exchange, and that alone;
+        afterwards every rank's priors are, to the bit, the same, and equal (up to rounding) those of one process that
+        has seen every shard. Between two calls a rank scores with what it knows: the common priors and its own shards.
+        To score with all shards, call the estimator with ``process_group`` instead.
+
+        With ``decay`` below 1 an update is one step of time on every rank, also where its shard has no valid row, so
+        the ranks must have made equally many. (One process does not count a batch in which no shard has a valid row.)
+        What a loaded, copied or unpickled estimator holds, and what :meth:`merge` adds, counts as known to every rank:
+        do it on each of them, and call this before a state is saved for all.
+
+        Args:
+            process_group: A torch.distributed process group; None is the default group.
+
+        Raises:
+            ValueError, on every rank and with the priors untouched: ranks that differ in options, in the priors they
+                started from, or with ``decay`` in their number of updates; more than ``max_keys`` keys in all.
+            RuntimeError: there is no process group, or another thread called the estimator meanwhile.
+        """
+        from ebpo_core.sync import synchronise
+
+        synchronise(self._state, self._checked, dict(self._options), process_group)
+
+    def _together(
+        self, rewards: Any, groups: Any, mask: Any, update: bool, step: int | None, keys: Any, process_group: Any
+    ) -> Any:
+        from ebpo_core.sync import Scoring, score_together
+
+        batch: Batch | Exception
+        read = None
+        try:
+            update, step = flag("update", update), step_id(step)
+            batch = read_batch(rewards, groups, mask)
+            read = read_keys(keys, batch.groups, batch.rewards.size)
+        except (TypeError, ValueError) as error:
+            batch = error
+        scoring = Scoring(self._checked, dict(self._options), update, step)
+        flat, vectors, scalars = score_together(self._state, scoring, batch, read, process_group)
+        self._last = vectors, scalars, read
+        return batch.restore(flat)  # type: ignore[union-attr]  # an error was raised again in between
 
     @property
     def diagnostics(self) -> Diagnostics | None:
         """What the last call computed; None before the first."""
         last = self._last
-        return None if last is None else Diagnostics(*last[0], *last[1])
+        if last is None:
+            return None
+        (shrinkage, baseline, counts, blended), scalars, keys = last
+        listed = None if keys is None else keys.of_groups()
+        mu_glob, sigma2, tau2, fail, passed, outlier = scalars
+        return Diagnostics(
+            shrinkage, baseline, counts, mu_glob, sigma2, tau2, fail, passed, outlier, keys=listed, blended=blended
+        )
 
     @property
     def options(self) -> Options:
@@ -167,10 +266,24 @@ class EBPO:
 
     @property
     def prior(self) -> Prior:
-        """A copy of the running prior; changing it changes nothing here (see :meth:`merge`)."""
+        """A copy of the root's prior, which holds everything; changing it changes nothing here (see :meth:`merge`)."""
         prior = Prior()
-        prior._state.load(self._state.parts()[0], None)
+        prior._state.load(self._state.parts()[0], [], None, 0)
         return prior
+
+    @property
+    def priors(self) -> dict[Key, Prior]:
+        """A copy of every key's own prior, not blended, parents first; the root's is under ``()``."""
+        (root, keys), _ = self._state.tree()
+        priors: dict[Key, Prior] = {}
+        for path, parts in [([], root), *keys]:
+            prior = priors[key_of(path)] = Prior()
+            prior._state.load(parts, [], None, 0)
+        return priors
+
+    def shrunken_prior(self, key: Any = None) -> ShrunkenPrior:
+        """Mean, sigma2 and tau2 that a group of this key would be shrunk with now: ``theta~``, by the options."""
+        return ShrunkenPrior(*self._state.shrunken(self._checked, path_of(key)))
 
     @property
     def step(self) -> int | None:
@@ -178,46 +291,29 @@ class EBPO:
         return self._state.parts()[1]
 
     def merge(self, other: EBPO | Prior) -> None:
-        """Add everything that ``other`` has seen: an estimator with the same options, or a prior to start from."""
+        """Add everything that ``other`` has seen: an estimator with the same options, or a prior (into the root's)."""
         if not isinstance(other, (EBPO, Prior)):
             raise TypeError(f"other is of type {type(other).__name__}: expected ebpo_core.EBPO or ebpo_core.Prior")
         if isinstance(other, EBPO):
-            self._same_options(other._options, "other")
-        self._state.merge(other._state)
+            check_options(self._options, other._options, "other")
+        self._state.merge(other._state, self._options["max_keys"])
 
     def reset(self) -> None:
         """Forget everything seen; the options stay."""
         self._state, self._last = _core.State(), None
 
     def state_dict(self) -> dict[str, Any]:
-        """Options, prior and step as a JSON-safe dict, exact to the bit."""
-        parts, step = self._state.parts()  # at once: a step newer than its prior would lose a batch on resume
-        return {"version": VERSION, "options": dict(self._options), "prior": statistics_of(parts), "step": step}
+        """Options, priors and step as a JSON-safe dict, exact to the bit (see :mod:`ebpo_core.state`)."""
+        return write_state(self._options, self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace prior and step by those of ``state``, which must have been written with the same options.
+        """Replace priors and step by those of ``state``, which must have been written with the same options.
 
-        Raises ValueError, leaving everything untouched, on a newer version, other options, or anything else that
-        :meth:`state_dict` cannot have written.
+        ``max_keys`` alone may differ. Raises ValueError, leaving everything untouched, on a newer version, other
+        options, more keys than ``max_keys``, or anything else that :meth:`state_dict` cannot have written.
         """
-        check_version(state, "an EBPO state")
-        options, prior, step = state.get("options"), state.get("prior"), state.get("step")
-        if not isinstance(options, Mapping) or not isinstance(prior, Mapping):
-            raise ValueError("state has no fields 'options' and 'prior': pass what EBPO.state_dict() returned")
-        self._same_options(options, "state")
-        load_statistics(self._state, prior, step_id(step))
+        read_state(self._options, self._state, state)
         self._last = None
-
-    def _same_options(self, options: Mapping[str, Any], what: str) -> None:
-        for name, mine in self._options.items():
-            if options.get(name, "missing") != mine:
-                raise ValueError(
-                    f"{what} has option {name}={options.get(name, 'missing')!r}, this estimator {name}={mine!r}: "
-                    "build the estimator with the options of the state"
-                )
-        unknown = sorted(set(options) - set(self._options))
-        if unknown:
-            raise ValueError(f"{what} has the unknown option {unknown[0]!r}: it was not written by this release")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.state_dict()
@@ -229,73 +325,12 @@ class EBPO:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EBPO):
             return NotImplemented
-        return self._options == other._options and self._state.parts() == other._state.parts()
+        return self._options == other._options and self._state.tree() == other._state.tree()
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
         defaults = EBPO.__init__.__kwdefaults__ or {}
         changed = [f"{name}={value!r}" for name, value in self._options.items() if value != defaults.get(name)]
-        return f"EBPO({', '.join(changed)}) with {self.prior!r}"
-
-
-def advantages(
-    rewards: Rewards, groups: Any = None, *, mask: Any = None, method: Method = "ebpo", **options: Any
-) -> Rewards:
-    """Advantages of one batch, without state: for ``method="ebpo"`` the batch is its own prior.
-
-    Args:
-        rewards: ``(M, G)``, one row per group, or ``(N,)`` with ``groups``. A list, a NumPy array of floats, ints or
-            bools, or a torch tensor on any device (copied to the CPU once and back once). Finite, of magnitude at most
-            1e140; NaN marks a completion that could not be scored. Tuples come back as lists, other array-likes (a
-            pandas Series, say) as NumPy arrays.
-        groups: ``(N,)`` group ids of any hashable kind (ints, strings, uuids); the rows of a group may stand in any
-            order and groups may differ in size.
-        mask: Shape of ``rewards``; True (or 1) where a reward counts, as in a response mask.
-        method: ``"ebpo"``; ``"grpo"``: ``(r - mu) / (s + eps)``, s with n - 1, 0 where s = 0 or n = 1; ``"dr_grpo"``:
-            ``r - mu``; ``"rloo"``: ``n / (n - 1) * (r - mu)``, 0 where n = 1; ``"reinforce_pp"``:
-            ``(r - mean) / (std + eps)`` over the batch, std with n - 1; ``"james_stein"``: two-level leave-one-out
-            James-Stein baseline (arXiv 2511.03710).
-        **options: Those of :class:`EBPO`; the other methods take ``eps`` alone, and only those that divide by a std.
-
-    Returns:
-        Advantages in the container, shape, device and float dtype of ``rewards``, computed in float64 and rounded once;
-        ints and bools give the default float. Rows that do not count get 0. A value beyond the range of a narrow dtype
-        saturates at its largest finite value.
-
-    Raises:
-        ValueError: infinite or too large rewards, wrong shapes or lengths, empty input, an option out of its domain.
-        TypeError: complex or object rewards, a mask that is not boolean, unhashable group ids.
-    """
-    if method == "ebpo":
-        if groups is None and mask is None and not options:
-            fast = _fast(rewards)
-            if fast is not None:
-                return fast  # type: ignore[no-any-return]
-        return EBPO(**options)(rewards, groups, mask=mask)
-    eps = _baseline_eps(text("method", method), options)
-    batch = read_batch(rewards, groups, mask)
-    result: Rewards = batch.restore(_core.baseline_advantages(method, eps, batch.rewards, batch.groups, batch.mask))
-    return result
-
-
-def _fast(rewards: Any) -> Any:
-    """The default case in one call of the core, or None where it does not apply."""
-    if is_tensor(rewards):
-        import torch
-
-        plain = rewards.is_cpu and rewards.layout is torch.strided and rewards.dtype in (torch.float32, torch.float64)
-        if not plain or rewards.requires_grad or rewards.is_neg():
-            return None
-        result = _core.equal_advantages(rewards.numpy())
-        return None if result is None else torch.from_numpy(result)
-    return _core.equal_advantages(rewards)
-
-
-def _baseline_eps(method: str, options: dict[str, Any]) -> float:
-    divides = method in ("grpo", "reinforce_pp")
-    for name in options if method in get_args(Method) else ():  # an unknown method is named by the core
-        if name != "eps" or not divides:
-            takes = "only eps" if divides else "no options"
-            raise ValueError(f"{name}={options[name]!r} was passed with method={method!r}, which takes {takes}")
-    return real("eps", options.get("eps", 1e-6))
+        keys = len(self._state.tree()[0][1])
+        return f"EBPO({', '.join(changed)}) with {self.prior!r}" + (f" and {keys} keys" if keys else "")

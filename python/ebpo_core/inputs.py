@@ -51,6 +51,16 @@ def read_batch(rewards: Any, groups: Any = None, mask: Any = None) -> Batch:
     return Batch(_flat(array), coded, _read_mask(mask, array.shape), restore)
 
 
+def read_group(rewards: Any, mask: Any = None) -> Batch:
+    """As :func:`read_batch`, for the rewards ``(n,)`` of one group."""
+    array, restore = _read_rewards(rewards)
+    if array.ndim != 1:
+        raise ValueError(f"rewards has shape {array.shape}: expected the rewards of one group, (n,)")
+    if array.size == 0:
+        raise ValueError("rewards has shape (0,), which holds no reward: pass at least one")
+    return Batch(_flat(array), array.size, _read_mask(mask, array.shape), restore)
+
+
 def _flat(array: NDArray[Any]) -> NDArray[Any]:
     flat = array.reshape(-1)
     flags = flat.flags

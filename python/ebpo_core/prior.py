@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ebpo_core import _core
 from ebpo_core.arguments import real, text, zero_or_one
 from ebpo_core.inputs import read_batch
 
+if TYPE_CHECKING:
+    from ebpo_core._core import _Parts as Parts
+
 VERSION = 1
-"""Version of the state written here; older ones are read, newer ones refused."""
+"""Version of the state of a :class:`Prior`; newer ones are refused."""
 
 _MOMENTS = ("count", "mean", "m2")
 _SUMS = ("ssw", "dof", "inv_n")
@@ -43,7 +46,7 @@ class Prior:
         """Add everything ``other`` has seen."""
         if not isinstance(other, Prior):
             raise TypeError(f"other is of type {type(other).__name__}: expected ebpo_core.Prior")
-        self._state.merge(other._state)
+        self._state.merge(other._state, 0)
 
     def decay(self, rho: float) -> None:
         """Multiply every count and sum by ``rho`` in (0, 1]; means and variances stay."""
@@ -88,8 +91,8 @@ class Prior:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the state. Raises ValueError on anything that :meth:`state_dict` cannot have written."""
-        check_version(state, "a Prior state")
-        load_statistics(self._state, state, self._state.parts()[1])
+        check_version(state, "a Prior state", VERSION)
+        self._state.load(parts_of(state), [], self._state.parts()[1], 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.state_dict()
@@ -114,7 +117,7 @@ class Prior:
         )
 
 
-def statistics_of(parts: tuple[float, ...]) -> dict[str, Any]:
+def statistics_of(parts: Parts) -> dict[str, Any]:
     """The nine numbers of a prior, named."""
     return {
         "rewards": dict(zip(_MOMENTS, parts[0:3], strict=True)),
@@ -123,31 +126,32 @@ def statistics_of(parts: tuple[float, ...]) -> dict[str, Any]:
     }
 
 
-def load_statistics(target: _core.State, state: Mapping[str, Any], step: int | None) -> None:
-    """Check the nine numbers of ``state`` and put them, with ``step``, into ``target``."""
-    parts = [_number(state, "rewards", name) for name in _MOMENTS]
-    parts += [_number(state, "group_means", name) for name in _MOMENTS]
-    parts += [_number(state, name) for name in _SUMS]
-    target.load(cast("Any", tuple(parts)), step)
+def parts_of(state: Mapping[str, Any], where: str = "") -> Parts:
+    """The nine numbers that ``state`` names, for the core to check; ``where`` leads to it in errors."""
+    parts = [_number(state, where, "rewards", name) for name in _MOMENTS]
+    parts += [_number(state, where, "group_means", name) for name in _MOMENTS]
+    parts += [_number(state, where, name) for name in _SUMS]
+    return cast("Parts", tuple(parts))
 
 
-def check_version(state: Mapping[str, Any], what: str) -> None:
+def check_version(state: Mapping[str, Any], what: str, newest: int) -> int:
     """Refuse what is no state, and states written by a newer release."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state is of type {type(state).__name__}: expected the dict that state_dict() returned")
     version = state.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"state has version={version!r}, so it is not {what}: pass what state_dict() returned")
-    if version > VERSION:
-        raise ValueError(f"state has version={version}, this release reads up to {VERSION}: upgrade ebpo-core")
+    if version > newest:
+        raise ValueError(f"state has version={version}, this release reads up to {newest}: upgrade ebpo-core")
+    return version
 
 
-def _number(state: Mapping[str, Any], *path: str) -> float:
+def _number(state: Mapping[str, Any], where: str, *path: str) -> float:
     value: Any = state
     for name in path:
         if not isinstance(value, Mapping) or name not in value:
-            raise ValueError(f"state has no field {'.'.join(path)!r}: pass what state_dict() returned")
+            raise ValueError(f"state has no field {where + '.'.join(path)!r}: pass what state_dict() returned")
         value = value[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
-        raise ValueError(f"state field {'.'.join(path)!r} is {value!r}: expected a finite number")
+        raise ValueError(f"state field {where + '.'.join(path)!r} is {value!r}: expected a finite number")
     return float(value)

@@ -5,19 +5,20 @@ over speed; :func:`algorithm_1` alone is vectorised, because it is also the NumP
 
 Symbols, as in the paper: ``r`` rewards, ``n`` valid rows of a group (the paper's G), ``mu_m`` a group's mean,
 ``mu_glob`` the mean of every reward seen, ``sigma2`` their variance, ``tau2`` the variance of the group means,
-``S`` the shrinkage factor, ``V`` the baseline.
+``S`` the shrinkage factor, ``V`` the baseline; ``theta`` the three numbers ``(mu_glob, sigma2, tau2)`` of a prior.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+Key = tuple[Any, ...]
 
 
 def algorithm_1(rewards: ArrayLike, eps: float = 1e-6) -> Array:
@@ -137,18 +138,40 @@ class EBPO:
     eps: float = 1e-6
     ddof: int = 0
     norm_ddof: int = 1
+    kappa: float = 10.0
+    max_keys: int = 1024
     prior: Prior = field(default_factory=Prior)
     step: int | None = None
+    keys: dict[Key, Prior] = field(default_factory=dict)  # without the root's, which is `prior`
 
-    def shrinkage(self, prior: Prior, n: int) -> float:
-        """S of a group with ``n`` valid rows; 0 for an empty prior and where all rewards seen are equal."""
-        noise = prior.sigma2(self.sigma2, self.ddof) / n
-        total = noise + prior.tau2(self.tau2, self.ddof)
-        return noise / total if total > 0 else 0.0
+    def theta(self, chain: list[Prior]) -> tuple[float, float, float]:
+        """``theta~``: the root's numbers, blended with each key's on the way down; ``chain`` are these priors.
 
-    def baseline(self, prior: Prior, group: Array) -> float:
-        """V, the posterior mean of the group's expected reward; taken from mu_m so that S = 0 gives it exactly."""
-        return mean(group) + self.shrinkage(prior, group.size) * (prior.rewards.mean - mean(group))
+        ``theta~_k = (1 - h) theta_k + h theta~_parent`` with ``h = kappa / (kappa + groups seen by k)``, and 1 if none.
+        """
+        of = [(p.rewards.mean, p.sigma2(self.sigma2, self.ddof), p.tau2(self.tau2, self.ddof)) for p in chain]
+        blended = of[0]
+        for prior, own in zip(chain[1:], of[1:], strict=True):
+            if prior.means.count:
+                h = self.kappa / (self.kappa + prior.means.count)
+                mu, sigma2, tau2 = (a + h * (b - a) for a, b in zip(own, blended, strict=True))
+                blended = mu, sigma2, tau2
+        return blended
+
+    def chain(self, key: Key) -> list[Prior]:
+        """The priors of the root, of each parent, and of the key; an empty one for those that have seen nothing."""
+        return [self.prior] + [self.keys.get(key[:depth], Prior()) for depth in range(1, len(key) + 1)]
+
+    @staticmethod
+    def baseline(theta: tuple[float, float, float], group: Array) -> float:
+        """V, the posterior mean of the group's expected reward; taken from mu_m so that S = 0 gives it exactly.
+
+        S is 0 for an empty prior and where all rewards seen are equal.
+        """
+        mu_glob, sigma2, tau2 = theta
+        noise = sigma2 / group.size
+        S = noise / (noise + tau2) if noise + tau2 > 0 else 0.0
+        return mean(group) + S * (mu_glob - mean(group))
 
     def __call__(
         self,
@@ -158,30 +181,83 @@ class EBPO:
         mask: ArrayLike | None = None,
         update: bool = True,
         step: int | None = None,
+        keys: list[Any] | None = None,
     ) -> Array:
+        """Algorithm 1 with the options of §6; ``keys`` holds one key per group of a matrix, or one per reward."""
         r, index, valid = arrange(rewards, groups, mask)
         members = [r[valid & (index == m)] for m in range(index.max() + 1)]
-        if step is not None and self.step is not None and step <= self.step:
+        key_of = [key_tuple(key) for key in ([()] * len(members) if keys is None else keys)]
+        if keys is not None and groups is not None:
+            key_of = [key_of[int(np.flatnonzero(index == m)[0])] for m in range(len(members))]
+        if not self.is_new(step):
             update = False  # a retry or a replay: the prior already holds this batch
-        before = self.prior
-        batch = Prior.of(members)
-        decayed = before.decay(self.decay) if batch.rewards.count else before  # a batch of nothing leaves no trace
-        after = decayed.merge(batch)
-        scored_with = after if update and self.score == "after" else before
+        past = self.decayed(any(group.size for group in members))
+        after = past.with_batch(members, key_of)
+        if update and len(after.keys) > max(self.max_keys, len(self.keys)):
+            raise ValueError(f"{len(after.keys)} keys are more than max_keys={self.max_keys}")
+        scored_with = after if update and self.score == "after" else self
 
         raw = np.zeros_like(r)
         for m, group in enumerate(members):
             if group.size == 0:
                 continue
-            prior = scored_with
             if self.leave_one_out and update:
-                others = members[:m] + members[m + 1 :]
-                prior = decayed.merge(Prior.of(others))
+                scored_with = past.with_batch(members[:m] + members[m + 1 :], key_of[:m] + key_of[m + 1 :])
             rows = valid & (index == m)
-            raw[rows] = r[rows] - self.baseline(prior, group)
+            raw[rows] = r[rows] - self.baseline(self.theta(scored_with.chain(key_of[m])), group)
         if update:
-            self.prior, self.step = after, step if step is not None else self.step
+            self.prior, self.keys, self.step = after.prior, after.keys, step if step is not None else self.step
         return normalized(raw, valid, self.normalize, self.norm_ddof, self.eps).reshape(np.shape(rewards))
+
+    def group(
+        self,
+        rewards: ArrayLike,
+        key: Any = None,
+        *,
+        mask: ArrayLike | None = None,
+        update: bool = True,
+        step: int | None = None,
+    ) -> Array:
+        """One group as it comes, without a batch: ``(r - V) / (sqrt(sigma2) + eps)`` by the prior before the group.
+
+        While sigma2 is 0 so is S, and the group's own std (``norm_ddof``) stands in for ``sqrt(sigma2)``.
+        """
+        one = np.asarray(rewards, dtype=np.float64).reshape(1, -1)
+        r, _, valid = arrange(one, None, None if mask is None else np.asarray(mask).reshape(1, -1))
+        out, x = np.zeros_like(r), r[valid]
+        if x.size:
+            theta = self.theta(self.chain(key_tuple(key)))
+            spread = np.sqrt(theta[1]) if theta[1] > 0 else np.sqrt(Moments.of(x).variance(self.norm_ddof))
+            raw = x - self.baseline(theta, x)
+            scale = 1.0 if self.normalize == "none" else spread + self.eps
+            out[valid] = raw / scale if scale > 0 else 0.0
+        self([r], mask=[valid], keys=[key], update=update, step=step)
+        return out
+
+    def is_new(self, step: int | None) -> bool:
+        """Whether an update with this id has not been applied yet."""
+        return step is None or self.step is None or step > self.step
+
+    def decayed(self, anything: bool) -> EBPO:
+        """The state as it enters an update: all counts times ``decay``; a batch of nothing leaves no trace."""
+        rho = self.decay if anything else 1.0
+        return replace(
+            self, prior=self.prior.decay(rho), keys={key: prior.decay(rho) for key, prior in self.keys.items()}
+        )
+
+    def with_batch(self, members: list[Array], keys: list[Key]) -> EBPO:
+        """The state with these groups added to the root, to their keys, and to all parents of these."""
+        priors = dict(self.keys)
+        pairs = [(group, key) for group, key in zip(members, keys, strict=True) if group.size]
+        for path in {key[:depth] for _, key in pairs for depth in range(1, len(key) + 1)}:
+            under = Prior.of(group for group, key in pairs if key[: len(path)] == path)
+            priors[path] = priors.get(path, Prior()).merge(under)
+        return replace(self, prior=self.prior.merge(Prior.of(members)), keys=priors)
+
+
+def key_tuple(key: Any) -> Key:
+    """A key as the tuple of its parts; None is the root."""
+    return () if key is None else key if isinstance(key, tuple) else (key,)
 
 
 def arrange(rewards: ArrayLike, groups: ArrayLike | None, mask: ArrayLike | None) -> tuple[Array, Any, Any]:

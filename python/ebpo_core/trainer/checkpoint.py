@@ -7,6 +7,9 @@ One JSON object per checkpoint, ``ebpo_prior.json``::
      "global_step": 40,                  # of the trainer, None outside training
      "generation_phase": 0, "generate_every": 4,   # where in TRL's generation batch the run stood, see trainer.py
      "written_after": []}                # files TRL writes after trainer_state.json, needed for completeness
+
+With one prior per reward function there is, in place of ``"ebpo"``,
+``"ebpo_per_reward": [{"reward": "accuracy", "ebpo": {...}}, ...]``, in the order of the functions.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ VERSION = 1
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def write_prior(path: str | os.PathLike[str], state: dict[str, Any], **extra: Any) -> Path:
+def write_prior(path: str | os.PathLike[str], state: dict[str, Any] | list[dict[str, Any]], **extra: Any) -> Path:
     """Write ``state`` (``EBPO.state_dict()``): a reader sees the old file or the new one, never half of one.
 
     Args:
         path: a folder (made if missing), in which ``ebpo_prior.json`` is written, or a file name ending in ``.json``.
-        state: the estimator's state.
+        state: the estimator's state, or a list of ``{"reward": name, "ebpo": state}`` for one prior per function.
         extra: further JSON-safe fields, beside ``format``, ``version`` and ``ebpo``.
 
     Returns:
@@ -40,7 +43,8 @@ def write_prior(path: str | os.PathLike[str], state: dict[str, Any], **extra: An
     if target.suffix != ".json" or target.is_dir():
         target = target / PRIOR_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, "version": VERSION, "ebpo": state, **extra}, indent=2) + "\n"
+    states = {"ebpo_per_reward" if isinstance(state, list) else "ebpo": state}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **states, **extra}, indent=2) + "\n"
     # A rename is atomic only within one file system, hence the temporary file beside its target.
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -57,7 +61,7 @@ def write_prior(path: str | os.PathLike[str], state: dict[str, Any], **extra: An
 
 
 def read_prior(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what :func:`write_prior` wrote: the whole object, the estimator's state under ``"ebpo"``.
+    """Read what :func:`write_prior` wrote: the whole object, the state under ``"ebpo"`` or ``"ebpo_per_reward"``.
 
     Args:
         path: a checkpoint folder, or the file itself.
@@ -78,7 +82,7 @@ def read_prior(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is not JSON ({error}): it is damaged, use another checkpoint") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("ebpo"), dict):
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not _states(content):
         raise ValueError(f"{str(file)!r} is not an EBPO prior (format {FORMAT!r}): use a file named {PRIOR_NAME}")
     if content.get("version") != VERSION:
         raise ValueError(
@@ -122,6 +126,15 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     steps = ((_CHECKPOINT.fullmatch(folder.name), folder) for folder in root.iterdir() if folder.is_dir())
     folders = sorted(((int(match.group(1)), folder) for match, folder in steps if match), reverse=True)
     return next((str(folder) for _, folder in folders if is_complete(folder)), None)
+
+
+def _states(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of estimators in a prior's file; empty if it holds none."""
+    entries = content.get("ebpo_per_reward", [{"ebpo": content.get("ebpo")}])
+    whole = isinstance(entries, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("ebpo"), dict) for entry in entries
+    )
+    return [entry["ebpo"] for entry in entries] if whole else []
 
 
 def _json_object(file: Path) -> dict[str, Any] | None:

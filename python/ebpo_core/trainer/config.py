@@ -60,6 +60,29 @@ class EBPOArguments:
         default=1,
         metadata={"help": "Delta degrees of freedom of the batch's standard deviation."},
     )
+    ebpo_keys: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of the dataset that name a prompt's key, from general to special, such as 'topic level': "
+            "each key has a prior of its own, blended with its parents' while it has seen few groups. One column may "
+            "also hold lists. None in a column ends the key there. Unset: one prior for all."
+        },
+    )
+    ebpo_kappa: float = field(
+        default=10.0,
+        metadata={"help": "Groups that the prior of a key's parent is worth when the two are blended."},
+    )
+    ebpo_max_keys: int = field(
+        default=1024,
+        metadata={"help": "Most priors kept beside the one for all; a batch that would need more raises."},
+    )
+    ebpo_per_reward: bool = field(
+        default=False,
+        metadata={
+            "help": "One prior for each reward function: advantages are computed for each and added up with the "
+            "reward weights. Unset: one prior for the weighted sum of the rewards."
+        },
+    )
     ebpo_shadow: bool = field(
         default=False,
         metadata={
@@ -84,7 +107,11 @@ class EBPOArguments:
     def ebpo_options(self) -> dict[str, Any]:
         """The keyword arguments of :class:`ebpo_core.EBPO` that these fields stand for."""
         names = ("normalize", "sigma2", "tau2", "score", "leave_one_out", "decay", "eps", "ddof", "norm_ddof")
-        return {name: getattr(self, f"ebpo_{name}") for name in names}
+        return {name: getattr(self, f"ebpo_{name}") for name in (*names, "kappa", "max_keys")}
+
+    def ebpo_key_columns(self) -> list[str]:
+        """``ebpo_keys`` as a list; a YAML file may hold one name alone."""
+        return [self.ebpo_keys] if isinstance(self.ebpo_keys, str) else list(self.ebpo_keys or [])
 
     def check_ebpo_options(self) -> None:
         """Raise the estimator's own error for an illegal option or combination now, not at the first step."""
@@ -101,7 +128,8 @@ class EBPOConfig(EBPOArguments, GRPOConfig):
     ``scale_rewards`` defaults to ``"none"``: the estimator scales the advantages itself, and another value raises.
     With ``ebpo_shadow=True`` TRL's own advantages are what trains, so every value is allowed there and the default is
     TRL's, ``"group"``. ``multi_objective_aggregation="normalize_then_sum"`` raises too outside shadow mode: the prior
-    needs one reward per completion on one scale, which is the weighted sum.
+    needs one reward per completion on one scale, which is the weighted sum, or with ``ebpo_per_reward=True`` each
+    function's own.
 
     Raises:
         ValueError: one of the above, or an option that the estimator refuses.
@@ -127,7 +155,7 @@ class EBPOConfig(EBPOArguments, GRPOConfig):
         if not self.ebpo_shadow and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r}: EBPO's prior is over the weighted "
-                "sum of the rewards; use 'sum_then_normalize' (with reward_weights), or ebpo_shadow=True to train "
-                "with TRL's advantages and only log EBPO's"
+                "sum of the rewards; use 'sum_then_normalize' (with reward_weights), with ebpo_per_reward=True for a "
+                "prior of each reward function, or ebpo_shadow=True to train with TRL's advantages and only log EBPO's"
             )
         self.check_ebpo_options()

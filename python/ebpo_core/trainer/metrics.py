@@ -34,7 +34,7 @@ def weighted_sum(rewards_per_func: Array, weights: Array) -> Array:
     return np.asarray(rewards, dtype=np.float64)
 
 
-def prior_metrics(diagnostics: Diagnostics) -> dict[str, float]:
+def prior_metrics(diagnostics: Diagnostics, prefix: str = "ebpo/") -> dict[str, float]:
     """The ``ebpo/`` metrics of one generation batch. What is undefined (NaN: an empty prior) is left out, not logged.
 
     Keys: ``shrinkage`` (mean S over groups), ``prior_mean``, ``sigma2``, ``tau2`` (of the prior the batch was scored
@@ -44,13 +44,13 @@ def prior_metrics(diagnostics: Diagnostics) -> dict[str, float]:
     shrinkage = np.asarray(diagnostics.shrinkage, dtype=np.float64)
     shrinkage = shrinkage[~np.isnan(shrinkage)]
     values = {
-        "ebpo/shrinkage": float(shrinkage.mean()) if shrinkage.size else math.nan,
-        "ebpo/prior_mean": diagnostics.mu_glob,
-        "ebpo/sigma2": diagnostics.sigma2,
-        "ebpo/tau2": diagnostics.tau2,
-        "ebpo/saturated_fail": diagnostics.saturated_fail,
-        "ebpo/saturated_pass": diagnostics.saturated_pass,
-        "ebpo/outlier": diagnostics.outlier,
+        f"{prefix}shrinkage": float(shrinkage.mean()) if shrinkage.size else math.nan,
+        f"{prefix}prior_mean": diagnostics.mu_glob,
+        f"{prefix}sigma2": diagnostics.sigma2,
+        f"{prefix}tau2": diagnostics.tau2,
+        f"{prefix}saturated_fail": diagnostics.saturated_fail,
+        f"{prefix}saturated_pass": diagnostics.saturated_pass,
+        f"{prefix}outlier": diagnostics.outlier,
     }
     return _without_nan(values)
 

@@ -1,7 +1,8 @@
 """``EBPOTrainer``: TRL's ``GRPOTrainer`` with EBPO advantages (arXiv 2602.05165), and the mixin that makes it one.
 
 Two of TRL's methods are the seam. ``_calculate_rewards`` returns the rewards of all ranks, the same tensor on each, so
-every rank keeps the same prior without a collective of its own. ``_generate_and_score_completions`` leaves this rank's
+every rank keeps the same prior without a collective of its own (the keys of its prompts are gathered here, where
+``ebpo_keys`` asks for them). ``_generate_and_score_completions`` leaves this rank's
 advantages in its output, where the mixin replaces them; nothing has used them by then.
 
 Resuming, as TRL does it (read in TRL 1.16 and transformers 5.23):
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer  # type: ignore[attr-defined]
 
@@ -40,7 +42,9 @@ from ebpo_core import EBPO
 
 from .checkpoint import PRIOR_NAME, TRAINER_STATE_NAME, last_complete_checkpoint, read_prior, write_prior
 from .config import EBPOArguments, EBPOConfig
-from .metrics import prior_metrics, shadow_metrics, weighted_sum
+from .estimators import Estimators
+from .keys import check_columns, keys_of_groups, keys_of_rows
+from .metrics import shadow_metrics, weighted_sum
 
 if TYPE_CHECKING:
     import os
@@ -62,10 +66,9 @@ class EBPOMixin(_Base):  # type: ignore[misc]
     (RLOO's KL term and clipping) is not in EBPO's advantages, so those settings raise.
 
     Attributes:
-        ebpo: the estimator (:class:`ebpo_core.EBPO`); its ``prior`` is the same on every rank.
+        ebpos: the estimators (:class:`ebpo_core.EBPO`), the same on every rank: one, or with ``ebpo_per_reward`` one
+            for each reward function.
     """
-
-    ebpo: EBPO
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,14 +80,27 @@ class EBPOMixin(_Base):  # type: ignore[misc]
                         f"{name}={getattr(self.args, name)!r}: {type(self).__name__} changes the reward or the "
                         f"advantages with it, which EBPO would not see; set {name}={neutral!r}"
                     )
-        self.ebpo = EBPO(**self.args.ebpo_options())
+        functions = self.reward_func_names if self.args.ebpo_per_reward else None
+        self._estimators = Estimators(self.args.ebpo_options(), functions)
         if self.args.ebpo_prior is not None:
-            self.ebpo.load_state_dict(read_prior(self.args.ebpo_prior)["ebpo"])
+            self._estimators.load(read_prior(self.args.ebpo_prior))
+        check_columns(self.args.ebpo_key_columns(), getattr(self.train_dataset, "column_names", None))
         self._ebpo_rewards: torch.Tensor | None = None  # gathered rewards, from one seam method to the other
-        self._ebpo_before: dict[str, Any] | None = None  # the estimator before the generation batch at hand
+        self._ebpo_before: Any = None  # the estimators' state before the generation batch at hand
         self._ebpo_generated_at = 0  # `_step` when that batch was generated
         self._ebpo_shift = 0  # `_step + shift` is the micro-batch's place in the data, modulo generate_every
         self._ebpo_sampler: Any = None
+
+    @property
+    def ebpos(self) -> list[EBPO]:
+        return self._estimators.all
+
+    @property
+    def ebpo(self) -> EBPO:
+        """The one estimator; with ``ebpo_per_reward`` and several reward functions see ``ebpos``."""
+        if len(self.ebpos) > 1:
+            raise ValueError("ebpo_per_reward=True keeps one estimator per reward function: use trainer.ebpos")
+        return self.ebpos[0]
 
     # ---- the seam -----------------------------------------------------------------------------------------------
 
@@ -101,14 +117,19 @@ class EBPOMixin(_Base):  # type: ignore[misc]
         gathered, self._ebpo_rewards = self._ebpo_rewards, None
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         rewards_per_func = gathered.detach().cpu().double().numpy()
-        rewards = weighted_sum(rewards_per_func, self.reward_weights.cpu().double().numpy()).reshape(-1, group_size)
+        weights = self.reward_weights.cpu().double().numpy()
+        rewards = weighted_sum(rewards_per_func, weights).reshape(-1, group_size)
+        columns = self.args.ebpo_key_columns()
+        keys = None
+        if columns and (mode == "train" or columns[0] in inputs[0]):
+            # In a list of its own, for gather_object joins the lists of all ranks.
+            keys = keys_of_groups(gather_object(keys_of_rows(columns, inputs)), group_size, columns)
 
-        before = self.ebpo.state_dict() if mode == "train" else None
-        advantages = self._ebpo_advantages(rewards, rewards_per_func, update=mode == "train")
+        before = self._estimators.state() if mode == "train" else None
+        advantages = self._ebpo_advantages(rewards, rewards_per_func, weights, keys, update=mode == "train")
         if mode == "train":
             self._ebpo_before, self._ebpo_generated_at = before, self._step
-        diagnostics = self.ebpo.diagnostics
-        metrics = prior_metrics(diagnostics) if diagnostics is not None else {}
+        metrics = self._estimators.metrics()
 
         local: torch.Tensor = output["advantages"]
         ours = torch.from_numpy(advantages.reshape(-1)).to(local.dtype)  # of all ranks, rounded once
@@ -130,16 +151,27 @@ class EBPOMixin(_Base):  # type: ignore[misc]
         return output
 
     def _ebpo_advantages(
-        self, rewards: NDArray[np.float64], rewards_per_func: NDArray[np.float64], *, update: bool
+        self,
+        rewards: NDArray[np.float64],
+        rewards_per_func: NDArray[np.float64],
+        weights: NDArray[np.float64],
+        keys: list[Any] | None,
+        *,
+        update: bool,
     ) -> NDArray[np.float64]:
         """EBPO on ``rewards`` ``(M, G)``; a refusal by the core names the reward functions it came from."""
         try:
-            return self.ebpo(rewards, update=update)
+            if not self.args.ebpo_per_reward:
+                return self.ebpo(rewards, update=update, keys=keys)
+            per_reward = rewards_per_func.T.reshape(-1, *rewards.shape)
+            return self._estimators.weighted(per_reward, weights, update=update, keys=keys)
         except (TypeError, ValueError) as error:
             infinite = np.isinf(rewards_per_func)
+            if not infinite.any():
+                raise
             functions = [self.reward_func_names[i] for i in np.unique(np.nonzero(infinite)[1])]
             error.add_note(
-                f"These rewards are the weighted sum of the reward functions {self.reward_func_names}; infinite values "
+                f"These rewards are those of the reward functions {self.reward_func_names}; infinite values "
                 f"(in float32) came from {functions}, completions {np.unique(np.nonzero(infinite)[0]).tolist()[:8]} "
                 "of the gathered batch. Return a finite number, or None for a completion that cannot be scored."
             )
@@ -153,7 +185,7 @@ class EBPOMixin(_Base):  # type: ignore[misc]
         Args:
             path: a folder, or a file name ending in ``.json``.
         """
-        return write_prior(path, self.ebpo.state_dict(), global_step=self.state.global_step)
+        return write_prior(path, self._estimators.state(), global_step=self.state.global_step)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``, but ``resume_from_checkpoint=True`` takes the last *complete* checkpoint.
@@ -175,13 +207,13 @@ class EBPOMixin(_Base):  # type: ignore[misc]
     def _generate_every(self) -> int:
         return int(self.args.steps_per_generation * self.num_iterations)
 
-    def _ebpo_finished_state(self) -> dict[str, Any]:
-        """The estimator's state without the batch that a run resumed from here generates again."""
+    def _ebpo_finished_state(self) -> Any:
+        """The estimators' state without the batch that a run resumed from here generates again."""
         every = self._generate_every()
         block = (self._ebpo_generated_at + self._ebpo_shift) // every
         resumed = (self._step + self._ebpo_shift) // every
         if self._ebpo_before is None or block != resumed or self.args.ignore_data_skip:
-            return self.ebpo.state_dict()
+            return self._estimators.state()
         return self._ebpo_before
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -221,7 +253,7 @@ class EBPOMixin(_Base):  # type: ignore[misc]
                 raise FileNotFoundError(
                     f"{error}; to resume a run that had no prior, set ebpo_allow_missing_prior=True"
                 ) from error
-            self.ebpo.load_state_dict(content["ebpo"])
+            self._estimators.load(content)
             if content.get("generate_every") == every:
                 phase = content["generation_phase"]
         else:
@@ -258,7 +290,8 @@ class EBPOTrainer(EBPOMixin, GRPOTrainer):
 
     Metrics beside TRL's own: ``ebpo/shrinkage``, ``ebpo/prior_mean``, ``ebpo/sigma2``, ``ebpo/tau2``,
     ``ebpo/saturated_fail``, ``ebpo/saturated_pass``, ``ebpo/outlier`` (in evaluation with the prefix ``eval_``, against
-    the prior as training left it), and ``ebpo/shadow_*`` in shadow mode.
+    the prior as training left it), and ``ebpo/shadow_*`` in shadow mode. With ``ebpo_per_reward`` there is
+    ``ebpo/<reward function>/shrinkage`` and so on.
     """
 
     _tag_names = ["trl", "grpo", "ebpo"]  # noqa: RUF012 -- TRL declares it so

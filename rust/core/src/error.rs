@@ -48,6 +48,17 @@ pub enum Error {
     /// More distinct groups than a 32-bit code can name.
     #[error("more than {} distinct groups in one batch; split the batch", u32::MAX)]
     TooManyGroups,
+    /// An update would need more priors than the estimator may keep.
+    #[error(
+        "keys would make {count} priors, parents included, more than max_keys={max_keys}: use coarser keys (topics or \
+         levels, not prompts), or build the estimator with a larger max_keys"
+    )]
+    TooManyKeys {
+        /// Priors that there would be, without the root's.
+        count: usize,
+        /// The bound.
+        max_keys: usize,
+    },
     /// An option outside its domain.
     #[error("{name}={value}: expected {expected}")]
     InvalidOption {
@@ -57,6 +68,14 @@ pub enum Error {
         value: String,
         /// What is accepted.
         expected: &'static str,
+    },
+    /// A stored key that does not fit the keys around it.
+    #[error("state has the key {key:?}, {problem}: pass what state_dict() returned")]
+    InvalidKey {
+        /// The key's parts, as the core sees them.
+        key: Vec<String>,
+        /// What is wrong with it.
+        problem: &'static str,
     },
     /// A stored statistic that no sequence of updates can produce.
     #[error("state field {field}={value} is not a valid statistic: expected {expected}")]

@@ -35,18 +35,26 @@ pub struct Scored {
     pub prior: Prior,
     /// The prior as it was before this batch.
     pub before: Prior,
+    /// The batch's own statistics.
+    pub batch: Prior,
+    /// With keys: the blended prior of each group (before any leave-one-out); otherwise empty.
+    pub blended: Vec<Shrinkage>,
 }
 
-/// Mean, noise and spread of a prior, as the options estimate them.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Shrinkage {
-    pub(crate) mu: f64,
-    sigma2: f64,
-    tau2: f64,
+/// Mean, noise and spread of a prior, as the options estimate them: what a group is shrunk with.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Shrinkage {
+    /// Mean of all rewards.
+    pub mu: f64,
+    /// Variance of a reward about its group's mean.
+    pub sigma2: f64,
+    /// Variance of the groups' true means.
+    pub tau2: f64,
 }
 
 impl Shrinkage {
-    pub(crate) fn new(prior: &Prior, options: &Options) -> Self {
+    /// Those of one prior; 0 where it is empty.
+    pub fn new(prior: &Prior, options: &Options) -> Self {
         Self {
             mu: prior.rewards().mean(),
             sigma2: prior.sigma2(options.sigma2, options.ddof),
@@ -56,7 +64,7 @@ impl Shrinkage {
 
     /// S of a group of `n` rows: 0 where all rewards seen are equal, and for an empty prior.
     #[inline]
-    pub(crate) fn factor(&self, n: f64) -> f64 {
+    pub fn factor(&self, n: f64) -> f64 {
         let noise = self.sigma2 / n;
         let total = noise + self.tau2;
         if total > 0.0 { noise / total } else { 0.0 }
@@ -69,8 +77,7 @@ impl State {
     /// A `step` that is not newer than the last one applied marks a retry or a replay: it scores against the stored
     /// prior, which already holds that batch, and updates nothing.
     pub fn advance(&mut self, options: &Options, groups: &GroupStats, update: bool, step: Option<i64>) -> Scored {
-        let replayed = matches!((step, self.step), (Some(new), Some(last)) if new <= last);
-        let update = update && !replayed;
+        let update = update && is_new(step, self.step);
         let before = self.prior;
         let batch = Prior::of(groups);
         let mut decayed = before;
@@ -98,34 +105,55 @@ impl State {
             self.prior = after;
             self.step = step.or(self.step);
         }
-        finish(options, groups, &shrunk, prior, before)
+        finish(options, groups, &shrunk, (before, batch, prior))
     }
 }
 
+/// Whether an update with this step id counts: its id is newer than that of the last one applied, or it has none.
+pub(crate) fn is_new(step: Option<i64>, last: Option<i64>) -> bool {
+    !matches!((step, last), (Some(new), Some(last)) if new <= last)
+}
+
 /// `(S_m, mu_glob)` of each group against history and batch without that group.
+fn leave_one_out(history: &Prior, options: &Options, groups: &GroupStats) -> Vec<(f64, f64)> {
+    let factor = |(g, rest): (&Group, Prior)| {
+        let shrinkage = Shrinkage::new(&rest, options);
+        (shrinkage.factor(g.n), shrinkage.mu)
+    };
+    groups.iter().zip(without_each(history, groups.iter())).map(factor).collect()
+}
+
+/// For each group: history and all the groups but that one.
 ///
 /// Prefixes and suffixes are merged rather than the group subtracted from the whole: where one group dominates, the
 /// difference would have no digits left.
-fn leave_one_out(history: &Prior, options: &Options, groups: &GroupStats) -> Vec<(f64, f64)> {
+pub(crate) fn without_each<'a>(
+    history: &Prior,
+    groups: impl DoubleEndedIterator<Item = &'a Group> + ExactSizeIterator + Clone,
+) -> impl Iterator<Item = Prior> {
     let of_group = |g: &Group| Prior::of_group(g.n, g.mean, g.ssw);
     let mut suffixes = vec![Prior::default(); groups.len()];
     let mut suffix = Prior::default();
-    for (slot, g) in suffixes.iter_mut().zip(groups.iter()).rev() {
+    for (slot, g) in suffixes.iter_mut().zip(groups.clone()).rev() {
         *slot = suffix;
         suffix.merge(&of_group(g));
     }
     let mut prefix = *history;
-    let factor = |(g, suffix): (&Group, &Prior)| {
+    groups.zip(suffixes).map(move |(g, suffix)| {
         let mut rest = prefix;
-        rest.merge(suffix);
+        rest.merge(&suffix);
         prefix.merge(&of_group(g));
-        let shrinkage = Shrinkage::new(&rest, options);
-        (shrinkage.factor(g.n), shrinkage.mu)
-    };
-    groups.iter().zip(&suffixes).map(factor).collect()
+        rest
+    })
 }
 
-fn finish(options: &Options, groups: &GroupStats, shrunk: &[(f64, f64)], prior: Prior, before: Prior) -> Scored {
+/// Normalise, given `(S_m, mu)` of each group.
+pub(crate) fn finish(
+    options: &Options,
+    groups: &GroupStats,
+    shrunk: &[(f64, f64)],
+    (before, batch, prior): (Prior, Prior, Prior),
+) -> Scored {
     // b_m = mean of raw in group m; about the first one, so that equal ones have exactly that value as mean
     let biases: Vec<f64> = groups.iter().zip(shrunk).map(|(g, &(s, mu))| s * (g.mean - mu)).collect();
     let counted = || groups.iter().zip(&biases).filter(|(g, _)| g.n > 0.0);
@@ -151,6 +179,8 @@ fn finish(options: &Options, groups: &GroupStats, shrunk: &[(f64, f64)], prior: 
         baseline: groups.iter().zip(&biases).map(|(g, b)| or_nan(g, g.mean - b)).collect(),
         prior,
         before,
+        batch,
+        blended: Vec::new(),
     }
 }
 

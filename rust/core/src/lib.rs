@@ -27,24 +27,29 @@ mod estimator;
 mod float;
 mod groups;
 mod james_stein;
+mod keyed;
 mod lanes;
+mod ledger;
 mod moments;
 mod options;
 mod prior;
 mod threads;
+mod tree;
 
 pub use baselines::Method;
 pub use batch::{Affine, Batch, Layout, apply};
 pub use codes::Codes;
 pub use equal::EqualGroups;
 pub use error::Error;
-pub use estimator::{Scored, State};
+pub use estimator::{Scored, Shrinkage, State};
 pub use float::Float;
 pub use groups::GroupStats;
 pub use james_stein::james_stein;
+pub use ledger::{Ledger, Share};
 pub use moments::Moments;
 pub use options::{Normalize, Options, Score, Sigma2, Tau2};
 pub use prior::Prior;
+pub use tree::{Keys, Path, Tree};
 
 /// Largest magnitude of a reward: its square, summed over any batch, stays finite in `f64`.
 pub const MAX_REWARD: f64 = 1e140;

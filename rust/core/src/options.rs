@@ -95,6 +95,10 @@ pub struct Options {
     pub ddof: u8,
     /// Delta degrees of freedom of the standard deviation of step 6: 0 or 1.
     pub norm_ddof: u8,
+    /// Groups that a key's parent is worth when the two are blended; see [`Tree::shrunken`](crate::Tree::shrunken).
+    pub kappa: f64,
+    /// Most priors kept beside the root's.
+    pub max_keys: usize,
 }
 
 impl Default for Options {
@@ -109,6 +113,8 @@ impl Default for Options {
             eps: 1e-6,
             ddof: 0,
             norm_ddof: 1,
+            kappa: 10.0,
+            max_keys: 1024,
         }
     }
 }
@@ -125,6 +131,9 @@ impl Options {
             if value > 1 {
                 return invalid(name, value.to_string(), "0 or 1");
             }
+        }
+        if !(self.kappa.is_finite() && self.kappa >= 0.0) {
+            return invalid("kappa", self.kappa.to_string(), "a finite number, at least 0; 0 lets a key stand alone");
         }
         if self.leave_one_out && self.score == Score::Before {
             let expected = "False with score=\"before\": a prior taken before the update does not hold the batch";

@@ -1,5 +1,6 @@
 //! The running prior: the paper's two accumulators, and the sums that its refinements need.
 
+use crate::groups::Group;
 use crate::{Error, GroupStats, Moments, Sigma2, Tau2};
 
 /// Sufficient statistics of all rewards seen so far (paper §3.2: `W_glob` and `W_group`; ours: the sums within groups).
@@ -56,15 +57,22 @@ impl Prior {
     }
 
     /// Statistics of a batch.
+    #[inline(never)] // a caller's live values would push the sums out of registers
     pub fn of(groups: &GroupStats) -> Self {
+        Self::of_groups(groups.iter())
+    }
+
+    /// Statistics of some groups.
+    #[inline]
+    pub(crate) fn of_groups<'a>(groups: impl Iterator<Item = &'a Group> + Clone) -> Self {
         let mut rows = 0.0;
         let mut count = 0.0;
-        let Some(first) = groups.iter().find(|g| g.n > 0.0).map(|g| g.mean) else {
+        let Some(first) = groups.clone().find(|g| g.n > 0.0).map(|g| g.mean) else {
             return Self::default();
         };
         // Means about the first group's, so that equal groups have exactly the common mean.
         let (mut by_row, mut by_group, mut ssw, mut dof, mut inv_n) = (0.0, 0.0, 0.0, 0.0, 0.0);
-        for g in groups.iter().filter(|g| g.n > 0.0) {
+        for g in groups.clone().filter(|g| g.n > 0.0) {
             rows += g.n;
             count += 1.0;
             by_row += g.n * (g.mean - first);
@@ -76,7 +84,7 @@ impl Prior {
         let mean_of_rows = first + by_row / rows;
         let mean_of_means = first + by_group / count;
         let (mut between_rows, mut between_means) = (0.0, 0.0);
-        for g in groups.iter().filter(|g| g.n > 0.0) {
+        for g in groups.filter(|g| g.n > 0.0) {
             let (d, e) = (g.mean - mean_of_rows, g.mean - mean_of_means);
             between_rows += g.n * d * d;
             between_means += e * e;

@@ -3,7 +3,7 @@
 use std::num::NonZero;
 use std::sync::OnceLock;
 
-use ebpo_core::{Batch, EqualGroups, Float, GroupStats, Layout, Method, Options, apply};
+use ebpo_core::{Affine, Batch, EqualGroups, Error, Float, GroupStats, Layout, Method, Options, apply};
 use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -56,7 +56,7 @@ pub(crate) fn detached<R: Send>(py: Python<'_>, rows: usize, kernel: impl FnOnce
     if rows >= DETACH { py.detach(kernel) } else { kernel() }
 }
 
-fn slice<'a, T: Element>(array: &'a PyReadonlyArray1<'_, T>) -> Result<&'a [T]> {
+pub(crate) fn slice<'a, T: Element>(array: &'a PyReadonlyArray1<'_, T>) -> Result<&'a [T]> {
     if !array.data().is_aligned() {
         return Err(BindingError::NotContiguous);
     }
@@ -98,6 +98,45 @@ fn baseline<'py, T: Float + Element>(
         apply(&batch, &method.affine(&stats, eps)?, slots);
         Ok::<_, ebpo_core::Error>(())
     })?;
+    drop(writable);
+    Ok(out.into_any())
+}
+
+/// Write `(reward - offset[group]) * scale[group]`; rows that do not count get 0.
+#[pyfunction]
+#[pyo3(signature = (rewards, groups, mask, offset, scale))]
+pub(crate) fn apply_affine<'py>(
+    py: Python<'py>,
+    rewards: Rewards<'py>,
+    groups: Groups<'py>,
+    mask: Mask<'py>,
+    offset: Vec<f64>,
+    scale: Vec<f64>,
+) -> Result<Bound<'py, PyAny>> {
+    let affine = Affine { offset, scale };
+    match rewards {
+        Rewards::F32(rewards) => affine_as(py, &rewards, &groups, &mask, &affine),
+        Rewards::F64(rewards) => affine_as(py, &rewards, &groups, &mask, &affine),
+    }
+}
+
+fn affine_as<'py, T: Float + Element>(
+    py: Python<'py>,
+    rewards: &PyReadonlyArray1<'py, T>,
+    groups: &Groups<'_>,
+    mask: &Mask<'_>,
+    affine: &Affine,
+) -> Result<Bound<'py, PyAny>> {
+    let batch = batch_of(rewards, groups, mask)?;
+    for (name, got) in [("offset", affine.offset.len()), ("scale", affine.scale.len())] {
+        if got != batch.groups() {
+            return Err(Error::LengthMismatch { name, got, expected: batch.groups() }.into());
+        }
+    }
+    let out = PyArray1::<T>::zeros(py, rewards.len(), false);
+    let mut writable = out.try_readwrite()?;
+    let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
+    detached(py, rewards.len(), || apply(&batch, affine, slots));
     drop(writable);
     Ok(out.into_any())
 }

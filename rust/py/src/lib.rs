@@ -15,19 +15,20 @@ mod arrays;
 mod codes;
 mod error;
 mod options;
+mod parts;
 mod state;
 
 /// Everything Python sees.
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::arrays::{baseline_advantages, equal_advantages};
+    use super::arrays::{apply_affine, baseline_advantages, equal_advantages};
     #[pymodule_export]
     use super::codes::{codes_of_bytes, codes_of_ints, codes_of_objects};
     #[pymodule_export]
     use super::options::PyOptions;
     #[pymodule_export]
-    use super::state::PyState;
+    use super::state::{PyState, group_statistics};
 
     use pyo3::prelude::*;
 

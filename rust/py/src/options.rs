@@ -12,7 +12,7 @@ pub(crate) struct PyOptions(pub(crate) Options);
 #[pymethods]
 impl PyOptions {
     #[new]
-    #[pyo3(signature = (*, normalize, sigma2, tau2, score, leave_one_out, decay, eps, ddof, norm_ddof))]
+    #[pyo3(signature = (*, normalize, sigma2, tau2, score, leave_one_out, decay, eps, ddof, norm_ddof, kappa, max_keys))]
     #[allow(clippy::too_many_arguments)] // one per option of the estimator, all by keyword
     fn new(
         normalize: &str,
@@ -24,6 +24,8 @@ impl PyOptions {
         eps: f64,
         ddof: u8,
         norm_ddof: u8,
+        kappa: f64,
+        max_keys: usize,
     ) -> Result<Self> {
         let options = Options {
             normalize: Normalize::parse(normalize)?,
@@ -35,6 +37,8 @@ impl PyOptions {
             eps,
             ddof,
             norm_ddof,
+            kappa,
+            max_keys,
         };
         options.validate()?;
         Ok(Self(options))

@@ -1,0 +1,70 @@
+"""What the last call of an estimator computed, for logs and plots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebpo_core.keyed import Key
+
+Vector: TypeAlias = NDArray[np.float64]
+Blended: TypeAlias = tuple[Vector, Vector, Vector]
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnostics:
+    """What the last call of an estimator computed, M groups in order of their rows or of first appearance.
+
+    After a call with ``process_group`` the vectors are of this rank's groups and the numbers of the whole batch.
+    """
+
+    shrinkage: Vector
+    """``S_m``, shape (M,); NaN for a group without valid rows."""
+    baseline: Vector
+    """``V_m``, shape (M,); NaN for a group without valid rows."""
+    count: Vector
+    """Valid rows of each group, shape (M,)."""
+    mu_glob: float
+    """Mean of the root's prior that the batch was scored with, before any group is left out; NaN if it was empty."""
+    sigma2: float
+    """Its noise variance, as the option ``sigma2`` estimates it; NaN if it was empty."""
+    tau2: float
+    """Its variance of group means, as the option ``tau2`` estimates it; NaN if it was empty."""
+    saturated_fail: float
+    """Share of the non-empty groups whose valid rewards are all equal and below ``mu_glob`` (or at it, and <= 0)."""
+    saturated_pass: float
+    """Share of the non-empty groups whose valid rewards are all equal and above ``mu_glob`` (or at it, and > 0)."""
+    outlier: float
+    """Largest ``|r - mean| / std`` of the batch against the root's prior before it; NaN if that had no variance."""
+    keys: tuple[Key, ...] | None = None
+    """Key of each group, ``()`` for the root; None if the call had no keys."""
+    blended: Blended | None = None
+    """With keys, what :attr:`prior_mean`, :attr:`prior_sigma2` and :attr:`prior_tau2` give."""
+
+    @property
+    def saturated(self) -> float:
+        """Share of the non-empty groups whose valid rewards are all equal: plain GRPO learns nothing from them."""
+        return self.saturated_fail + self.saturated_pass
+
+    @property
+    def prior_mean(self) -> Vector:
+        """Mean of the prior that each group was shrunk toward, before any group is left out; NaN if it was empty."""
+        return self._of_group(0, self.mu_glob)
+
+    @property
+    def prior_sigma2(self) -> Vector:
+        """Noise variance of the prior of each group, shape (M,)."""
+        return self._of_group(1, self.sigma2)
+
+    @property
+    def prior_tau2(self) -> Vector:
+        """Variance of group means of the prior of each group, shape (M,)."""
+        return self._of_group(2, self.tau2)
+
+    def _of_group(self, field: int, of_root: float) -> Vector:
+        if self.blended is None or np.isnan(of_root):  # no key knows anything while the root does not
+            return np.full(self.count.shape, of_root)
+        return self.blended[field]

@@ -1,0 +1,122 @@
+"""Keys of groups: topics, levels, environments. What a caller passes, what the core reads, what JSON holds.
+
+A key is a string or an integer, or a tuple of them, whose prefixes are its parents: ``("algebra", 3)`` is under
+``"algebra"``, which is under the root ``()``. None stands for the root. A key of one part and its tuple are one key,
+and so are keys that Python calls equal: True is 1.
+
+The core sees a key as a list of strings, one for each part, in JSON: the string ``"3"`` and the number 3 stay apart.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebpo_core.inputs import Groups, is_tensor
+
+Part: TypeAlias = "str | int"
+Key: TypeAlias = "str | int | tuple[str | int, ...]"
+Path: TypeAlias = "list[str]"
+
+
+class Keys(NamedTuple):
+    """The keys of a batch as the core reads them: the distinct ones, and for each group an index into them."""
+
+    paths: list[Path]
+    of_group: NDArray[np.uint32]
+
+    def of_groups(self) -> tuple[Key, ...]:
+        """The key of each group."""
+        keys = [key_of(path) for path in self.paths]
+        return tuple(keys[index] for index in self.of_group)
+
+
+def path_of(key: Any, name: str = "key") -> Path:
+    """A key as the core reads it; None and ``()`` are the root. Raises TypeError naming the argument."""
+    if key is None:
+        return []
+    return [_segment(part, key, name) for part in (key if isinstance(key, tuple) else (key,))]
+
+
+def key_of(path: Path) -> Key:
+    """The key that a path stands for: ``()`` for the root, the part itself for one part."""
+    parts = tuple(json.loads(segment) for segment in path)
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _segment(part: Any, key: Any, name: str) -> str:
+    if isinstance(part, str):
+        return json.dumps(str(part))
+    try:
+        return str(int(operator.index(part.item() if isinstance(part, np.bool_) else part)))
+    except TypeError:
+        raise TypeError(
+            f"{name} is {key!r}, which holds a {type(part).__name__}: expected a string, an int, a bool, a tuple of "
+            "them, or None for the root; name anything else with str()"
+        ) from None
+
+
+def read_keys(keys: Any, groups: Groups, rows: int) -> Keys | None:
+    """Keys of a batch of ``rows`` rewards: one per row, or one per group where ``groups`` is a group size.
+
+    Raises TypeError for what is no key, ValueError for a wrong number of them and for a group with two.
+    """
+    if keys is None:
+        return None
+    if isinstance(keys, (str, bytes, Mapping)):
+        raise TypeError(f"keys={keys!r}: expected one key per reward (or per group of a matrix), as a list or an array")
+    if is_tensor(keys):
+        keys = keys.detach().cpu().numpy()
+    if isinstance(keys, np.ndarray) and keys.ndim != 1:
+        raise ValueError(
+            f"keys has shape {keys.shape}: expected one dimension; pass keys of several parts as a list of tuples"
+        )
+    listed = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
+    by_group = isinstance(groups, int)
+    expected = rows // groups if isinstance(groups, int) else rows
+    if len(listed) != expected:
+        what = "one per group, which is a row of the matrix" if by_group else "one per reward"
+        raise ValueError(f"keys has length {len(listed)}, expected {expected}: pass {what}")
+    table: dict[Hashable, int] = {}
+    try:
+        codes = np.array([table.setdefault(key, len(table)) for key in listed], dtype=np.uint32)
+    except TypeError:
+        row, key = next((row, key) for row, key in enumerate(listed) if not _hashable(key))
+        raise TypeError(
+            f"keys[{row}] is {key!r}, of type {type(key).__name__}, which is not hashable: pass a string, an int or a "
+            "tuple"
+        ) from None
+    paths: dict[tuple[str, ...], int] = {}
+    # Different objects may name one key: "algebra" and ("algebra",), a number and a tensor of it.
+    same = [paths.setdefault(tuple(path_of(key, f"keys[{listed.index(key)}]")), len(paths)) for key in table]
+    codes = np.array(same, dtype=np.uint32)[codes]
+    of_group = codes if isinstance(groups, int) else _of_group(codes, listed, *groups)
+    return Keys([list(path) for path in paths], of_group)
+
+
+def _hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _of_group(codes: NDArray[np.uint32], keys: list[Any], groups: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
+    """The key of each group, which all its rows must share."""
+    first = np.zeros(count, dtype=np.int64)
+    first[groups[::-1]] = np.arange(len(groups))[::-1]  # of several rows the one assigned last stays: the first
+    of_group = codes[first]
+    wrong = np.flatnonzero(of_group[groups] != codes)
+    if wrong.size:
+        row, other = int(wrong[0]), int(first[groups[wrong[0]]])
+        raise ValueError(
+            f"keys[{row}] is {keys[row]!r} and keys[{other}] is {keys[other]!r}, but both rows are of one group: "
+            "give every completion of a prompt the key of the prompt"
+        )
+    return of_group

@@ -1,0 +1,84 @@
+"""An estimator's state as a JSON-safe dict, and back: options, the root's prior, the prior of each key, the step.
+
+::
+
+    {"version": 2, "options": {...}, "step": 40,
+     "prior": {"rewards": {count, mean, m2}, "group_means": {...}, "ssw": ..., "dof": ..., "inv_n": ...},
+     "keys": [{"key": ["algebra"], ...the same nine numbers}, {"key": ["algebra", 3], ...}]}
+
+Version 1, of the first release, has no ``keys`` and no options ``kappa`` and ``max_keys``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ebpo_core.arguments import step_id
+from ebpo_core.keyed import key_of, path_of
+from ebpo_core.prior import check_version, parts_of, statistics_of
+
+if TYPE_CHECKING:
+    from ebpo_core import _core
+
+VERSION = 2
+"""Version of the state written here; older ones are read, newer ones refused."""
+
+_SINCE_2 = ("kappa", "max_keys")
+
+
+def write_state(options: Mapping[str, Any], state: _core.State) -> dict[str, Any]:
+    """Everything that :func:`read_state` needs, exact to the bit."""
+    (root, keys), step = state.tree()  # at once: a step newer than its prior would lose a batch on resume
+    return {
+        "version": VERSION,
+        "options": dict(options),
+        "prior": statistics_of(root),
+        "keys": [{"key": _listed(path), **statistics_of(parts)} for path, parts in keys],
+        "step": step,
+    }
+
+
+def read_state(options: Mapping[str, Any], target: _core.State, state: Mapping[str, Any]) -> None:
+    """Check ``state`` and put it into ``target``, which stays as it was where the check fails."""
+    version = check_version(state, "an EBPO state", VERSION)
+    stored, prior, keys = state.get("options"), state.get("prior"), state.get("keys", [] if version == 1 else None)
+    if not isinstance(stored, Mapping) or not isinstance(prior, Mapping):
+        raise ValueError("state has no fields 'options' and 'prior': pass what EBPO.state_dict() returned")
+    if not isinstance(keys, list):
+        raise ValueError(f"state field 'keys' is {keys!r}: expected a list; pass what EBPO.state_dict() returned")
+    check_options(
+        options, {name: options[name] for name in _SINCE_2} | dict(stored) if version == 1 else stored, "state"
+    )
+    listed = [(_path(entry, index), parts_of(entry, f"keys[{index}].")) for index, entry in enumerate(keys)]
+    target.load(parts_of(prior, "prior."), listed, step_id(state.get("step")), options["max_keys"])
+
+
+def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> None:
+    """Refuse other options; ``max_keys`` may differ, since it changes no number."""
+    for name, value in mine.items():
+        if name not in theirs or (name != "max_keys" and theirs[name] != value):
+            raise ValueError(
+                f"{what} has option {name}={theirs.get(name, 'missing')!r}, this estimator {name}={value!r}: "
+                "build the estimator with the options of the state"
+            )
+    unknown = sorted(set(theirs) - set(mine))
+    if unknown:
+        raise ValueError(f"{what} has the unknown option {unknown[0]!r}: it was not written by this release")
+
+
+def _listed(path: list[str]) -> list[str | int]:
+    key = key_of(path)
+    return list(key) if isinstance(key, tuple) else [key]
+
+
+def _path(entry: Any, index: int) -> list[str]:
+    key = entry.get("key") if isinstance(entry, Mapping) else None
+    if not isinstance(key, list) or not all(
+        isinstance(part, (str, int)) and not isinstance(part, bool) for part in key
+    ):
+        raise ValueError(
+            f"state field 'keys[{index}].key' is {key!r}: expected a list of strings and integers; "
+            "pass what EBPO.state_dict() returned"
+        )
+    return path_of(tuple(key))

@@ -1,0 +1,84 @@
+"""Advantages of one batch without state: EBPO with the batch as its own prior, and the methods to compare it with."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar, get_args
+
+from ebpo_core import _core
+from ebpo_core.arguments import real, text
+from ebpo_core.estimator import EBPO
+from ebpo_core.inputs import is_tensor, read_batch
+
+Rewards = TypeVar("Rewards")
+Method = Literal["ebpo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "james_stein"]
+
+
+def advantages(
+    rewards: Rewards,
+    groups: Any = None,
+    *,
+    mask: Any = None,
+    method: Method = "ebpo",
+    keys: Any = None,
+    **options: Any,
+) -> Rewards:
+    """Advantages of one batch, without state: for ``method="ebpo"`` the batch is its own prior.
+
+    Args:
+        rewards: ``(M, G)``, one row per group, or ``(N,)`` with ``groups``. A list, a NumPy array of floats, ints or
+            bools, or a torch tensor on any device (copied to the CPU once and back once). Finite, of magnitude at most
+            1e140; NaN marks a completion that could not be scored. Tuples come back as lists, other array-likes (a
+            pandas Series, say) as NumPy arrays.
+        groups: ``(N,)`` group ids of any hashable kind (ints, strings, uuids); the rows of a group may stand in any
+            order and groups may differ in size.
+        mask: Shape of ``rewards``; True (or 1) where a reward counts, as in a response mask.
+        method: ``"ebpo"``; ``"grpo"``: ``(r - mu) / (s + eps)``, s with n - 1, 0 where s = 0 or n = 1; ``"dr_grpo"``:
+            ``r - mu``; ``"rloo"``: ``n / (n - 1) * (r - mu)``, 0 where n = 1; ``"reinforce_pp"``:
+            ``(r - mean) / (std + eps)`` over the batch, std with n - 1; ``"james_stein"``: two-level leave-one-out
+            James-Stein baseline (arXiv 2511.03710).
+        keys: As in a call of :class:`EBPO`; only with ``method="ebpo"``.
+        **options: Those of :class:`EBPO`; the other methods take ``eps`` alone, and only those that divide by a std.
+
+    Returns:
+        Advantages in the container, shape, device and float dtype of ``rewards``, computed in float64 and rounded once;
+        ints and bools give the default float. Rows that do not count get 0. A value beyond the range of a narrow dtype
+        saturates at its largest finite value.
+
+    Raises:
+        ValueError: infinite or too large rewards, wrong shapes or lengths, empty input, an option out of its domain.
+        TypeError: complex or object rewards, a mask that is not boolean, unhashable group ids.
+    """
+    if method == "ebpo":
+        if groups is None and mask is None and keys is None and not options:
+            fast = _fast(rewards)
+            if fast is not None:
+                return fast  # type: ignore[no-any-return]
+        return EBPO(**options)(rewards, groups, mask=mask, keys=keys)
+    if keys is not None:
+        options = {"keys": keys, **options}  # refused like any other option
+    eps = _baseline_eps(text("method", method), options)
+    batch = read_batch(rewards, groups, mask)
+    result: Rewards = batch.restore(_core.baseline_advantages(method, eps, batch.rewards, batch.groups, batch.mask))
+    return result
+
+
+def _fast(rewards: Any) -> Any:
+    """The default case in one call of the core, or None where it does not apply."""
+    if is_tensor(rewards):
+        import torch
+
+        plain = rewards.is_cpu and rewards.layout is torch.strided and rewards.dtype in (torch.float32, torch.float64)
+        if not plain or rewards.requires_grad or rewards.is_neg():
+            return None
+        result = _core.equal_advantages(rewards.numpy())
+        return None if result is None else torch.from_numpy(result)
+    return _core.equal_advantages(rewards)
+
+
+def _baseline_eps(method: str, options: dict[str, Any]) -> float:
+    divides = method in ("grpo", "reinforce_pp")
+    for name in options if method in get_args(Method) else ():  # an unknown method is named by the core
+        if name != "eps" or not divides:
+            takes = "only eps" if divides else "no options"
+            raise ValueError(f"{name}={options[name]!r} was passed with method={method!r}, which takes {takes}")
+    return real("eps", options.get("eps", 1e-6))

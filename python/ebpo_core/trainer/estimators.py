@@ -1,0 +1,88 @@
+"""The trainer's estimators: one for the weighted sum of the rewards, or one for each reward function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ebpo_core import EBPO
+
+from .metrics import prior_metrics
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Estimators:
+    """Estimators with the same options, and their state as one.
+
+    Args:
+        options: the keyword arguments of :class:`ebpo_core.EBPO`.
+        functions: names of the reward functions, each of which gets an estimator; None for one estimator in all.
+    """
+
+    def __init__(self, options: dict[str, Any], functions: Sequence[str] | None) -> None:
+        self.functions = None if functions is None else list(functions)
+        self.all = [EBPO(**options) for _ in (self.functions or [""])]
+
+    def weighted(
+        self, rewards: NDArray[np.float64], weights: NDArray[np.float64], *, update: bool, keys: list[Any] | None
+    ) -> NDArray[np.float64]:
+        """The weighted sum of every function's advantages; where one fails, no estimator has changed.
+
+        Args:
+            rewards: ``(n_funcs, M, G)``, NaN where a function returned None: it then adds nothing to that completion.
+            weights: ``(n_funcs,)``.
+            update: whether the rewards enter the priors.
+            keys: one per group, or None.
+
+        Returns:
+            ``(M, G)``.
+        """
+        before = [ebpo.state_dict() for ebpo in self.all] if update else []
+        total = np.zeros(rewards.shape[1:])
+        try:
+            for ebpo, own, weight in zip(self.all, rewards, weights, strict=True):
+                total += weight * ebpo(own, update=update, keys=keys)
+        except (TypeError, ValueError):
+            for ebpo, state in zip(self.all, before, strict=False):
+                ebpo.load_state_dict(state)
+            raise
+        return total
+
+    def metrics(self) -> dict[str, float]:
+        """The ``ebpo/`` metrics of the last batch, with the function's name in each where there is one."""
+        metrics: dict[str, float] = {}
+        for ebpo, name in zip(self.all, self.functions or [""], strict=True):
+            if ebpo.diagnostics is not None:
+                metrics |= prior_metrics(ebpo.diagnostics, f"ebpo/{name}/" if name else "ebpo/")
+        return metrics
+
+    def state(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """What :func:`ebpo_core.trainer.write_prior` takes."""
+        if self.functions is None:
+            return self.all[0].state_dict()
+        pairs = zip(self.functions, self.all, strict=True)
+        return [{"reward": name, "ebpo": ebpo.state_dict()} for name, ebpo in pairs]
+
+    def load(self, content: dict[str, Any]) -> None:
+        """Take over the states of a prior's file (:func:`ebpo_core.trainer.read_prior`); all of them, or none."""
+        entries = content.get("ebpo_per_reward")
+        names = None if entries is None else [entry.get("reward") for entry in entries]
+        if names != self.functions:
+            raise ValueError(
+                f"the prior is of {_described(names)}, this trainer has {_described(self.functions)}: set "
+                f"ebpo_per_reward={names is not None} and pass the same reward functions in the same order, or start "
+                "without that prior"
+            )
+        states = [content["ebpo"]] if entries is None else [entry["ebpo"] for entry in entries]
+        for ebpo, state in zip(self.all, states, strict=True):
+            EBPO(**ebpo.options).load_state_dict(state)  # each is checked before any is replaced
+        for ebpo, state in zip(self.all, states, strict=True):
+            ebpo.load_state_dict(state)
+
+
+def _described(names: list[Any] | None) -> str:
+    return "the weighted sum of the rewards" if names is None else f"one prior for each of the reward functions {names}"

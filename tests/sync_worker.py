@@ -1,0 +1,180 @@
+"""Shards of batches, and the processes that see one shard each: ``python tests/sync_worker.py RANKS FOLDER``.
+
+The ranks are forked, since importing torch takes longer than all they do, and write what the tests compare to
+``FOLDER/rank_<rank>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ebpo_core
+
+STEPS = 9
+SYNC_EVERY = 2
+KEYS = ["a", ("a", 1), ("a", 2), None, "b", ("b", "x", 3)]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "decay": {"decay": 0.8},
+    "refined": {"sigma2": "within", "tau2": "debiased", "leave_one_out": True, "decay": 0.9, "normalize": "scale"},
+    "before": {"score": "before", "kappa": 1.0, "norm_ddof": 0},
+}
+
+
+class Shard:
+    """One rank's part of a batch: whole groups of 1 to 5 rows, shuffled, some rows masked, one key a group."""
+
+    def __init__(self, step: int, rank: int, ranks: int) -> None:
+        rng = np.random.default_rng([step, rank])
+        sizes = rng.integers(1, 6, rng.integers(1, 5))  # uneven shards of uneven groups
+        self.groups = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+        self.rewards = rng.random(len(self.groups))
+        empty = step % 3 == 1 and rank == step % ranks  # nothing on this rank counts; another has something
+        self.mask = np.zeros(len(self.groups), dtype=bool) if empty else rng.random(len(self.groups)) < 0.9
+        self.mask[0] |= not empty
+        # Ranks see different keys: each knows half of them, and the first one none at all at times.
+        of_group = [KEYS[i] for i in (rng.integers(0, 3, len(sizes)) + rank) % len(KEYS)]
+        self.keys = None if rank == 0 and step % 2 else [of_group[group] for group in self.groups]
+
+    def args(self, keyed: bool) -> dict[str, Any]:
+        call = {"rewards": self.rewards, "groups": self.groups, "mask": self.mask}
+        return call | {"keys": self.keys} if keyed else call
+
+
+def whole(step: int, ranks: int, keyed: bool) -> dict[str, Any]:
+    """The batch of which the ranks see shards, as one process would pass it."""
+    shards = [Shard(step, rank, ranks) for rank in range(ranks)]
+    keys = [key for shard in shards for key in (shard.keys or [None] * len(shard.rewards))]
+    call = {
+        "rewards": np.concatenate([shard.rewards for shard in shards]),
+        "groups": np.concatenate([100 * rank + shard.groups for rank, shard in enumerate(shards)]),
+        "mask": np.concatenate([shard.mask for shard in shards]),
+    }
+    return call | {"keys": keys} if keyed else call
+
+
+def lazily(rank: int, ranks: int, options: dict[str, Any], keyed: bool) -> dict[str, Any]:
+    """Score with the own shard, exchange every second step: the states after each exchange."""
+    ebpo, local = ebpo_core.EBPO(**options), ebpo_core.EBPO(**options)
+    states, same = [], []
+    for step in range(STEPS):
+        shard = Shard(step, rank, ranks).args(keyed)
+        advantages = ebpo(**shard, step=step)
+        same.append(bool(np.array_equal(advantages, local(**shard, step=step))))
+        ebpo(**shard, step=step)  # a retry is not counted
+        ebpo(**shard, update=False)
+        if step % SYNC_EVERY == SYNC_EVERY - 1:
+            ebpo.sync()
+            ebpo.sync()  # nothing is new: nothing changes
+            states.append(ebpo.state_dict())
+            local.load_state_dict(ebpo.state_dict())
+    return {"states": states, "scored with what the rank knew": same}
+
+
+def together(rank: int, ranks: int, options: dict[str, Any], keyed: bool, group: Any) -> list[dict[str, Any]]:
+    """Score with every shard; one step in between is seen alone and told later, one is evaluation."""
+    ebpo = ebpo_core.EBPO(**options)
+    log = []
+    for step in range(STEPS):
+        shard = Shard(step, rank, ranks).args(keyed)
+        if step == 4:
+            ebpo(**shard)
+            continue
+        advantages = ebpo(**shard, update=step != 6, process_group=group)
+        diagnostics = ebpo.diagnostics
+        assert diagnostics is not None
+        entry: dict[str, Any] = {"step": step, "advantages": advantages.tolist(), "state": ebpo.state_dict()}
+        for name in ("mu_glob", "sigma2", "tau2", "saturated_fail", "saturated_pass", "outlier"):
+            entry[name] = getattr(diagnostics, name)
+        for name in ("shrinkage", "baseline", "count", "prior_mean"):
+            entry[name] = getattr(diagnostics, name).tolist()
+        log.append(entry)
+    return log
+
+
+def refusals(rank: int, group: Any) -> dict[str, Any]:
+    """What each rank gets to see of calls that cannot work, and whether its priors stayed as they were."""
+    log: dict[str, Any] = {}
+
+    def attempt(name: str, ebpo: ebpo_core.EBPO, call: Any) -> None:
+        before = ebpo.state_dict()
+        try:
+            call(ebpo)
+            log[name] = "no error"
+        except (ValueError, TypeError, RuntimeError) as error:
+            log[name] = f"{type(error).__name__}: {error}"
+        assert ebpo.state_dict() == before, name
+
+    def seen(**options: Any) -> ebpo_core.EBPO:
+        ebpo = ebpo_core.EBPO(**options)
+        ebpo([[1.0, 0.0]], keys=[f"key {rank}"])
+        return ebpo
+
+    bad = [[np.inf if rank == 1 else 1.0, 0.0]]
+    attempt("infinite", seen(), lambda e: e(bad, process_group=group))
+    attempt("shape", seen(), lambda e: e([1.0] if rank == 1 else [[1.0, 0.0]], process_group=group))
+    attempt("update", seen(), lambda e: e([[1.0, 0.0]], update=rank == 0, process_group=group))
+    attempt("step", seen(), lambda e: e([[1.0, 0.0]], step=rank, process_group=group))
+    attempt("options", seen(decay=1.0 - rank / 4), lambda e: e.sync(group))
+    attempt("max_keys", seen(max_keys=1), lambda e: e.sync(group))
+    attempt("max_keys together", seen(max_keys=1), lambda e: e([[1.0, 0.0]], process_group=group))
+    apart = ebpo_core.EBPO()
+    apart.load_state_dict(seen().state_dict())
+    attempt("apart", apart, lambda e: e.sync(group))
+    often = ebpo_core.EBPO(decay=0.5)
+    for _ in range(rank + 1):
+        often([[1.0, 0.0]])
+    attempt("often", often, lambda e: e.sync(group))
+    return log
+
+
+def run(rank: int, ranks: int, folder: Path) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    log: dict[str, Any] = {"lazily": {}, "together": {}}
+    for name, options in OPTIONS.items():
+        for keyed in (False, True):
+            case = f"{name}{' keyed' * keyed}"
+            log["lazily"][case] = lazily(rank, ranks, options, keyed)
+            log["together"][case] = together(rank, ranks, options, keyed, dist.group.WORLD)
+    log["refusals"] = refusals(rank, dist.group.WORLD)
+    pair = dist.new_group([0, 1])
+    if rank < 2:  # a group of its own, with ranks that the others do not wait for
+        ebpo = ebpo_core.EBPO()
+        ebpo([[float(rank), 1.0]])
+        ebpo.sync(pair)
+        log["pair"] = ebpo.prior.count
+    (folder / f"rank_{rank}.json").write_text(json.dumps(log), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(ranks: int, folder: Path) -> None:
+    import torch.distributed  # noqa: F401  # once, before the forks
+
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            try:
+                run(rank, ranks, folder)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(any(failed))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
