@@ -1,0 +1,16 @@
+"""Verifiers: rewards for mathematical answers, exact where that suffices and by Math-Verify, in limited processes,
+else.
+
+A completion's final answer is compared with the reference answer as a number or a text first. What that cannot decide
+goes to Math-Verify (``pip install "ebpo-core[math]"``) in worker processes with a hard limit on time and memory per
+answer. Model text is compared or read by grammars; it is never evaluated as code.
+"""
+
+from __future__ import annotations
+
+from ebpo_core.verifiers.extraction import final_answer
+from ebpo_core.verifiers.math_verifier import MathVerifier, Verdict
+from ebpo_core.verifiers.pool import VerifierPoolError
+from ebpo_core.verifiers.rewards import compute_score, math_reward
+
+__all__ = ["MathVerifier", "Verdict", "VerifierPoolError", "compute_score", "final_answer", "math_reward"]

@@ -1,0 +1,264 @@
+"""Scores of completions against reference answers, 1.0 or 0.0, and NaN where the reference itself cannot be scored."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+import threading
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ebpo_core.tasks.rewards import completion_text
+from ebpo_core.verifiers.answers import Answer, read_answer, same
+from ebpo_core.verifiers.extraction import final_answer, reference_answer
+from ebpo_core.verifiers.limits import refusal
+from ebpo_core.verifiers.pool import VerifierPoolError, WorkerPool
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+logger = logging.getLogger(__name__)
+
+ROUTES = ("fast", "math_verify", "no_answer", "refused", "timeouts", "errors", "unscorable")
+_MAX_KNOWN_REFERENCES = 100_000
+_LIVE: weakref.WeakSet[MathVerifier] = weakref.WeakSet()
+
+
+class Verdict(NamedTuple):
+    """What a completion earned and why.
+
+    ``score`` is 1.0, 0.0, or NaN; ``route`` is the counter of :attr:`MathVerifier.metrics` it went into; ``answer`` is
+    the final answer it stated, None where it stated none.
+    """
+
+    score: float
+    route: str
+    answer: str | None
+
+
+class MathVerifier:
+    """Verifies the final answers of completions; a context manager that owns a pool of processes.
+
+    Each completion takes one route, counted under ``verifier/<route>``:
+
+    ============  ======  ==================================================================================
+    route         score   when
+    ============  ======  ==================================================================================
+    fast          0 or 1  numbers or texts decided it, in this process
+    math_verify   0 or 1  Math-Verify decided it, in a worker process
+    no_answer     0       the completion states no final answer
+    refused       0       its answer is too long, too deep or too large to be read
+    timeouts      0       no verdict within ``timeout``; the worker was killed and replaced
+    errors        0       Math-Verify raised, or two workers died of the answer
+    unscorable    NaN     the reference is empty, refused, or cannot be read by Math-Verify
+    ============  ======  ==================================================================================
+
+    A pool that cannot work raises :class:`VerifierPoolError`; it never scores. Processes start when the first answer
+    needs them. May be used from any thread and from several at once, after a fork, and pickled (a copy starts with
+    counters at zero and processes of its own).
+
+    Args:
+        workers: Processes, or None for the cores of this machine, at most 4.
+        timeout: Seconds of wall time that one answer may take in a worker.
+        memory_mb: Memory that a worker may take beyond what its libraries need, on Linux.
+        math_verify: False for numbers and texts only: no process is started, ``x+1`` is not ``1+x``, and every
+            reference that is not empty can be scored. Rewards then differ, so this is never chosen for you.
+        after: Only what follows the last occurrence of this text counts, e.g. "</think>"; without it there is no
+            answer.
+
+    Raises:
+        ValueError: An argument out of its range.
+        ImportError: Math-Verify is wanted and not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int | None = None,
+        timeout: float = 5.0,
+        memory_mb: int = 1024,
+        math_verify: bool = True,
+        after: str | None = None,
+    ) -> None:
+        if workers is None:
+            workers = min(4, os.cpu_count() or 1)
+        for name, value in (("workers", workers), ("memory_mb", memory_mb)):
+            if not (isinstance(value, int) and value > 0):
+                raise ValueError(f"{name}={value!r}: give a positive integer")
+        if not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
+            raise ValueError(f"timeout={timeout!r}: give a positive number of seconds")
+        if after == "":
+            raise ValueError("after='': give the text that ends the reasoning, or None")
+        if math_verify and importlib.util.find_spec("math_verify") is None:
+            raise ImportError(
+                'Math-Verify is not installed: pip install "ebpo-core[math]", or pass math_verify=False to compare '
+                "numbers and texts only"
+            )
+        self._options: dict[str, Any] = {
+            "workers": workers,
+            "timeout": float(timeout),
+            "memory_mb": memory_mb,
+            "math_verify": math_verify,
+            "after": after,
+        }
+        self.math_verify = math_verify
+        self.after = after
+        self.pool = WorkerPool(workers, float(timeout), memory_mb)
+        self._counts: Counter[str] = Counter()
+        self._references: dict[str, bool] = {}
+        self._lock = threading.Lock()
+        _LIVE.add(self)
+
+    def __enter__(self) -> MathVerifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._options,)
+
+    def close(self) -> None:
+        """End the processes. Scoring that needs none still works; scoring that does raises."""
+        self.pool.close()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Counts since this verifier was made.
+
+        ``verifier/answers`` is the sum over the routes above, ``verifier/restarts`` the processes that were replaced.
+        """
+        with self._lock:
+            counts = {f"verifier/{route}": float(self._counts[route]) for route in ROUTES}
+        return {"verifier/answers": sum(counts.values()), **counts, "verifier/restarts": float(self.pool.restarts)}
+
+    def score(self, completions: Sequence[Any], answers: Sequence[Any]) -> list[float]:
+        """Scores of completions (N,) against reference answers (N,): 1.0, 0.0, or NaN for a reference that cannot be
+        scored.
+
+        Args:
+            completions: Texts, or message lists in the conversational form.
+            answers: References: texts or numbers, bare (``42``, ``\\frac{1}{2}``) or a solution that ends with
+                ``\\boxed{...}`` or ``#### ...``. None cannot be scored.
+
+        Raises:
+            ValueError: Lengths differ.
+            VerifierPoolError: The pool cannot work. Nothing was counted.
+        """
+        return [verdict.score for verdict in self.verdicts(completions, answers)]
+
+    def verdicts(self, completions: Sequence[Any], answers: Sequence[Any]) -> list[Verdict]:
+        """As :meth:`score`, with the route and the final answer of each completion."""
+        if len(completions) != len(answers):
+            raise ValueError(
+                f"completions and answers: {len(completions)} and {len(answers)}; give one reference per completion"
+            )
+        stated = [self._stated(completion_text(completion)) for completion in completions]
+        references = [None if answer is None else reference_answer(str(answer)) for answer in answers]
+        scorable = self._scorable(references)
+        verdicts: list[Verdict | None] = [None] * len(stated)
+        jobs: list[dict[str, str]] = []
+        rows: list[int] = []
+        for row, (answer, reference) in enumerate(zip(stated, references, strict=True)):
+            if reference is None or not scorable[reference]:
+                verdicts[row] = Verdict(math.nan, "unscorable", answer)
+            elif answer is None:
+                verdicts[row] = Verdict(0.0, "no_answer", None)
+            elif (reason := refusal(answer)) is not None:
+                logger.debug("answer %.40r refused: %s", answer, reason)
+                verdicts[row] = Verdict(0.0, "refused", answer)
+            else:
+                truth, given = read_answer(reference), read_answer(answer)
+                equal = same(truth, given)
+                if equal is None and self.math_verify:
+                    jobs.append({"reference": _expression(truth), "answer": given.expression})
+                    rows.append(row)
+                else:
+                    verdicts[row] = Verdict(float(bool(equal)), "fast", answer)
+        for row, outcome in zip(rows, self.pool.run(jobs), strict=True):
+            if outcome.equal is None:
+                logger.info("answer %.80r not judged: %s", stated[row], outcome.reason)
+            route = {"": "math_verify", "timeout": "timeouts", "error": "errors"}[outcome.failure]
+            verdicts[row] = Verdict(float(bool(outcome.equal)), route, stated[row])
+        result = [verdict for verdict in verdicts if verdict is not None]
+        with self._lock:
+            self._counts.update(verdict.route for verdict in result)
+        return result
+
+    def scorable(self, answers: Sequence[Any]) -> list[bool]:
+        """Which reference answers can be scored: the check of a data set before it is trained on. Counts nothing."""
+        references = [None if answer is None else reference_answer(str(answer)) for answer in answers]
+        known = self._scorable(references)
+        return [reference is not None and known[reference] for reference in references]
+
+    def reward(self, completions: Sequence[Any], answer: Sequence[Any] | None = None, **columns: Any) -> list[float]:
+        """This verifier as a reward function in TRL's signature; see :func:`ebpo_core.verifiers.math_reward`."""
+        from ebpo_core.verifiers.rewards import reward_with
+
+        return reward_with(self, completions, answer, **columns)
+
+    def _stated(self, text: str) -> str | None:
+        if self.after is not None:
+            _, found, text = text.rpartition(self.after)
+            if not found:
+                return None
+        return final_answer(text)
+
+    def _scorable(self, references: Sequence[str | None]) -> dict[str, bool]:
+        """Whether each reference can be scored, whatever the completions are.
+
+        Asked before any answer is looked at: were it asked for wrong answers only, what is left of an unreadable
+        reference's group would be its right answers.
+        """
+        known: dict[str, bool] = {}
+        asked: list[str] = []
+        for reference in dict.fromkeys(references):
+            if reference is None:
+                continue
+            if not reference or refusal(reference) is not None:
+                known[reference] = False
+            elif not self.math_verify or (read := read_answer(reference)).value is not None or read.words:
+                known[reference] = True
+            elif reference in self._references:
+                known[reference] = self._references[reference]
+            else:
+                asked.append(reference)
+        outcomes = self.pool.run([{"reference": _expression(read_answer(reference))} for reference in asked])
+        for reference, outcome in zip(asked, outcomes, strict=True):
+            known[reference] = bool(outcome.equal)
+            if not outcome.equal:
+                logger.warning("reference answer %.80r cannot be scored %s", reference, outcome.reason)
+        with self._lock:
+            if len(self._references) > _MAX_KNOWN_REFERENCES:
+                self._references.clear()
+            # A timeout may be the machine's fault: asked again next time.
+            self._references.update(
+                (reference, known[reference])
+                for reference, outcome in zip(asked, outcomes, strict=True)
+                if outcome.failure != "timeout"
+            )
+        return known
+
+
+def _expression(answer: Answer) -> str:
+    """For Math-Verify: a number in a form that needs no reading, else the text without its unit."""
+    return answer.expression if answer.value is None else str(answer.value)
+
+
+def _rebuild(options: dict[str, Any]) -> MathVerifier:
+    return MathVerifier(**options)
+
+
+def _after_fork() -> None:
+    for verifier in list(_LIVE):
+        verifier._lock = threading.Lock()  # it may have been held by a thread that the child does not have
+        verifier.pool.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+__all__ = ["ROUTES", "MathVerifier", "Verdict", "VerifierPoolError"]
