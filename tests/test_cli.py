@@ -33,7 +33,7 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     assert python(code).stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["demo", "plot", "prior"])
+@pytest.mark.parametrize("command", ["curriculum", "demo", "eval", "plot", "prior"])
 def test_help_of_a_command_needs_no_torch(command: str) -> None:
     code = (
         "import sys\nfrom ebpo_core.cli import main\n"
@@ -145,3 +145,28 @@ def test_prior_show_of_garbage_is_one_line(content: str, tmp_path: Path, capsys:
     assert error.startswith("ebpo prior: ")
     assert error.count("\n") == 1
     assert main(["prior", "show", str(tmp_path / "nowhere")]) == 1
+
+
+def test_prior_show_lists_keys_and_reward_functions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    ebpo = ebpo_core.EBPO(kappa=3.0)
+    ebpo([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], keys=["[a]", ("[a]", 2), None])
+    file = write_prior(tmp_path / "keys.json", ebpo.state_dict())
+    assert main(["prior", "show", str(file), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert [entry["key"] for entry in summary["keys"]] == [["[a]"], ["[a]", 2]]
+    first, second = summary["keys"]
+    assert (first["rewards_seen"], first["mean"], first["weight_of_parent"]) == (4.0, 0.75, 3 / 5)
+    assert first["blended"]["mean"] == pytest.approx(0.4 * 0.75 + 0.6 * 0.5)
+    assert second["blended"] == ebpo.shrunken_prior(("[a]", 2))._asdict()
+    assert main(["prior", "show", str(file)]) == 0
+    assert "[a] / 2" in capsys.readouterr().out
+
+    states = [{"reward": name, "ebpo": ebpo.state_dict()} for name in ("accuracy", "format")]
+    file = write_prior(tmp_path / "rewards.json", states, global_step=3)
+    assert main(["prior", "show", str(file), "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert [one["reward"] for one in both["per_reward"]] == ["accuracy", "format"]
+    assert both["per_reward"][1]["keys"] == summary["keys"]
+    assert main(["prior", "show", str(file)]) == 0
+    assert "reward function format" in capsys.readouterr().out.replace("\n", " ")

@@ -98,6 +98,17 @@ def test_evaluation_is_seeded_counts_clusters_and_leaves_the_generator_alone(tin
     assert other.samples != first.samples
 
 
+@pytest.mark.parametrize("unscored", [None, float("nan")])
+def test_evaluation_refuses_rewards_that_could_not_be_scored(tiny: Path, unscored: float | None) -> None:
+    model, tokenizer = load_model(str(tiny))
+
+    def reward(prompts: list[str], completions: list[str], **_: Any) -> list[Any]:
+        return [1.0] * (len(prompts) - 1) + [unscored]
+
+    with pytest.raises(ValueError, match=f"is {unscored}: its reference answer cannot be scored"):
+        evaluate(model, tokenizer, countdown.dataset(3, split="test"), reward, max_new_tokens=2)
+
+
 def test_evaluation_of_conversations(tiny: Path) -> None:
     model, tokenizer = load_model(str(tiny))
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} :{% endfor %}"

@@ -1,4 +1,4 @@
-"""The ``ebpo`` command: ``train``, ``demo``, ``prior show`` and ``plot``.
+"""The ``ebpo`` command: ``train``, ``curriculum``, ``eval``, ``demo``, ``prior show`` and ``plot``.
 
 Nothing heavy is imported until a command runs, so ``ebpo --help`` answers at once and works with NumPy alone; a command
 whose extra is missing says what to install.
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "train": "train a policy with EBPO, or with TRL's unmodified GRPO, from YAML or flags",
+    "curriculum": "pass rates of a base model, topics, and a data set in the order of a curriculum",
+    "eval": "avg@k, pass@k and maj@k by sampling, from transformers or an OpenAI-compatible server",
     "demo": "watch a small transformer learn arithmetic, on a CPU, in minutes",
     "prior": "show the running prior that a checkpoint holds",
     "plot": "draw reward, entropy, shrinkage and saturated share of finished or running runs",
@@ -25,17 +27,22 @@ COMMANDS = {
 # Looked for before anything is imported, for importing torch only to say that another module is missing takes seconds.
 NEEDED = {
     "train": ("torch", "transformers", "trl", "datasets", "rich", "yaml"),
+    "curriculum": ("rich",),
+    "eval": ("rich",),
     "demo": ("torch", "transformers", "trl", "datasets", "rich", "yaml", "matplotlib", "tensorboard"),
     "prior": (),
     "plot": ("matplotlib",),
 }
+
+# A command's module, where that is not its name: `eval` is a function of Python's.
+MODULES = {"eval": "evaluate"}
 
 USAGE = "usage: ebpo [--version] [--help] <command> [options]"
 
 
 def _help() -> str:
     lines = [USAGE, "", "Empirical-Bayes policy optimization (arXiv 2602.05165) for language models.", "", "commands:"]
-    lines += [f"  {name:<8}{summary}" for name, summary in COMMANDS.items()]
+    lines += [f"  {name:<12}{summary}" for name, summary in COMMANDS.items()]
     lines += ["", "`ebpo <command> --help` lists a command's options."]
     return "\n".join(lines)
 
@@ -72,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # TRL 1.16 sets names that transformers 5 renamed, on every start; nobody here can act on it.
             warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|trl)")
-            return int(importlib.import_module(f"ebpo_core.cli.{command}").main(rest))
+            return int(importlib.import_module(f"ebpo_core.cli.{MODULES.get(command, command)}").main(rest))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing == "ebpo_core":
@@ -83,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ConnectionError) as error:
         # Wrong input is worth one line; EBPO_TRACEBACK=1 shows where it was noticed.
         if os.environ.get("EBPO_TRACEBACK"):
             raise

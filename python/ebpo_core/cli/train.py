@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 
 from ebpo_core.cli.arguments import AUTO, TrainArguments, parse
-from ebpo_core.cli.progress import JsonlCallback, ProgressCallback, bar, print_pass_at_1
+from ebpo_core.cli.bar import bar
+from ebpo_core.cli.progress import JsonlCallback, ProgressCallback, print_pass_at_1
 from ebpo_core.tasks.evaluation import Evaluation, evaluate
 from ebpo_core.tasks.loading import Task, load_model, load_task
-from ebpo_core.trainer import last_complete_checkpoint, write_prior
+from ebpo_core.trainer import last_complete_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -173,7 +174,7 @@ def run(arguments: TrainArguments, config: Any, model_config: Any, console: Cons
     trainer.save_model(config.output_dir)
     if trainer.is_world_process_zero():
         if arguments.method == "ebpo":
-            write_prior(output, trainer.ebpo.state_dict(), global_step=trainer.state.global_step)
+            trainer.save_prior(output)
         _write_result(output, arguments, config, trainer.state.global_step, before, after, seconds)
     return Run(output, before, after, seconds)
 

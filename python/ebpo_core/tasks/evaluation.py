@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ebpo_core.tasks.rewards import RewardFunction, completion_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,6 +116,7 @@ def evaluate(
                 model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature
             )
             scores = reward(prompts=prompts, completions=completions, **given)
+            _check_scored(scores, prompts)
             earned.extend(scores)
             samples.extend(
                 Sample(prompt_text(prompt), completion_text(completion), score)
@@ -142,6 +143,16 @@ def evaluate(
         clusters={key: sum(values) / len(values) for key, values in sorted(clusters.items())},
         samples=samples,
     )
+
+
+def _check_scored(scores: Sequence[float | None], prompts: Sequence[Any]) -> None:
+    """A reward of NaN or None means that the reference cannot be scored, which is not the model's failure."""
+    for score, prompt in zip(scores, prompts, strict=True):
+        if score is None or math.isnan(score):
+            raise ValueError(
+                f"the reward of the held-out prompt {prompt_text(prompt)!r} is {score}: its reference answer cannot be "
+                "scored; leave such rows out of the data"
+            )
 
 
 def prompt_text(prompt: Any) -> str:

@@ -1,0 +1,208 @@
+"""From completions to scores and extracted answers: a task's own reward, a reward function by its path, or a verifier.
+
+No model text is evaluated here; what a reward function of one's own does with it is its author's matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from ebpo_core.evaluation.problems import BUILT_IN, Problem
+from ebpo_core.tasks.arithmetic import final_integer
+from ebpo_core.tasks.rewards import RewardFunction, load_reward
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+Extract = Callable[[str], "str | None"]
+
+PASSING = 1.0
+"""A sample is right if its score is at least this, the full reward."""
+
+
+class Scored(NamedTuple):
+    """A sample's score, and the answer that votes in maj@k (None: no answer was found)."""
+
+    score: float
+    answer: str | None
+
+
+class Scorer(Protocol):
+    """Scores samples. A context manager, since a verifier may hold worker processes.
+
+    ``merge_correct`` says that a problem has one right answer in several spellings, so that all right samples of a
+    problem vote together in maj@k.
+    """
+
+    name: str
+    merge_correct: bool
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Raise a ValueError where problems cannot be scored, before anything is sampled."""
+
+    def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
+        """The score of each completion, in order."""
+
+    def __enter__(self) -> Scorer: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def whole_text(text: str) -> str | None:
+    """The completion without white space at its ends and with single spaces: answers that are nothing but an answer."""
+    return " ".join(text.split()) or None
+
+
+def last_integer(text: str) -> str | None:
+    """The last number of the completion, if it is a plain integer (see ``ebpo_core.tasks.arithmetic``)."""
+    value = final_integer(text)
+    return None if value is None else str(value)
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last ``\boxed{...}``, braces matched, without white space; None without a closed box."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 1, start + len("\\boxed{")
+    for position in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return "".join(text[begin:position].split()) or None
+    return None
+
+
+EXTRACTORS: dict[str, Extract] = {"text": whole_text, "integer": last_integer, "boxed": boxed}
+
+
+def load_extractor(name: str) -> Extract:
+    """The extractor called ``name``, or the function at ``module:function`` (text in, text or None out)."""
+    if name in EXTRACTORS:
+        return EXTRACTORS[name]
+    if ":" not in name:
+        raise ValueError(f"extract={name!r}: choose one of {', '.join(EXTRACTORS)}, or give module:function")
+    return load_reward(name)  # type: ignore[return-value]  # loads any function
+
+
+class RewardScorer:
+    """Scores with a reward function in TRL's signature, ``reward(prompts, completions, **columns)``.
+
+    Args:
+        reward: Returns one number a completion; None (as TRL allows for "cannot be scored") is an error here, since an
+            evaluation must not leave problems out.
+        extract: What the completion answers, for maj@k.
+        name: What the header of the samples calls it.
+    """
+
+    merge_correct = False
+
+    def __init__(self, reward: RewardFunction, extract: Extract, name: str) -> None:
+        self.reward, self.extract, self.name = reward, extract, name
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Anything may be scorable to a reward function."""
+
+    def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
+        """Scores in the order of ``completions``; messages are handed over where the prompt is a list of messages."""
+        if not problems:
+            return []
+        columns = sorted({name for problem in problems for name in problem.row} - {"prompt"})
+        given: dict[str, list[Any]] = {name: [problem.row.get(name) for problem in problems] for name in columns}
+        shaped = [
+            text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}]
+            for problem, text in zip(problems, completions, strict=True)
+        ]
+        scores = self.reward(prompts=[problem.prompt for problem in problems], completions=shaped, **given)
+        if len(scores) != len(completions):
+            raise ValueError(f"{self.name} returned {len(scores)} scores for {len(completions)} completions")
+        for problem, score in zip(problems, scores, strict=True):
+            if score is None or not math.isfinite(score):
+                raise ValueError(f"{self.name} returned {score!r} for problem {problem.id!r}: expected a finite number")
+        return [Scored(float(score), self.extract(text)) for score, text in zip(scores, completions, strict=True)]
+
+    def __enter__(self) -> RewardScorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class MathScorer:
+    """Scores against the ``answer`` column with :class:`ebpo_core.verifiers.MathVerifier` in its worker processes.
+
+    Args:
+        extract: What votes in maj@k; None takes the final answer that the verifier read, in normal form.
+        name: What the header of the samples calls it.
+        **options: Those of the verifier.
+    """
+
+    merge_correct = True
+
+    def __init__(self, extract: Extract | None = None, name: str = "math", **options: Any) -> None:
+        from ebpo_core.verifiers import MathVerifier
+
+        self.extract, self.name, self.verifier = extract, name, MathVerifier(**options)
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Raise a ValueError naming the problems whose ``answer`` is missing or cannot be read by the verifier."""
+        known = self.verifier.scorable([problem.row.get("answer") for problem in problems])
+        bad = [problem.id for problem, fine in zip(problems, known, strict=True) if not fine]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} problems have no 'answer' that the math scorer can read: {', '.join(bad[:5])}"
+                f"{', ...' if len(bad) > 5 else ''}; correct these rows or leave them out"
+            )
+
+    def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
+        """1.0 where the completion's final answer equals the problem's, else 0.0."""
+        from ebpo_core.verifiers.answers import normal_form
+
+        verdicts = self.verifier.verdicts(completions, [problem.row.get("answer") for problem in problems])
+        if any(math.isnan(verdict.score) for verdict in verdicts):
+            self.check(problems)
+        scored = []
+        for verdict, text in zip(verdicts, completions, strict=True):
+            read = None if verdict.answer is None else normal_form(verdict.answer)
+            scored.append(Scored(float(verdict.score), read if self.extract is None else self.extract(text)))
+        return scored
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Counts of the verifier, time-outs and errors among them."""
+        return dict(self.verifier.metrics)
+
+    def __enter__(self) -> MathScorer:
+        self.verifier.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.verifier.__exit__(kind, error, trace)
+
+
+def load_scorer(name: str | None, task: str, extract: str | None = None) -> Scorer:
+    """The scorer for a task.
+
+    Args:
+        name: "math", "exact", "integer" or ``module:function``; None takes a built-in task's own reward, or "math".
+        task: As for ``load_problems``.
+        extract: "text", "integer", "boxed" or ``module:function``; None takes what fits the scorer: the task's own form
+            of an answer, the final answer that the verifier read, or the whole text.
+    """
+    if name is None and task in BUILT_IN:
+        from ebpo_core.tasks import arithmetic, countdown
+
+        reward: RewardFunction = countdown.reward if task == "countdown" else arithmetic.reward
+        default = {"countdown": "text", "arithmetic": "integer"}[task]
+        return RewardScorer(reward, load_extractor(extract or default), f"{task} ({extract or default})")
+    if name in (None, "math"):
+        return MathScorer(load_extractor(extract), f"math ({extract})") if extract else MathScorer()
+    default = "integer" if name == "integer" else "text"
+    return RewardScorer(load_reward(str(name)), load_extractor(extract or default), f"{name} ({extract or default})")
