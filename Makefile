@@ -10,7 +10,7 @@ SHELL := /bin/bash
 
 PYTHON ?=
 VENV   ?= .venv
-EXTRAS ?= train kernels fusionroute eval dev
+EXTRAS ?= train kernels fusionroute eval math dev
 ARGS   ?=
 # Workers of pytest. Tests that start processes of their own keep two cores busy already.
 JOBS   ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -47,7 +47,7 @@ demo: build ## install, then watch a small transformer learn mini-countdown with
 	$(BIN)/ebpo demo $(ARGS)
 
 .PHONY: demo-fusionroute
-demo-fusionroute: build ## install, then three experts and a router from scratch: who wrote which token (about 9 minutes on a CPU)
+demo-fusionroute: build ## install, then three experts and a router from scratch: who wrote which token (about 10 minutes on a CPU)
 	$(BIN)/fusionroute demo $(ARGS)
 
 .PHONY: test

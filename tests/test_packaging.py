@@ -106,7 +106,9 @@ def test_wheel_holds_every_source_of_the_package(wheel):
             assert archive.read(name) == path.read_bytes(), name
 
 
-@pytest.mark.parametrize("subpackage", ["kernels", "trainer", "tasks", "cli", "fusionroute", "traces"])
+@pytest.mark.parametrize(
+    "subpackage", ["kernels", "trainer", "tasks", "cli", "fusionroute", "traces", "integrations", "verifiers", "data"]
+)
 def test_wheel_holds_the_subpackage(wheel, subpackage):
     with zipfile.ZipFile(wheel) as archive:
         assert f"ebpo_core/{subpackage}/__init__.py" in archive.namelist()
@@ -126,7 +128,15 @@ def test_wheel_adds_one_name_to_site_packages_and_nothing_stray(wheel):
 def test_numpy_is_all_that_is_required_and_the_rest_are_extras(metadata):
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert [re.match(r"[\w-]+", line).group() for line in required] == ["numpy"]
-    assert set(metadata.get_all("Provides-Extra")) >= {"torch", "train", "kernels", "fusionroute", "eval", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) >= {
+        "torch",
+        "train",
+        "kernels",
+        "fusionroute",
+        "eval",
+        "math",
+        "dev",
+    }
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "LICENSE" in metadata.get_all("License-File")
 

@@ -1,0 +1,157 @@
+"""EBPO for OpenRLHF's Ray trainer. OpenRLHF has no hook for an estimator: a subclass takes its trainer's place. Run ::
+
+    python -m ebpo_core.integrations.openrlhf --algo.advantage.estimator dr_grpo ...
+
+in place of ``python -m openrlhf.cli.train_ppo_ray``, with the same arguments. ``--algo.advantage.estimator`` must name
+an estimator that OpenRLHF's parser knows and that takes groups (``rloo``, ``dr_grpo``, ``reinforce_baseline``,
+``group_norm``); which one makes no difference, EBPO's advantages take its place. Options come from ``EBPO_OPTIONS``.
+
+The synchronous trainer only: ``--train.async_enable`` uses other classes.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from openrlhf.trainer import ppo_trainer
+from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker, apply_length_penalties, compute_reward
+
+from ebpo_core.integrations import process, saturation
+
+GROUPED = ("rloo", "dr_grpo", "reinforce_baseline", "group_norm")
+KEY = "ebpo"  # in the client states of OpenRLHF's checkpoints
+
+estimator = process.ProcessEstimator()
+
+
+class EBPOExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
+    """OpenRLHF's experience maker with EBPO's advantages, and without the whitening that some estimators get after."""
+
+    @torch.no_grad()
+    def compute_advantages_and_returns(self, experiences: Sequence[Any]) -> Sequence[Any]:
+        """Length penalties, then EBPO in place of the group baseline, then KL in the reward, as OpenRLHF does.
+
+        Args:
+            experiences: OpenRLHF's, rows in any order; ``index`` holds each row's place in prompt order, in which
+                ``rollout.n_samples_per_prompt`` rows follow each other.
+
+        Returns:
+            The same experiences, with ``advantages`` and ``returns`` of the shape of ``action_mask``.
+
+        Raises:
+            ValueError: wrong settings or options, or rewards that are not finite.
+        """
+        args = self.strategy.args
+        check(args)
+        for experience in experiences:
+            experience.rewards = experience.rewards.to(torch.promote_types(experience.rewards.dtype, torch.float32))
+        apply_length_penalties(experiences, args)
+        rewards = torch.cat([experience.rewards for experience in experiences]).double().cpu().numpy()
+        places = np.concatenate([np.asarray(experience.index, dtype=np.int64) for experience in experiences])
+        if not np.isfinite(rewards).all():
+            raise ValueError(f"a reward is {rewards[~np.isfinite(rewards)][0]}: return finite rewards")
+        groups = places // args.rollout.n_samples_per_prompt
+        scored = torch.from_numpy(estimator.get()(rewards, groups))
+        spread = torch.from_numpy(group_std(rewards, groups))
+        sizes = [len(experience.index) for experience in experiences]
+        for experience, advantages, std in zip(
+            experiences, torch.split(scored, sizes), torch.split(spread, sizes), strict=True
+        ):
+            experience.info["group_reward_std"] = std.to(experience.rewards)
+            reward = compute_reward(
+                advantages.to(experience.rewards),
+                self.kl_ctl.value,
+                experience.kl,
+                action_mask=experience.action_mask,
+                reward_clip_range=args.reward.clip_range,
+            )
+            experience.returns = self.get_cumulative_returns(reward, experience.action_mask, 1.0)
+            experience.advantages = experience.returns.clone()
+            experience.info["return"] = reward.sum(dim=-1)
+            experience.kl = None
+        return experiences
+
+
+def check(args: Any) -> None:
+    """Refuse settings under which groups would not be kept together; warn where saturated groups are hidden."""
+    if args.algo.advantage.estimator not in GROUPED:
+        raise ValueError(
+            f"--algo.advantage.estimator {args.algo.advantage.estimator}: EBPO takes the place of one that works on "
+            f"groups; name one of {', '.join(GROUPED)}"
+        )
+    if getattr(args.algo, "dynamic_filtering_enable", False):
+        saturation.warn_once("OpenRLHF", "--algo.dynamic_filtering_enable")
+
+
+def group_std(rewards: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """``(N,)``: the standard deviation (n - 1) of each row's group, which OpenRLHF logs; 0 for a group of one."""
+    _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    means = np.bincount(index, rewards) / counts
+    squares = np.bincount(index, (rewards - means[index]) ** 2)
+    return np.asarray(np.sqrt(squares / np.maximum(counts - 1, 1))[index])
+
+
+# Ray wraps the class of an actor, and what was wrapped is what can be derived from.
+_PPOTrainer: Any = ppo_trainer.PPOTrainer.__ray_metadata__.modified_class
+
+
+class EBPOTrainer(_PPOTrainer):  # type: ignore[misc]
+    """OpenRLHF's synchronous trainer with :class:`EBPOExperienceMaker`; the prior is in its checkpoints' states."""
+
+    experience_maker: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check(self.args)
+        maker: Any = self.experience_maker
+        self.experience_maker = EBPOExperienceMaker(
+            maker.actor_model_group,
+            maker.critic_model_group,
+            maker.reward_model_group,
+            maker.initial_model_group,
+            maker.kl_ctl,
+            maker.strategy,
+            maker.tokenizer,
+        )
+
+    def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
+        """OpenRLHF's own, with the prior among the states it saves."""
+        states = {**(client_states or {}), KEY: estimator.get().state_dict()}
+        super().save_logs_and_checkpoints(global_step, logs_dict, states)
+
+    def init_checkpoint_states(self) -> Any:
+        """OpenRLHF's own; restores the prior where OpenRLHF resumes.
+
+        Raises:
+            ValueError: the checkpoint holds no prior, and ``allow_missing_prior`` is not set.
+        """
+        states = super().init_checkpoint_states()
+        ebpo = estimator.get()
+        if KEY in states:
+            ebpo.load_state_dict(states[KEY])
+        elif states.get("global_step", 0) and not estimator.option("allow_missing_prior", False):
+            raise ValueError(
+                f"the checkpoint of step {states['global_step']} holds no EBPO prior: resume from another, or set the "
+                f"option allow_missing_prior in {process.VARIABLE} to true"
+            )
+        return states
+
+
+def install() -> None:
+    """Put :class:`EBPOTrainer` in the place of OpenRLHF's trainer, in this process, which starts the training."""
+    ppo_trainer.PPOTrainer = ray.remote(EBPOTrainer)
+
+
+if __name__ == "__main__":
+    # Python runs this file as `__main__`; Ray must find the classes in the module of this name.
+    from ebpo_core.integrations.openrlhf import install as install_once
+
+    install_once()
+    sys.argv[0] = "openrlhf.cli.train_ppo_ray"
+    runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)

@@ -1,0 +1,78 @@
+"""The prior in verl's checkpoints: verl's callback class for ``trainer.checkpoint_callback_class`` (0.9.1 and later).
+
+verl calls ``on_save`` after each checkpoint and has no counterpart on loading. It makes the callback before it loads,
+though, in the process that computes advantages, so the prior is restored there, from the folder that verl is going to
+load by its own rules.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ebpo_core.integrations import sidecar, verl_rows
+from ebpo_core.integrations.verl_estimator import WHERE, check_filters, is_ebpo, read_settings, reset, running
+
+
+class PriorCheckpoint:
+    """Saves EBPO's prior in each checkpoint folder, ``global_step_N/ebpo_state.json``, and restores it on resume.
+
+    Does nothing for another ``algorithm.adv_estimator``. To add a callback of your own, derive it from this class and
+    call ``super()`` in both methods.
+
+    Args:
+        config: verl's whole configuration.
+
+    Raises:
+        FileNotFoundError: verl is going to resume from a checkpoint without a prior, and
+            ``algorithm.ebpo.allow_missing_prior`` is not set.
+        TypeError, ValueError: wrong options under ``algorithm.ebpo``, or a prior written with others.
+    """
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config
+        self.active = config is not None and is_ebpo(config.algorithm)
+        if not self.active:
+            return
+        wanted = read_settings(config.algorithm)
+        check_filters(config.algorithm)
+        verl_rows.install()
+        reset()  # a trainer in this process before this one had another run's prior
+        ebpo = running(wanted)
+        folder = resume_folder(config.trainer)
+        if folder is None or (wanted.allow_missing_prior and not (folder / sidecar.NAME).exists()):
+            return
+        try:
+            sidecar.load(folder, ebpo)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}: trainer.resume_mode=resume_path with trainer.resume_from_path of an earlier one, or "
+                f"trainer.resume_mode=disable. To go on with an empty prior, set +{WHERE}.allow_missing_prior=true"
+            ) from error
+
+    def on_save(self, *, global_step: int, checkpoint_dir: str, **_: Any) -> None:
+        """Write the prior into ``checkpoint_dir``; verl calls this after each checkpoint, with keywords."""
+        if self.active:
+            ebpo = running(read_settings(self.config.algorithm))
+            sidecar.save(Path(checkpoint_dir), ebpo, framework="verl", global_step=global_step)
+
+
+def resume_folder(trainer: Any) -> Path | None:
+    """The checkpoint folder that verl will load under this ``trainer`` node, or None for a fresh start.
+
+    Raises:
+        ValueError: ``trainer.resume_mode`` is none that verl knows, or has no path to go with it.
+    """
+    from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+
+    mode = trainer.resume_mode
+    if mode == "disable":
+        return None
+    if mode == "auto":
+        latest = find_latest_ckpt_path(str(Path(trainer.default_local_dir).absolute()))
+        return None if latest is None else Path(latest)
+    if mode != "resume_path":
+        raise ValueError(f"trainer.resume_mode={mode!r}: expected 'auto', 'disable' or 'resume_path'")
+    if not isinstance(trainer.resume_from_path, str):
+        raise ValueError(f"trainer.resume_from_path={trainer.resume_from_path!r}: resume_mode=resume_path needs a path")
+    return Path(trainer.resume_from_path).absolute()

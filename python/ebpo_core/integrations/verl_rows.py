@@ -1,0 +1,117 @@
+"""What verl's V1 trainer knows about the rows of a batch and does not pass to an advantage estimator.
+
+:func:`install` replaces one method, ``PPOTrainer._compute_advantage``, by one that looks at the batch's keys and the
+data set's columns, leaves both here for the estimator, calls the original, and adds ``ebpo/*`` to the step's metrics.
+verl itself treats sessions with several outputs so for GRPO alone (``compute_advantage_for_multi_trajectories``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebpo_core.integrations.verl_estimator import WHERE, is_ebpo, read_settings, running
+from ebpo_core.trainer.metrics import prior_metrics
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Facts about each of the B rows of a batch."""
+
+    last: NDArray[np.int64]
+    """Position of the last output of the row's session, shape (B,)."""
+    keys: list[Any] | None
+    """Key of each row's prior: the column's value, or a tuple of several; None without ``algorithm.ebpo.keys``."""
+
+
+_pending: Rows | None = None
+
+
+def take(size: int) -> Rows | None:
+    """What was left for the batch of ``size`` rows that is being scored; None where nothing was."""
+    global _pending
+    rows, _pending = _pending, None
+    if rows is not None and len(rows.last) != size:
+        raise RuntimeError(
+            f"verl's trainer announced {len(rows.last)} rows and passed {size} to the estimator: "
+            "this release of ebpo_core does not know this release of verl"
+        )
+    return rows
+
+
+def install() -> None:
+    """Replace ``PPOTrainer._compute_advantage`` of verl's V1 trainers; a second call does nothing."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    original = PPOTrainer._compute_advantage
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def _compute_advantage(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        global _pending
+        algorithm = self.config.algorithm
+        if not is_ebpo(algorithm):
+            return original(self, batch, metrics)
+        wanted = read_settings(algorithm)
+        _pending = Rows(last_outputs(batch.keys), fetch(batch, wanted.keys))
+        try:
+            result = original(self, batch, metrics)
+        finally:
+            _pending = None
+        diagnostics = running(wanted).diagnostics
+        metrics.update({} if diagnostics is None else prior_metrics(diagnostics))
+        return result
+
+    PPOTrainer._compute_advantage = _compute_advantage
+
+
+def last_outputs(keys: Sequence[str]) -> NDArray[np.int64]:
+    """For each of the batch's keys ``{uid}_{session}_{output}``, the position of its session's last output.
+
+    Raises:
+        ValueError: a key of another form.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    sessions = []
+    for position, key in enumerate(keys):
+        session, _, output = key.rpartition("_")
+        if not session or not output.isdecimal():
+            raise ValueError(f"the batch has the key {key!r}: expected '<uid>_<session>_<output>', as verl writes them")
+        sessions.append(session)
+        if session not in found or found[session][0] < int(output):
+            found[session] = int(output), position
+    return np.array([found[session][1] for session in sessions], dtype=np.int64)
+
+
+def fetch(batch: Any, columns: Sequence[str]) -> list[Any] | None:
+    """The rows' values of ``columns`` out of TransferQueue, where rollout put every column of the data set.
+
+    Raises:
+        ValueError: a column that the rows do not have; the ones they have are named.
+    """
+    if not columns:
+        return None
+    import transfer_queue
+
+    fields = list(dict.fromkeys(column.split(".")[0] for column in columns))
+    data = transfer_queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+    for field in fields:
+        if field not in data:  # verl relies on it: fields that nobody wrote are left out
+            raise ValueError(f"{WHERE}.keys names {field!r}, which is no column of the data set")
+    # `get`, because `data[field]` turns what is not a tensor into a list of another type.
+    values = [[_reach(value, column) for value in data.get(column.split(".")[0]).tolist()] for column in columns]
+    return values[0] if len(columns) == 1 else list(zip(*values, strict=True))
+
+
+def _reach(value: Any, column: str) -> Any:
+    for name in column.split(".")[1:]:
+        if not isinstance(value, Mapping) or name not in value:
+            raise ValueError(f"{WHERE}.keys names {column!r}, and a row has no {name!r} in {value!r}")
+        value = value[name]
+    return value.item() if isinstance(value, np.generic) else value
