@@ -121,10 +121,11 @@ class _Handler(BaseHTTPRequestHandler):
                 text, reason, tokens = self.server.reply, "stop", 1
             else:
                 text, reason, tokens = self.server.complete(body)
-            chat = self.path.endswith("/chat/completions")
-            said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-            choice = {"index": 0, "finish_reason": reason, **said}
-            self._send(200, {"choices": [choice], "usage": {"completion_tokens": tokens}})
+        # Not counted any more: a client that has its answer may ask again at once.
+        chat = self.path.endswith("/chat/completions")
+        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        choice = {"index": 0, "finish_reason": reason, **said}
+        self._send(200, {"choices": [choice], "usage": {"completion_tokens": tokens}})
 
 
 @contextmanager

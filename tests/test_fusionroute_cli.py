@@ -73,7 +73,7 @@ def test_a_missing_extra_is_named(
     assert main([command, "x"]) == 1
     error = one_line(capsys, command)
     assert f"'{module}'" in error
-    assert 'pip install "ebpo-core[fusionroute]"' in error
+    assert f'pip install "ebpo-core[{"fusionroute,eval" if command == "eval" else "fusionroute"}]"' in error
 
 
 @pytest.mark.slow

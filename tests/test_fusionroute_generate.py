@@ -708,8 +708,8 @@ def test_a_router_of_many_layers_keeps_its_backbone() -> None:
 
 def test_forward_as_a_tuple(model: Any) -> None:
     with torch.no_grad():
-        logits, weights, ids = model(torch.tensor([[5, 6, 7]]), return_dict=False)
-        expected = model(torch.tensor([[5, 6, 7]]))
+        logits, weights, ids = model(torch.tensor([[5, 6, 7]]), use_cache=False, return_dict=False)
+        expected = model(torch.tensor([[5, 6, 7]]), use_cache=False)
         labelled = model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]]))
     assert torch.equal(logits, expected.logits)
     assert torch.equal(logits, expected[0])

@@ -49,11 +49,14 @@ def roots(name: str) -> list[Path]:
 def fetch(name: str) -> None:
     """Clone one framework at its commit, or bring an older clone to it; files are fetched as they are checked out."""
     source, target = SOURCES[name], folder() / name
+    git = ["git", "-C", str(target)]
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         command = ["git", "clone", "--quiet", "--filter=blob:none", "--no-checkout", source.url, str(target)]
         subprocess.run(command, check=True)
-    subprocess.run(["git", "-C", str(target), "checkout", "--quiet", source.commit], check=True)  # noqa: S607
+    elif subprocess.run([*git, "cat-file", "-e", source.commit], stderr=subprocess.DEVNULL, check=False).returncode:
+        subprocess.run([*git, "fetch", "--quiet", "origin"], check=True)
+    subprocess.run([*git, "checkout", "--quiet", source.commit], check=True)
     print(f"{name}: {source.commit[:12]} in {target}")
 
 

@@ -1,7 +1,7 @@
 """Empirical-Bayes advantages for GRPO-style RL post-training (EBPO, arXiv 2602.05165), with a Rust core.
 
-Importing this package needs NumPy only. :mod:`ebpo_core.trainer` (TRL), :mod:`ebpo_core.tasks` and
-:mod:`ebpo_core.kernels` bring their own requirements, each behind an extra.
+Importing this package needs NumPy only. Its subpackages (:mod:`ebpo_core.trainer` for TRL,
+:mod:`ebpo_core.fusionroute`, :mod:`ebpo_core.kernels` and others) bring their own requirements, behind extras.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable
 except ModuleNotFoundError as error:
-    message = 'evaluation needs the lm-evaluation-harness: pip install "ebpo-core[fusionroute]"'
+    message = 'evaluation needs the lm-evaluation-harness: pip install "ebpo-core[fusionroute,eval]"'
     raise ModuleNotFoundError(message, name=error.name) from error
 
 from ebpo_core.fusionroute.decoding.routing import OPTION_NAMES, RoutingOptions, permitted_rows

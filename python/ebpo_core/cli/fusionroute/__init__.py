@@ -80,9 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing == "ebpo_core":
             raise
+        extras = "fusionroute,eval" if command == "eval" else "fusionroute"
         print(
             f"fusionroute {command}: the module {missing!r} is not installed; "
-            'pip install "ebpo-core[fusionroute]" (Python 3.11 or newer)',
+            f'pip install "ebpo-core[{extras}]" (Python 3.11 or newer)',
             file=sys.stderr,
         )
         return 1
