@@ -18,9 +18,10 @@ from transformers import AutoTokenizer
 
 from ebpo_core.cli.fusionroute import main
 from ebpo_core.cli.fusionroute.arguments import parse
-from ebpo_core.cli.fusionroute.train import load_model, load_rows
+from ebpo_core.cli.fusionroute.train import load_model
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 from ebpo_core.fusionroute.training import FusionRouteCDPOConfig, FusionRouteSFTConfig
+from ebpo_core.tasks.loading import load_rows
 
 # transformers renamed what TRL 1.16 still sets; see ebpo_core.cli.fusionroute.main for the command itself.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:(transformers|trl)")

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers import ProgressCallback as TransformersProgress
 
 from ebpo_core.cli.bar import Bar
 from ebpo_core.cli.plot import LOG_NAME
@@ -80,6 +82,22 @@ class JsonlCallback(TrainerCallback):
         record = {"step": state.global_step, **{name: _json_number(value) for name, value in logs.items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def train_shown(trainer: Any, progress: ProgressCallback, output: Path, checkpoint: str | None) -> float:
+    """Train, or resume from ``checkpoint``, with our progress and log in the place of transformers'; wall seconds."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(TransformersProgress)
+    trainer.add_callback(progress)
+    trainer.add_callback(JsonlCallback(output))
+    if checkpoint:
+        progress.console.print(f"Resuming from {checkpoint}", markup=False, highlight=False, soft_wrap=True)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.close()
+    return time.perf_counter() - started
 
 
 def _step_of(line: str) -> int | None:

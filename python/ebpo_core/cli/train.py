@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from ebpo_core.cli.arguments import AUTO, TrainArguments, parse
 from ebpo_core.cli.bar import bar
-from ebpo_core.cli.progress import JsonlCallback, ProgressCallback, print_pass_at_1
+from ebpo_core.cli.progress import ProgressCallback, print_pass_at_1, train_shown
 from ebpo_core.tasks.evaluation import Evaluation, evaluate
 from ebpo_core.tasks.loading import Task, load_model, load_task
 from ebpo_core.trainer import last_complete_checkpoint
@@ -101,8 +100,6 @@ def resolve_resume(resume: str | None, output_dir: str) -> str | None:
 def run(arguments: TrainArguments, config: Any, model_config: Any, console: Console) -> Run:
     """Prepare task and model, measure, train, measure again, and save model, prior, log and result."""
     import torch
-    from transformers import PrinterCallback
-    from transformers import ProgressCallback as TransformersProgress
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -157,19 +154,7 @@ def run(arguments: TrainArguments, config: Any, model_config: Any, console: Cons
 
     before = measure(model, "pass@1 before")
     trainer = build_trainer(arguments, config, model_config, model, tokenizer, task)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(TransformersProgress)
-    progress = ProgressCallback(console, f"Training ({arguments.method})")
-    trainer.add_callback(progress)
-    trainer.add_callback(JsonlCallback(output))
-    if checkpoint:
-        console.print(f"Resuming from {checkpoint}", markup=False, highlight=False, soft_wrap=True)
-    started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        progress.close()
-    seconds = time.perf_counter() - started
+    seconds = train_shown(trainer, ProgressCallback(console, f"Training ({arguments.method})"), output, checkpoint)
     after = measure(trainer.accelerator.unwrap_model(trainer.model), "pass@1 after")
     trainer.save_model(config.output_dir)
     if trainer.is_world_process_zero():

@@ -79,7 +79,8 @@ def load_task(
         )
     if topics or levels:
         raise ValueError(f"task={name!r}: topics and levels choose among the clusters of {sorted(BUILT_IN)}")
-    data = _own_dataset(name, config, split)
+    builtin = f"a built-in task ({', '.join(BUILT_IN)}), nor "
+    data = load_rows("task", name, split, config=config, builtin=builtin)
     if "prompt" not in data.column_names:
         raise ValueError(f"task={name!r}: no column named 'prompt' among {data.column_names}; rename one")
     if test_size + 1 > len(data):
@@ -93,26 +94,42 @@ def load_task(
     return Task(data, test, load_reward(reward))
 
 
-def _own_dataset(name: str, config: str | None, split: str) -> Dataset:
+def load_rows(
+    argument: str, name: str, split: str, size: int | None = None, *, config: str | None = None, builtin: str = ""
+) -> Dataset:
+    """Rows from a JSON Lines, JSON, Parquet or CSV file, from what ``Dataset.save_to_disk`` wrote, or from the hub.
+
+    Args:
+        argument: What the user calls ``name``, for the errors.
+        name: The file, folder or hub id.
+        split: Of a hub data set, or of a saved ``DatasetDict``.
+        size: How many of the first rows; all by default.
+        config: The hub data set's configuration.
+        builtin: What else ``name`` could have been, for the errors.
+
+    Raises:
+        ValueError: Nothing of that name, or a file of another kind.
+    """
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix not in _FILES:
-            raise ValueError(f"task={name!r}: a data file must end in one of {sorted(_FILES)}")
-        return load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            raise ValueError(f"{argument}={name!r}: a data file must end in one of {sorted(_FILES)}")
+        data = load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
+    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         data = load_from_disk(str(path))
-        return data[split] if isinstance(data, DatasetDict) else data
-    if not path.exists() and (path.suffix in _FILES or path.is_absolute()):
-        raise ValueError(f"task={name!r}: no such file")
-    try:
-        return load_dataset(name, config, split=split)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"task={name!r}: neither a built-in task ({', '.join(BUILT_IN)}), nor a file, nor a data set that "
-            f"the hub gave us ({error})"
-        ) from error
+        data = data[split] if isinstance(data, DatasetDict) else data
+    elif not path.exists() and (path.suffix in _FILES or path.is_absolute()):
+        raise ValueError(f"{argument}={name!r}: no such file")
+    else:
+        try:
+            data = load_dataset(name, config, split=split)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise ValueError(
+                f"{argument}={name!r}: neither {builtin}a file, nor a data set that the hub gave us ({error})"
+            ) from error
+    return data if size is None else data.select(range(min(size, len(data))))
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
 from ebpo_core.cli.fusionroute.arguments import TrainArguments, parse
-from ebpo_core.cli.progress import JsonlCallback, ProgressCallback
+from ebpo_core.cli.progress import ProgressCallback, train_shown
 from ebpo_core.cli.train import RESULT_NAME, resolve_resume
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
-_FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _NOTED = {
     "loss": "loss",
     "routing/accuracy": "routing",
@@ -46,34 +44,6 @@ class _Progress(ProgressCallback):
         self.note = note or self.note
         if self.bar is not None:
             self.bar.update(state.global_step, self.note)
-
-
-def load_rows(argument: str, name: str, split: str, size: int | None = None) -> Dataset:
-    """Rows from a JSON Lines, JSON, Parquet or CSV file, from what ``Dataset.save_to_disk`` wrote, or from the hub.
-
-    Raises:
-        ValueError: Nothing of that name, or a file of another kind.
-    """
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix not in _FILES:
-            raise ValueError(f"{argument}={name!r}: a data file must end in one of {sorted(_FILES)}")
-        data = load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        data = load_from_disk(str(path))
-        data = data[split] if isinstance(data, DatasetDict) else data
-    elif path.suffix in _FILES or path.is_absolute():
-        raise ValueError(f"{argument}={name!r}: no such file")
-    else:
-        try:
-            data = load_dataset(name, split=split)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise ValueError(
-                f"{argument}={name!r}: neither a file, nor a saved data set, nor one that the hub gave us ({error})"
-            ) from error
-    return data if size is None else data.select(range(min(size, len(data))))
 
 
 def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tuple[Any, Any]:
@@ -123,6 +93,7 @@ def build_trainer(arguments: TrainArguments, config: Any, model_config: Any, mod
     from trl import get_peft_config  # type: ignore[attr-defined]
 
     from ebpo_core.fusionroute.training import FusionRouteCDPOTrainer, FusionRouteSFTTrainer
+    from ebpo_core.tasks.loading import load_rows
 
     split, size = arguments.dataset_split, arguments.train_size
 
@@ -146,8 +117,7 @@ def build_trainer(arguments: TrainArguments, config: Any, model_config: Any, mod
 def run(arguments: TrainArguments, config: Any, model_config: Any, console: Console) -> Run:
     """Load, train, evaluate if there is something to evaluate on, and save model, tokenizer, log and result."""
     import torch
-    from transformers import PrinterCallback, set_seed
-    from transformers import ProgressCallback as TransformersProgress
+    from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -158,19 +128,7 @@ def run(arguments: TrainArguments, config: Any, model_config: Any, console: Cons
     set_seed(config.seed)  # the trainer does so too, but after a new route head has been drawn
     model, tokenizer = load_model(arguments, config, model_config)
     trainer = build_trainer(arguments, config, model_config, model, tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(TransformersProgress)
-    progress = _Progress(console, f"Training ({arguments.stage})")
-    trainer.add_callback(progress)
-    trainer.add_callback(JsonlCallback(output))
-    if checkpoint:
-        console.print(f"Resuming from {checkpoint}", markup=False, highlight=False, soft_wrap=True)
-    started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        progress.close()
-    seconds = time.perf_counter() - started
+    seconds = train_shown(trainer, _Progress(console, f"Training ({arguments.stage})"), output, checkpoint)
     metrics = trainer.evaluate() if arguments.eval_data or arguments.eval_preferences else {}
     if model_config.use_peft:
         trainer.save_merged(config.output_dir)
