@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ebpo_core.tasks.countdown import Problem, generate
+from ebpo_core.tasks.supervised import fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,29 +58,13 @@ def warm_up(
     Returns:
         The loss of each step, in nats per answer token.
     """
-    import torch
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    rise = max(1, steps // 6)
-
-    def scale(step: int) -> float:
-        return (step + 1) / rise if step < rise else 1 - 0.9 * (step - rise) / max(1, steps - rise)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     problems = generate(steps * batch_size, seed, "train")
-    losses: list[float] = []
-    model.train()
-    for step in range(1, steps + 1):
-        ids, mask, labels = (
-            tensor.to(model.device) for tensor in encode_batch(list(islice(problems, batch_size)), tokenizer)
-        )
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if on_step is not None:
-            on_step(step, losses[-1])
-    return losses
+    return fit(
+        model,
+        (encode_batch(list(islice(problems, batch_size)), tokenizer) for _ in range(steps)),
+        steps=steps,
+        rise=max(1, steps // 6),
+        learning_rate=learning_rate,
+        weight_decay=0.01,
+        on_step=on_step,
+    )

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ebpo_core.tasks.supervised import fit
+
 from .domains import DOMAINS, KINDS, LONGEST_SEQUENCE, Problem, generate
 
 if TYPE_CHECKING:
@@ -96,29 +98,23 @@ def train(
         ValueError: ``problems`` ran out.
     """
     steps, batch_size, learning_rate = course
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    rise = max(1, steps // 10)
 
-    def scale(step: int) -> float:
-        return (step + 1) / rise if step < rise else 1 - 0.9 * (step - rise) / max(1, steps - rise)
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for step in range(1, steps + 1):
+            batch = list(islice(problems, batch_size))
+            if len(batch) < batch_size:
+                raise ValueError(f"problems ran out in step {step} of {steps}: expected {batch_size} for each step")
+            yield encode(batch, tokenizer)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    losses: list[float] = []
-    model.train()
-    for step in range(1, steps + 1):
-        batch = list(islice(problems, batch_size))
-        if len(batch) < batch_size:
-            raise ValueError(f"problems ran out in step {step} of {steps}: expected {batch_size} for each step")
-        ids, mask, labels = encode(batch, tokenizer)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if on_step is not None:
-            on_step(step, losses[-1])
+    losses = fit(
+        model,
+        batches(),
+        steps=steps,
+        rise=max(1, steps // 10),
+        learning_rate=learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        on_step=on_step,
+    )
     model.eval()  # type: ignore[no-untyped-call]
     return losses
 
