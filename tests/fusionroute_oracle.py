@@ -55,3 +55,26 @@ def oracle_logits(model: FusionRouteForCausalLM, tokens: Sequence[int], expert: 
     chosen = model.experts[expert].model(input_ids=ids, use_cache=False).logits[0, -1, :V]
     wide = torch.promote_types(router.dtype, torch.float32)
     return router.to(wide) + alpha * chosen.to(wide)
+
+
+@torch.no_grad()
+def settled(
+    model: FusionRouteForCausalLM, tokens: Sequence[int], start: int, *, rounding: float = 5e-5, **options: Any
+) -> int:
+    """How many of the tokens from ``start`` on have margins wider than ten roundings, for tokens and for experts.
+
+    Args:
+        model: runs over the whole sequence without a cache.
+        tokens: prompt and answer.
+        start: where the answer begins.
+        rounding: relative to the largest logit; by default float32's.
+        options: of the forward, such as ``alpha``.
+    """
+    out = model(input_ids=torch.tensor([list(tokens)]), use_cache=False, **options)
+    sure = len(tokens) - start
+    for values, scale in ((out.logits[0], out.logits[0].abs().amax(-1)), (out.routing_weights[0], torch.ones(1))):
+        best = values[start - 1 : -1].topk(2).values
+        narrow = best[:, 0] - best[:, 1] < 10 * rounding * scale.expand(len(tokens))[start - 1 : -1]
+        if bool(narrow.any()):
+            sure = min(sure, int(narrow.nonzero()[0]))
+    return sure

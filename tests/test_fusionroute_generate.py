@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusionroute_oracle import VOCAB, fusionroute, oracle_logits, padded_prompts
+from fusionroute_oracle import VOCAB, fusionroute, oracle_logits, padded_prompts, settled
 from fusionroute_tiny import tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -43,18 +43,6 @@ def prompts() -> dict[str, Any]:
 @pytest.fixture
 def one(prompts: dict[str, Any]) -> dict[str, Any]:
     return {**prompts, "input_ids": prompts["input_ids"][1:2], "attention_mask": prompts["attention_mask"][1:2]}
-
-
-def settled(model: FusionRouteForCausalLM, tokens: list[int], start: int) -> int:
-    """How many of the new tokens have margins wider than float32's rounding, for tokens and for experts."""
-    for end in range(start, len(tokens)):
-        with torch.no_grad():
-            out = model(input_ids=torch.tensor([tokens[:end]]), use_cache=False, logits_to_keep=1)
-        for values, scale in ((out.logits[0, -1], out.logits.abs().max()), (out.routing_weights[0, -1], 1.0)):
-            best = values.topk(2).values
-            if best[0] - best[1] < 10 * 5e-5 * scale:
-                return end - start
-    return len(tokens) - start
 
 
 MODES: dict[str, dict[str, Any]] = {

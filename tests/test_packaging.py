@@ -107,7 +107,8 @@ def test_wheel_holds_every_source_of_the_package(wheel):
 
 
 @pytest.mark.parametrize(
-    "subpackage", ["kernels", "trainer", "tasks", "cli", "fusionroute", "traces", "integrations", "verifiers", "data"]
+    "subpackage",
+    ["kernels", "trainer", "tasks", "cli", "fusionroute", "traces", "serving", "integrations", "verifiers", "data"],
 )
 def test_wheel_holds_the_subpackage(wheel, subpackage):
     with zipfile.ZipFile(wheel) as archive:
@@ -149,6 +150,20 @@ def test_wheel_declares_the_command(wheel, command, module):
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
         pattern = rf"^{command}\s*=\s*{re.escape(module)}:main$"
         assert re.search(pattern, archive.read(name).decode(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "target"),
+    [
+        ("verl.plugins", "ebpo", "ebpo_core.integrations.verl"),
+        ("vllm.general_plugins", "fusionroute", "ebpo_core.serving.plugin:register"),
+    ],
+)
+def test_wheel_declares_the_plugin(wheel, group, name, target):
+    with zipfile.ZipFile(wheel) as archive:
+        (file,) = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
+        section = archive.read(file).decode().split(f"[{group}]")[1].split("[")[0]
+    assert re.search(rf"^{name}\s*=\s*{re.escape(target)}$", section, re.MULTILINE)
 
 
 def test_wheel_works_with_numpy_only(clean_python, tmp_path):

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from server import NAME, serving
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ebpo_core.cli import main
@@ -23,12 +18,8 @@ from ebpo_core.evaluation.sampling import SamplingOptions
 from ebpo_core.evaluation.server import Server, ServerError, ServerModel
 from ebpo_core.tasks.tiny_model import build_tokenizer
 
-NAME = "tiny"
-START_SECONDS = 600
-"""A CPU build compiles kernels on its first start."""
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of random weights whose own generation config would change samples, if it were followed."""
     folder = tmp_path_factory.mktemp("model")
@@ -54,33 +45,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """vLLM's server on a free port, until the tests are over."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "16"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            while True:
-                assert server.poll() is None, log.read_text()[-6000:]
-                assert time.monotonic() < deadline, log.read_text()[-6000:]
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                        break
-                except OSError:
-                    time.sleep(1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.terminate()
-            server.wait(60)
+@pytest.fixture(scope="module")
+def url(model: Path) -> Iterator[str]:
+    """vLLM's server, until the tests of this file are over."""
+    with serving(
+        model, "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "16"
+    ) as one:
+        yield one.url
 
 
 def flags(url: str, output: Path, *more: str) -> list[str]:

@@ -144,7 +144,7 @@ class Experts(Sequence[Expert]):
             FileNotFoundError, ImportError, OSError, TypeError, ValueError: with the expert's name and the remedy.
         """
         parsed = parse_experts(experts)
-        base_dir = _base_folder([reference for reference, _ in parsed], base_dir, revision)
+        base_dir = base_folder([reference for reference, _ in parsed], base_dir, revision)
         pool, default_device = OffloadPool(), exact_device(device)
         bases: dict[str, _Base] = {}
         plans: list[tuple[ExpertReference, _Base]] = []
@@ -317,7 +317,7 @@ def _live(name: str, model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _base_folder(
+def base_folder(
     references: Sequence[ExpertReference], base_dir: str | os.PathLike[str] | None, revision: str | None
 ) -> Path | None:
     """The local folder that relative paths are looked up in; of a checkpoint on the hub, with its own experts in it."""

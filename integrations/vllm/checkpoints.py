@@ -1,0 +1,149 @@
+"""Tiny FusionRoute checkpoints whose experts stay in their own folders, and what ``generate`` makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from fusionroute_oracle import settled
+from fusionroute_tiny import save_tiny, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ebpo_core.fusionroute import FusionRouteForCausalLM, RoutedToken
+
+VOCAB = 200
+WIDE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
+"""The CPU build's attention takes heads of 32 and more."""
+
+MIXED = {
+    "deep": ("llama", {"layers": 3, "num_key_value_heads": 4}),
+    "qwen": ("qwen2", {}),
+    "window": ("mistral", {"window": 16, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}),
+}
+"""Experts that differ from the router, and from each other, in depth, width, heads, architecture and attention."""
+
+
+def save_checkpoint(
+    folder: Path, router: str, experts: Mapping[str, tuple[str, dict[str, Any]]], *, spread: float = 1.0, **options: Any
+) -> Path:
+    """A router of seed 0 and experts of seeds 1, 2, ... in ``folder``; returns the checkpoint ``folder/fused``.
+
+    Args:
+        folder: where to.
+        router: its family; of tied Gemma 2, since vLLM knows no other.
+        experts: family and settings per name.
+        spread: of the route head's weights.
+        options: stored defaults of decoding.
+    """
+    paths = {}
+    for number, (name, (family, settings)) in enumerate(experts.items(), start=1):
+        paths[name] = save_tiny(folder / name, family, number, **{**WIDE, **_tied(family), **settings})
+    save_tiny(folder / "router", router, 0, **WIDE, **_tied(router))
+    model = FusionRouteForCausalLM.from_experts(
+        folder / "router", {n: str(path) for n, path in paths.items()}, **options
+    )
+    with torch.no_grad():
+        model.route_head.weight.normal_(std=spread, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder / "fused")
+    tiny_tokenizer(VOCAB).save_pretrained(folder / "fused")
+    return folder / "fused"
+
+
+def _tied(family: str) -> dict[str, Any]:
+    return {"tie_word_embeddings": family in ("gemma2", "gemma3")}
+
+
+def load(checkpoint: Path, **live: PreTrainedModel) -> FusionRouteForCausalLM:
+    """The checkpoint under transformers, some experts replaced by live models.
+
+    Gemma 2 needs eager attention there: the other kinds leave its soft cap out.
+    """
+    names = [expert["name"] for expert in json.loads((checkpoint / "config.json").read_text())["experts"]]
+    eager: dict[str, Any] = {name: {"attn_implementation": "eager"} for name in names}
+    return FusionRouteForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", expert_paths=eager | live)
+
+
+def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Random prompts without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(6, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+class Answer(NamedTuple):
+    """Greedy tokens and their routing, and how many of them float32 decides."""
+
+    tokens: list[int]
+    routing: tuple[RoutedToken, ...]
+    sure: int
+
+    def check(self, tokens: Sequence[int], routing: Sequence[RoutedToken] | None = None) -> None:
+        """Assert that a server's tokens (and routing) are these, as far as float32 decides."""
+        assert len(tokens) == len(self.tokens)
+        assert list(tokens[: self.sure]) == self.tokens[: self.sure]
+        for found, expected in zip((routing or ())[: self.sure], self.routing, strict=False):
+            assert (found.expert, found.overruled) == (expected.expert, expected.overruled)
+            assert abs(found.weight - expected.weight) < 1e-3
+
+
+def reference(
+    model: FusionRouteForCausalLM, prompt: Sequence[int], new: int, *, rounding: float = 5e-5, **options: Any
+) -> Answer:
+    """What our own ``generate`` answers, greedily, with ``new`` tokens; ``rounding`` as in :func:`settled`."""
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, output_routing=True, **options
+    )
+    sequence = out.sequences[0].tolist()
+    return Answer(
+        sequence[len(prompt) :], out.routing[0].tokens, settled(model, sequence, len(prompt), rounding=rounding)
+    )
+
+
+def quantise(folder: Path) -> PreTrainedModel:
+    """Rewrite a saved model's linear layers as int8 with a scale per channel, and activations per token.
+
+    This is compressed-tensors' ``int-quantized`` format, which vLLM runs on CPUs.
+
+    Returns:
+        A float32 model that computes what such a model computes.
+    """
+    file = folder / "model.safetensors"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        tensors[name] = tensor
+        if name.endswith("_proj.weight"):
+            scale = tensor.abs().amax(dim=1, keepdim=True) / 127
+            tensors |= {name: (tensor / scale).round().to(torch.int8), f"{name}_scale": scale}
+            linear: Any = model.get_submodule(name.removesuffix(".weight"))
+            linear.forward = _int8_activations(tensors[name] * scale)
+    save_file(tensors, file, metadata={"format": "pt"})
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    scheme = {
+        "weights": {**eight, "strategy": "channel"},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+        "targets": ["Linear"],
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": scheme},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def _int8_activations(weight: torch.Tensor) -> Any:
+    def forward(states: torch.Tensor) -> torch.Tensor:
+        scale = (states.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)  # padding's embedding is zero
+        return nn.functional.linear((states / scale).round() * scale, weight)
+
+    return forward

@@ -1,0 +1,152 @@
+"""Checkpoints and settings that cannot be served stop vLLM at its start, with this package's message and a remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import VOCAB, WIDE, save_checkpoint
+from fusionroute_tiny import put_in_hub_cache, save_tiny, save_tiny_adapter, save_tiny_gguf, tiny_model
+from safetensors.torch import load_file, save_file
+from server import command, environment, free_port
+
+WORKER = Path(__file__).parent / "startup_worker.py"
+HUB = "someone/expert"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("good"), "llama", {"one": ("llama", {}), "two": ("qwen2", {})})
+
+
+def changed(good: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    """A copy of the checkpoint whose config was changed."""
+    shutil.copytree(good, folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def expert(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of the first expert; its weights are no longer those of the hash."""
+
+    def change(config: dict[str, Any]) -> None:
+        config["experts"][0] = {"name": "one", **fields}
+
+    return change
+
+
+def test_what_is_refused_at_the_start(good: Path, tmp_path: Path) -> None:
+    source = good.parent
+    narrow = save_tiny(tmp_path / "narrow", "llama", 1, vocab_size=VOCAB - 40, **WIDE)
+    short = save_tiny(tmp_path / "short", "llama", 1, max_position_embeddings=128, **WIDE)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(source / "one", pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    other = tmp_path / "other"
+    shutil.copytree(source / "one", other)
+    save_file(
+        {name: tensor * 1.5 for name, tensor in load_file(other / "model.safetensors").items()},
+        other / "model.safetensors",
+    )
+    save_tiny_gguf(tmp_path / "model.gguf")
+    save_tiny_adapter(tmp_path / "adapter", tiny_model("llama", 1, **WIDE))
+    put_in_hub_cache(tmp_path / "hub", HUB, source / "one")
+    one = str(source / "one")
+
+    def nothing(config: dict[str, Any]) -> None:
+        config["experts"] = []
+
+    def sampled(config: dict[str, Any]) -> None:
+        config["route"] = "sample"
+
+    def sticky(config: dict[str, Any]) -> None:
+        config["hysteresis"] = 0.5
+
+    moved = {"expert_paths": {"one": str(other)}}
+    cases: list[tuple[dict[str, Any], str | None]] = [
+        ({"model": str(good)}, None),
+        ({"model": str(good), "hf_overrides": {**moved, "verify_experts": False}}, None),
+        (
+            {"model": str(good), "hf_overrides": moved},
+            "weights of expert 'one' are not those the router was trained with",
+        ),
+        ({"model": str(good), "hf_overrides": {"expert_paths": {"three": one}}}, "experts are ['one', 'two']"),
+        ({"model": changed(good, tmp_path / "a", expert(path="/nowhere/at/all"))}, "expert 'one': there is no path"),
+        ({"model": changed(good, tmp_path / "b", expert(path=str(narrow)))}, f"expert 'one' has {VOCAB - 40} logits"),
+        ({"model": changed(good, tmp_path / "c", expert(path=str(pickled)))}, "weights as pickles"),
+        ({"model": changed(good, tmp_path / "d", expert(path=str(tmp_path / "model.gguf")))}, "fusionroute convert"),
+        (
+            {"model": changed(good, tmp_path / "e", expert(path=one, adapter=str(tmp_path / "adapter")))},
+            "fusionroute convert",
+        ),
+        ({"model": changed(good, tmp_path / "f", expert(path=HUB))}, None),
+        (
+            {"model": changed(good, tmp_path / "g", expert(path=HUB, revision="v9"))},
+            "'someone/expert' at revision 'v9'",
+        ),
+        ({"model": changed(good, tmp_path / "h", expert(path="someone/absent"))}, "Check its path and revision"),
+        ({"model": changed(good, tmp_path / "i", nothing)}, "names no experts"),
+        ({"model": changed(good, tmp_path / "j", sampled)}, '--hf-overrides \'{"route": "argmax"}\''),
+        ({"model": changed(good, tmp_path / "k", sticky)}, "--hf-overrides '{\"hysteresis\": 0}'"),
+        ({"model": str(tmp_path / "k"), "hf_overrides": {"hysteresis": 0}}, None),
+        ({"model": changed(good, tmp_path / "l", expert(path=str(short)))}, None),
+        ({"model": str(tmp_path / "l"), "max_model_len": 300}, "expert 'one' has 128 positions"),
+        ({"model": str(good), "pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"model": str(good), "enable_lora": True}, "LoRA"),
+        ({"model": str(good), "enable_prompt_embeds": True}, "prompts given as embeddings"),
+        ({"model": str(good), "environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}, "first model runner"),
+        (
+            {"model": str(good), "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding",
+        ),
+    ]
+    variables = environment() | {"HF_HUB_CACHE": str(tmp_path / "hub"), "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run(
+        [sys.executable, str(WORKER), json.dumps([case for case, _ in cases])],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    said = json.loads(done.stdout.splitlines()[-1])["said"]
+    for (case, expected), found in zip(cases, said, strict=True):
+        if expected is None:
+            assert found is None, (case, found)
+        else:
+            assert found is not None, case
+            assert expected in found, case
+
+
+def test_a_server_that_cannot_start_ends_with_the_message(good: Path, tmp_path: Path) -> None:
+    gone = changed(good, tmp_path / "gone", expert(path="./experts/gone"))
+    start = command(Path(gone), free_port(), "--dtype", "float32", "--enforce-eager")
+    done = subprocess.run(start, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "expert 'one': there is no path" in done.stderr
+    assert "expert_paths" in done.stderr
+
+
+def test_another_model_is_served_as_if_the_plugin_were_not_there(good: Path) -> None:
+    case = json.dumps([{"model": str(good.parent / "one")}])
+    script = WORKER.read_text().replace("> config.model_config.hf_config", "== config.model_config.hf_config")
+    done = subprocess.run(
+        [sys.executable, "-c", script, case],
+        env=os.environ | environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == {"said": [None]}, done.stderr[-3000:]
+    assert "fusionroute" not in done.stderr.lower()

@@ -1,0 +1,189 @@
+"""What happens before an engine starts: experts found and checked, limits set, what cannot be served refused.
+
+vLLM calls :class:`Startup` once, in the process that builds the engine's configuration, so that every refusal is that
+process' error message. The processes that run the model get the configuration as it is left here.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+from ebpo_core.fusionroute.config import FusionRouteConfig
+from ebpo_core.fusionroute.experts.expert import base_folder
+from ebpo_core.fusionroute.experts.loading import explained
+from ebpo_core.fusionroute.experts.plain import needs_conversion
+from ebpo_core.fusionroute.experts.references import ExpertReference
+from ebpo_core.fusionroute.experts.roster import overridden
+from ebpo_core.fusionroute.experts.weights import (
+    COMMIT,
+    FILES,
+    check_hash,
+    commit_hash,
+    kind,
+    sources_hash,
+    weight_files,
+)
+
+from .columns import extra_columns
+from .counters import publish
+from .guard import processor_name
+from .submodels import expert_config
+
+logger = init_logger(__name__)
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+def known_to(startup: type, architecture: str) -> None:
+    """Have vLLM call ``startup`` for models of ``architecture``."""
+    MODELS_CONFIG_MAP[architecture] = startup
+
+
+class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
+    """vLLM's hook for what a model needs of an engine's configuration.
+
+    Attributes of the checkpoint's config that only this reads, given by ``--hf-overrides '{"name": value}'``:
+
+    ``expert_paths``
+        where experts are now, by name: a path, or a dict of the fields of
+        :class:`~ebpo_core.fusionroute.experts.references.ExpertReference` that change.
+    ``verify_experts``
+        false accepts experts whose weights are no longer those that the router was trained with.
+    """
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Experts resolved to local folders, the vocabulary widened, the context as long as every sub-model's.
+
+        Raises:
+            FileNotFoundError, OSError, ValueError: an expert is missing, changed, too narrow, or of a kind that vLLM
+                does not load.
+        """
+        config: FusionRouteConfig = model_config.hf_config
+        experts = resolved(config, model_config.model, model_config.revision)
+        config.experts = [expert.to_dict() for expert in experts]
+        V, longest = int(config.vocab_size or 0), int(model_config.max_model_len)
+        for expert in experts:
+            own = expert_config(expert, trust_remote_code=model_config.trust_remote_code).get_text_config()
+            if own.vocab_size < V:
+                raise ValueError(
+                    f"expert {expert.name!r} has {own.vocab_size} logits, the checkpoint's vocab_size is {V}: it is "
+                    "not the expert this model was trained with"
+                )
+            positions = getattr(own, "max_position_embeddings", None) or longest
+            if positions < longest and model_config.original_max_model_len is not None:
+                raise ValueError(
+                    f"max_model_len is {longest}, but expert {expert.name!r} has {positions} positions: "
+                    f"pass --max-model-len {positions} or less"
+                )
+            longest = min(longest, positions)
+        if longest < model_config.max_model_len:
+            logger.info("max_model_len is %d, the shortest context among router and experts", longest)
+            model_config.max_model_len = longest
+        text = copy.copy(config.text_config)
+        text.vocab_size = V + extra_columns(len(experts))
+        model_config.hf_text_config = text
+        model_config.model_arch_config = model_config.get_model_arch_config()
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Refuse what a composite of models cannot do; add the guard of the extra ids; open the counters.
+
+        Raises:
+            ValueError: a setting that does not go with FusionRoute, with the one to use instead.
+        """
+        model_config = vllm_config.model_config
+        config: FusionRouteConfig = model_config.hf_config
+        options = config.options()
+        for name, wanted in {"route": "argmax", "hysteresis": 0}.items():
+            value = getattr(options, name)
+            if value != wanted:
+                raise ValueError(
+                    f"the checkpoint's config has {name}={value!r}, which needs a state per request that vLLM's models "
+                    f"do not have: pass --hf-overrides '{json.dumps({name: wanted})}'"
+                )
+        for present, what in (
+            (vllm_config.speculative_config, "speculative decoding"),
+            (vllm_config.lora_config, "LoRA requests"),
+            (model_config.enable_prompt_embeds, "prompts given as embeddings"),
+            (vllm_config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism"),
+        ):
+            if present:
+                raise ValueError(f"FusionRoute in vLLM does not support {what}: start the server without it")
+        _select_runner()
+        names = [str(expert["name"]) for expert in config.experts or []]
+        processor = processor_name(int(config.vocab_size or 0))
+        others = [given for given in model_config.logits_processors or [] if given != processor]
+        model_config.logits_processors = [*others, processor]
+        publish(names, int(config.vocab_size or 0))
+
+
+def resolved(config: FusionRouteConfig, model: str, revision: str | None) -> list[ExpertReference]:
+    """The checkpoint's experts as references to local folders of safetensors, their hashes compared.
+
+    Args:
+        config: of the checkpoint, with ``expert_paths`` and ``verify_experts`` if they were given.
+        model: the checkpoint's folder or hub id.
+        revision: of a hub id.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as :class:`Startup` says.
+    """
+    stored = [ExpertReference.from_dict(expert) for expert in config.experts or []]
+    if not stored:
+        raise ValueError(f"the checkpoint {model!r} names no experts: save it again from the model")
+    moved = overridden(stored, getattr(config, "expert_paths", None))
+    wanted = [ExpertReference.parse(expert) for expert in moved.values()]
+    base = base_folder(wanted, model, revision)
+    verify = bool(getattr(config, "verify_experts", True))
+    return [_resolved(expert.anchored(base), verify) for expert in wanted]
+
+
+def _resolved(expert: ExpertReference, verify: bool) -> ExpertReference:
+    if (reason := needs_conversion(expert)) is not None:
+        raise ValueError(
+            f"expert {expert.name!r}: {reason}, which vLLM does not load; write a checkpoint that it does load by "
+            "`fusionroute convert CHECKPOINT OUTPUT`, and serve OUTPUT"
+        )
+    source = expert.source()
+    with explained(expert.name, source):
+        if source.folder is None:
+            from huggingface_hub import snapshot_download
+
+            inside = f"{source.subfolder}/" if source.subfolder else ""
+            patterns = [f"{inside}*.{ending}" for ending in ("json", "safetensors")]
+            fetched = snapshot_download(source.path, revision=source.revision, allow_patterns=patterns)
+            folder = Path(fetched) / source.subfolder
+        else:
+            folder = source.folder
+        weight_files(folder)  # says what is missing, and refuses pickles
+        if verify and expert.hash is not None:
+            if kind(expert.hash) == FILES:
+                check_hash(expert.name, expert.hash, sources_hash(source, None))
+            elif kind(expert.hash) == COMMIT:
+                check_hash(expert.name, expert.hash, commit_hash(source, None))
+            else:
+                logger.warning(
+                    "expert %r was saved from a live model: its weights are not compared with those it had then",
+                    expert.name,
+                )
+    changes = {"path": str(folder), "revision": None, "subfolder": None}
+    return ExpertReference.from_dict({**expert.to_dict(), **changes})
+
+
+def _select_runner() -> None:
+    """vLLM's first model runner: the second one asks other things of a logits processor than the guard offers."""
+    given = os.environ.get(_RUNNER)
+    if given not in (None, "0"):
+        raise ValueError(
+            f"{_RUNNER}={given}: FusionRoute's extra vocabulary ids are guarded in vLLM's first model runner only; "
+            f"unset the variable, or set {_RUNNER}=0"
+        )
+    os.environ[_RUNNER] = "0"
