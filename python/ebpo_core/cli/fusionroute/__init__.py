@@ -1,4 +1,4 @@
-"""The ``fusionroute`` command: ``train``, ``generate``, ``show``, ``eval`` and ``demo``.
+"""The ``fusionroute`` command: ``train``, ``generate``, ``show``, ``eval``, ``demo`` and ``convert``.
 
 A command's own modules are imported when it runs; a command whose extra is missing says what to install.
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     "show": "show a routing trace in the terminal and as an HTML page",
     "eval": "evaluate a checkpoint on tasks of the lm-evaluation-harness",
     "demo": "three experts and a router from scratch, on a CPU, in minutes",
+    "convert": "write a checkpoint whose experts are plain folders, as vLLM needs it",
 }
 
 # `eval` and `train` would be confusing module names beside Python's eval and the package `training`.
@@ -34,6 +35,7 @@ NEEDED = {
     "show": ("rich",),
     "eval": ("lm_eval", "rich"),
     "demo": ("trl", "datasets", "rich", "yaml"),
+    "convert": ("torch", "transformers"),
 }
 
 USAGE = "usage: fusionroute [--version] [--help] <command> [options]"
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left (`| head`). Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError) as error:
+    except (ImportError, ValueError, TypeError, OSError) as error:
         # Wrong input is worth one line; EBPO_TRACEBACK=1 shows where it was noticed.
         if os.environ.get("EBPO_TRACEBACK"):
             raise

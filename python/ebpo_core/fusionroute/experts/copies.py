@@ -76,10 +76,10 @@ def copy_experts(experts: Iterable[Expert], checkpoint_dir: Path) -> list[Expert
             changes: dict[str, Any] = {"path": f"{EXPERTS_FOLDER}/{bases[source]}", "gguf_file": source.gguf_file}
             with explained(expert.name):
                 folder = local_folder(source)
-                copies.add(bases[source], partial(_copy, folder, weight_files(folder, source.gguf_file)))
+                copies.add(bases[source], partial(copy_folder, folder, weight_files(folder, source.gguf_file)))
                 if adapter is not None:
                     folder = local_folder(adapter)
-                    copies.add(expert.name, partial(_copy, folder, adapter_files(folder)))
+                    copies.add(expert.name, partial(copy_folder, folder, adapter_files(folder)))
                     changes["adapter"] = f"{EXPERTS_FOLDER}/{expert.name}"
             result.append(replace(reference, **changes, hash=expert.hash))
     except BaseException:
@@ -116,7 +116,8 @@ class _Copies:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _copy(folder: Path, weights: Mapping[str, Path], target: Path) -> None:
+def copy_folder(folder: Path, weights: Mapping[str, Path], target: Path) -> None:
+    """Copy weight files, by their names in ``target``, and what may stand beside them."""
     files = dict(weights)
     for pattern in (*COMPANIONS, "*.safetensors.index.json"):
         files |= {file.name: file for file in folder.glob(pattern) if file.is_file()}

@@ -11,7 +11,7 @@ from .loading import explained, require
 from .references import ExpertReference, Source
 
 # Any of them makes a folder one with a tokenizer.
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
 
 def check_tokenizers(named: Mapping[str, Any], vocab_size: int | None = None) -> None:
@@ -80,8 +80,8 @@ def _has_tokenizer(expert: str, source: Source) -> bool:
     if source.gguf_file:
         return True
     if source.folder is not None:
-        return any((source.folder / name).is_file() for name in _FILES)
-    found = [_in_repository(source, name) for name in ("tokenizer_config.json", *_FILES)]
+        return any((source.folder / name).is_file() for name in TOKENIZER_FILES)
+    found = [_in_repository(source, name) for name in ("tokenizer_config.json", *TOKENIZER_FILES)]
     if None in found and True not in found:
         raise OSError(
             f"expert {expert!r}: cannot tell whether {source.path!r} at revision {source.revision or 'main'!r} has a "
