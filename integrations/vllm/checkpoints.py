@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,19 +30,27 @@ MIXED = {
 
 
 def save_checkpoint(
-    folder: Path, router: str, experts: Mapping[str, tuple[str, dict[str, Any]]], *, spread: float = 1.0, **options: Any
+    folder: Path,
+    router: str,
+    experts: Mapping[str, tuple[str | Path, dict[str, Any]]],
+    *,
+    spread: float = 1.0,
+    **options: Any,
 ) -> Path:
     """A router of seed 0 and experts of seeds 1, 2, ... in ``folder``; returns the checkpoint ``folder/fused``.
 
     Args:
         folder: where to.
         router: its family; of tied Gemma 2, since vLLM knows no other.
-        experts: family and settings per name.
+        experts: family and settings per name, or the folder of a model.
         spread: of the route head's weights.
         options: stored defaults of decoding.
     """
     paths = {}
     for number, (name, (family, settings)) in enumerate(experts.items(), start=1):
+        if isinstance(family, Path):
+            paths[name] = family
+            continue
         paths[name] = save_tiny(folder / name, family, number, **{**WIDE, **_tied(family), **settings})
     save_tiny(folder / "router", router, 0, **WIDE, **_tied(router))
     model = FusionRouteForCausalLM.from_experts(
@@ -104,10 +113,14 @@ def reference(
     )
 
 
-def quantise(folder: Path) -> PreTrainedModel:
+def quantise(folder: Path, keep: Sequence[str] = ()) -> PreTrainedModel:
     """Rewrite a saved model's linear layers as int8 with a scale per channel, and activations per token.
 
     This is compressed-tensors' ``int-quantized`` format, which vLLM runs on CPUs.
+
+    Args:
+        folder: of the model.
+        keep: linear layers that stay as they are: names, or patterns that begin with ``re:``.
 
     Returns:
         A float32 model that computes what such a model computes.
@@ -117,10 +130,12 @@ def quantise(folder: Path) -> PreTrainedModel:
     tensors = {}
     for name, tensor in load_file(file).items():
         tensors[name] = tensor
-        if name.endswith("_proj.weight"):
+        layer = name.removesuffix(".weight")
+        kept = any(re.match(one[3:], layer) if one.startswith("re:") else one == layer for one in keep)
+        if name.endswith("_proj.weight") and not kept:
             scale = tensor.abs().amax(dim=1, keepdim=True) / 127
             tensors |= {name: (tensor / scale).round().to(torch.int8), f"{name}_scale": scale}
-            linear: Any = model.get_submodule(name.removesuffix(".weight"))
+            linear: Any = model.get_submodule(layer)
             linear.forward = _int8_activations(tensors[name] * scale)
     save_file(tensors, file, metadata={"format": "pt"})
     eight = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -134,7 +149,7 @@ def quantise(folder: Path) -> PreTrainedModel:
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *keep],
         "config_groups": {"group_0": scheme},
     }
     (folder / "config.json").write_text(json.dumps(config))

@@ -23,6 +23,8 @@ from transformers import LogitsProcessorList
 from ebpo_core.fusionroute import FusionRouteForCausalLM, RoutedToken
 from ebpo_core.serving.columns import decode, routing_ids
 
+pytestmark = pytest.mark.timeout(900)  # engines start slowly on a busy machine
+
 NEW = 24
 IDS = routing_ids(VOCAB, len(MIXED))
 ROUTING: dict[str, Any] = {"logprob_token_ids": IDS, "return_tokens_as_token_ids": True}

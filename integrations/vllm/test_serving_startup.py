@@ -17,6 +17,8 @@ from fusionroute_tiny import put_in_hub_cache, save_tiny, save_tiny_adapter, sav
 from safetensors.torch import load_file, save_file
 from server import command, environment, free_port
 
+pytestmark = pytest.mark.timeout(600)  # engines start slowly on a busy machine
+
 WORKER = Path(__file__).parent / "startup_worker.py"
 HUB = "someone/expert"
 

@@ -35,7 +35,7 @@ from ebpo_core.fusionroute.experts.weights import (
 from .columns import extra_columns
 from .counters import publish
 from .guard import processor_name
-from .submodels import expert_config
+from .submodels import expert_config, view
 
 logger = init_logger(__name__)
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -70,13 +70,17 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
         experts = resolved(config, model_config.model, model_config.revision)
         config.experts = [expert.to_dict() for expert in experts]
         V, longest = int(config.vocab_size or 0), int(model_config.max_model_len)
+        mixture = _mixture_of(view(model_config, config.router_config, model_config.model), "the router")
         for expert in experts:
-            own = expert_config(expert, trust_remote_code=model_config.trust_remote_code).get_text_config()
+            full = expert_config(expert, trust_remote_code=model_config.trust_remote_code)
+            own = full.get_text_config()
             if own.vocab_size < V:
                 raise ValueError(
                     f"expert {expert.name!r} has {own.vocab_size} logits, the checkpoint's vocab_size is {V}: it is "
                     "not the expert this model was trained with"
                 )
+            one = view(model_config, full, str(expert.path))
+            mixture = max(mixture, _mixture_of(one, f"expert {expert.name!r}"))
             positions = getattr(own, "max_position_embeddings", None) or longest
             if positions < longest and model_config.original_max_model_len is not None:
                 raise ValueError(
@@ -91,6 +95,8 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
         text.vocab_size = V + extra_columns(len(experts))
         model_config.hf_text_config = text
         model_config.model_arch_config = model_config.get_model_arch_config()
+        # vLLM prepares its ranks for mixtures of experts if the engine's model is one; here any part may be.
+        model_config.model_arch_config.num_experts = mixture
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -176,6 +182,22 @@ def _resolved(expert: ExpertReference, verify: bool) -> ExpertReference:
                 )
     changes = {"path": str(folder), "revision": None, "subfolder": None}
     return ExpertReference.from_dict({**expert.to_dict(), **changes})
+
+
+def _mixture_of(model_config: Any, name: str) -> int:
+    """How many feed-forward experts a sub-model has inside its layers, 0 for most.
+
+    Raises:
+        ValueError: it keeps a state per request other than keys and values.
+    """
+    (architecture,) = model_config.hf_config.architectures[:1]
+    info, _ = model_config.registry.inspect_model_cls(architecture, model_config)
+    if info.has_inner_state or info.is_attention_free or info.is_hybrid:
+        raise ValueError(
+            f"{name} is a {architecture}, with recurrent layers: FusionRoute in vLLM keeps keys and values only; "
+            "use the checkpoint's own generate, or an expert with attention alone"
+        )
+    return int(model_config.model_arch_config.num_experts or 0)
 
 
 def _select_runner() -> None:

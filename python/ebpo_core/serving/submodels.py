@@ -17,6 +17,8 @@ from vllm.transformers_utils.config import get_config
 from ebpo_core.fusionroute.experts.loading import explained
 from ebpo_core.fusionroute.experts.references import ExpertReference
 
+from .quantisation import own_quantisation
+
 
 def expert_config(expert: ExpertReference, *, trust_remote_code: bool = False) -> Any:
     """The config of an expert that :func:`~.startup.resolved` has put into a local folder, as vLLM reads configs."""
@@ -24,52 +26,54 @@ def expert_config(expert: ExpertReference, *, trust_remote_code: bool = False) -
         return get_config(str(expert.path), trust_remote_code=trust_remote_code)
 
 
-def build(vllm_config: VllmConfig, hf_config: Any, folder: str, name: str, prefix: str) -> nn.Module:
-    """The model of ``hf_config`` without weights, as module ``name`` of the composite at ``prefix``.
+def view(model_config: Any, hf_config: Any, folder: str) -> Any:
+    """The engine's model config as it would be for a sub-model alone: its own text config, sizes, folder.
 
     Args:
-        vllm_config: of the engine.
+        model_config: of the engine.
         hf_config: of the sub-model.
         folder: where its files are; quantisation methods read settings from there.
-        name: such as ``expert_0``: vLLM takes the one number in a layer's name for the layer's index, so the expert's
-            must not stand alone between dots.
-        prefix: of the composite, usually empty.
-    """
-    config = _own_config(vllm_config, hf_config, folder)
-    with set_model_tag(name):  # sub-models must not share what was compiled
-        model: nn.Module = initialize_model(vllm_config=config, prefix=f"{prefix}.{name}" if prefix else name)
-    return model
-
-
-def _own_config(vllm_config: VllmConfig, hf_config: Any, folder: str) -> VllmConfig:
-    """The engine's configuration with everything that depends on the model replaced by the sub-model's own.
-
-    ``VllmConfig.with_hf_config`` leaves the text config, the sliding window and the quantisation as they are: right for
-    the language part of one checkpoint, wrong for another model. The compilation config stays shared on purpose: in it
-    attention layers register themselves for the engine's key/value cache.
     """
     hf_config = copy.deepcopy(hf_config)
     if not hf_config.architectures:
         hf_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]]
-    model_config: Any = copy.copy(vllm_config.model_config)
-    model_config.hf_config = hf_config
-    model_config.hf_text_config = text = hf_config.get_text_config()
-    model_config.model, model_config.revision = folder, None
-    model_config.quantization = None
-    model_config.is_submodel_config = True
-    model_config.model_arch_config = model_config.get_model_arch_config()
-    model_config._verify_quantization()
-    model_config.maybe_untie_word_embeddings()
-    own = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
+    own = copy.copy(model_config)
+    own.hf_config, own.hf_text_config = hf_config, hf_config.get_text_config()
+    own.model, own.revision, own.quantization = folder, None, None
+    own.is_submodel_config = True
+    own.model_arch_config = own.get_model_arch_config()
+    return own
 
+
+def build(vllm_config: VllmConfig, hf_config: Any, folder: str, name: str, prefix: str) -> nn.Module:
+    """The model of ``hf_config`` without weights, as module ``name`` of the composite at ``prefix``.
+
+    The engine's configuration is taken over with everything that depends on the model replaced by the sub-model's own.
+    ``VllmConfig.with_hf_config`` leaves the text config, the sliding window and the quantisation as they are: right for
+    the language part of one checkpoint, wrong for another model. The compilation config stays shared on purpose: in it
+    attention layers register themselves for the engine's key/value cache.
+
+    Args:
+        vllm_config: of the engine.
+        hf_config, folder: as in :func:`view`.
+        name: such as ``expert_0``: vLLM takes the one number in a layer's name for the layer's index, so the expert's
+            must not stand alone between dots.
+        prefix: of the composite, usually empty.
+    """
+    full_name = f"{prefix}.{name}" if prefix else name
+    model_config = view(vllm_config.model_config, hf_config, folder)
+    model_config.maybe_untie_word_embeddings()
     cache_config = copy.copy(vllm_config.cache_config)
-    kinds = getattr(text, "layer_types", None)
+    kinds = getattr(model_config.hf_text_config, "layer_types", None)
     # As vLLM decides for the model of an engine: where layers differ, each says for itself whether it slides.
     slides = kinds is None or all(one == "sliding_attention" for one in kinds)
     cache_config.sliding_window = model_config.get_sliding_window() if slides else None
-    return replace(
+    own = replace(
         vllm_config,
         model_config=model_config,
         cache_config=cache_config,
-        quant_config=vllm_config.quant_config if own is None else own,  # `--quantization` is for the unquantised ones
+        quant_config=own_quantisation(vllm_config, model_config, full_name),
     )
+    with set_model_tag(name):  # sub-models must not share what was compiled
+        model: nn.Module = initialize_model(vllm_config=own, prefix=full_name)
+    return model
