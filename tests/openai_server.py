@@ -29,8 +29,15 @@ class OpenAIServer(ThreadingHTTPServer):
     daemon_threads = False  # so that closing waits for them: models are not loaded by two threads at once
     request_queue_size = 64
 
-    def __init__(self, model: str, owner: str = "tests", key: str | None = None, reply: str | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(
+        self,
+        model: str,
+        owner: str = "tests",
+        key: str | None = None,
+        reply: str | None = None,
+        handler: type[Handler] | None = None,
+    ) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.model, self.owner, self.key, self.reply = model, owner, key, reply
         self.requests: list[dict[str, Any]] = []
         self.failures: list[Any] = []
@@ -71,7 +78,9 @@ class OpenAIServer(ThreadingHTTPServer):
                 self._at_once -= 1
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers whole; :class:`~routed_server.RoutedOpenAIServer` has one that streams."""
+
     server: OpenAIServer
     protocol_version = "HTTP/1.1"
 
@@ -131,7 +140,13 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(model: str, **options: Any) -> Iterator[OpenAIServer]:
     """A server of ``model`` on a free port of this machine, with a thread of its own."""
-    server = OpenAIServer(model, **options)
+    with running(OpenAIServer(model, **options)) as server:
+        yield server
+
+
+@contextmanager
+def running(server: Any) -> Iterator[Any]:
+    """The server, answering in a thread of its own."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

@@ -51,6 +51,11 @@ def test_traces_are_read_and_drawn_without_a_model():
     assert loaded in ("", "rich")
 
 
+def test_a_served_model_is_asked_without_a_model():
+    code = f"import sys, ebpo_core.serving.client; print(*[n for n in {HEAVY.split()} if n in sys.modules])"
+    assert run(code) == ""
+
+
 def test_models_import_at_the_root_of_a_checkout():
     """Its folder ``kernels`` has the name of a package that transformers looks for."""
     assert run("import ebpo_core.fusionroute as f; print(f.FusionRouteConfig.model_type)", cwd=ROOT) == "fusionroute"

@@ -14,7 +14,7 @@ import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 from urllib.parse import urlsplit
@@ -84,13 +84,22 @@ class Server:
             "What was sampled is kept: run the same command again"
         )
 
-    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def open(self, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
+        """As :meth:`call`, once: the answer, not read yet. Whoever reads it closes it, which ends the request.
+
+        Raises:
+            OSError, http.client.HTTPException: What urllib raises.
+        """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data=data, headers=headers)  # noqa: S310 -- checked above
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
+        answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=self.timeout)  # noqa: S310
+        return answer
+
+    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        with self.open(path, body) as answer:
             content = json.loads(answer.read())
         if not isinstance(content, dict):
             raise ServerError(f"{self.url}{path}: the answer is not a JSON object")
@@ -98,10 +107,28 @@ class Server:
 
     def models(self) -> dict[str, str]:
         """The models that the server offers, each with its owner ("vllm" says that it is vLLM)."""
-        found = self.call("/models").get("data")
-        if not isinstance(found, list):
-            raise ServerError(f"{self.url}/models: no list of models in the answer; is this an OpenAI-compatible API?")
-        return {str(model["id"]): str(model.get("owned_by", "")) for model in found if "id" in model}
+        return offered_models(self.call("/models"), f"{self.url}/models")
+
+
+def offered_models(answer: Any, url: str) -> dict[str, str]:
+    """The models in the answer of ``url``, as :meth:`Server.models` gives them."""
+    found = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(found, list):
+        raise ServerError(f"{url}: no list of models in the answer; is this an OpenAI-compatible API?")
+    return {str(model["id"]): str(model.get("owned_by", "")) for model in found if "id" in model}
+
+
+def chosen_model(model: str | None, offered: Collection[str]) -> str:
+    """``model``, or the only one offered.
+
+    Raises:
+        ValueError: It is not offered, or None where there is a choice.
+    """
+    if model is None and len(offered) != 1:
+        raise ValueError(f"model: the server offers {sorted(offered)}; name one of them")
+    if model is not None and offered and model not in offered:
+        raise ValueError(f"model={model!r}: the server offers {sorted(offered)}")
+    return model or next(iter(offered))
 
 
 def _retry_after(header: str | None) -> float:
@@ -149,11 +176,7 @@ class ServerModel:
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency}: expected at least 1")
         offered = server.models()
-        if model is None and len(offered) != 1:
-            raise ValueError(f"model: the server offers {sorted(offered)}; name one of them")
-        if model is not None and offered and model not in offered:
-            raise ValueError(f"model={model!r}: the server offers {sorted(offered)}")
-        self.server, self.model = server, model or next(iter(offered))
+        self.server, self.model = server, chosen_model(model, offered)
         self.options, self.concurrency = options, concurrency
         if extra_body is None:
             extra_body = {"top_k": options.top_k} if options.top_k else {}

@@ -58,6 +58,13 @@ def expert_names(traces: Sequence[RoutingTrace]) -> list[str]:
     return list(dict.fromkeys(name for trace in traces for name in trace.experts))
 
 
+def render_prompt(prompt: str, *, color: bool = True, encoding: str = "utf-8") -> list[Text]:
+    """The prompt's heading, and its text with an empty line behind it."""
+    _, text_type = _rich()
+    heading = text_type("Prompt", style="bold" if color else "")
+    return [heading, text_type(visible(prompt, encoding) + "\n", style="dim" if color else "")]
+
+
 def render_response(
     trace: RoutingTrace, *, color: bool = True, names: Sequence[str] | None = None, encoding: str = "utf-8"
 ) -> Text:
@@ -136,8 +143,7 @@ def _parts(
     if total > 1:
         parts.append(text_type(f"Response {index + 1} of {total}", style="bold" if color else ""))
     if prompt and trace.prompt:
-        parts.append(text_type("Prompt", style="bold" if color else ""))
-        parts.append(text_type(visible(trace.prompt, encoding) + "\n", style="dim" if color else ""))
+        parts += render_prompt(trace.prompt, color=color, encoding=encoding)
     parts.append(render_response(trace, color=color, names=names, encoding=encoding))
     parts.append(text_type())
     parts.append(render_legend(trace, color=color, names=names, encoding=encoding))

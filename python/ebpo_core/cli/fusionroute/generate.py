@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebpo_core.cli.fusionroute.options import add_model_flags, add_routing_flags, load, routing_options
+from ebpo_core.cli.fusionroute.options import (
+    add_model_flags,
+    add_routing_flags,
+    add_sampling_flags,
+    check_sampling,
+    load,
+    routing_options,
+)
 from ebpo_core.traces.page import write_page
 from ebpo_core.traces.palette import visible
 from ebpo_core.traces.show import print_traces
@@ -23,14 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_flags(parser)
     parser.add_argument("--prompt", required=True, help="the prompt's text; - reads it from standard input")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")
-    group = parser.add_argument_group(
-        "sampling", "nothing is taken from the checkpoint's generation config but its end"
-    )
-    group.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily (default)")
-    group.add_argument("--top-p", type=float, help="sample from the smallest set of this probability")
-    group.add_argument("--top-k", type=int, help="sample from so many tokens")
-    group.add_argument("--seed", type=int, help="of sampling")
+    add_sampling_flags(parser)
     add_routing_flags(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--stream", action="store_true", help="print text as it comes")
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Answer one prompt as the flags say."""
     arguments = _parser().parse_args(argv)
-    _check(arguments)
+    check_sampling(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     model, tokenizer = load(arguments)
     trace = answer(model, tokenizer, prompt, arguments)
@@ -86,16 +86,6 @@ def shown(text: str) -> str:
     written out.
     """
     return visible(text, sys.stdout.encoding or "utf-8") if sys.stdout.isatty() else text
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"max-new-tokens={arguments.max_new_tokens}: expected at least 1")
-    if arguments.temperature < 0:
-        raise ValueError(f"temperature={arguments.temperature}: expected 0 (greedy) or more")
-    for name in ("top_p", "top_k", "seed"):
-        if getattr(arguments, name) is not None and arguments.temperature == 0:
-            raise ValueError(f"{name.replace('_', '-')}={getattr(arguments, name)}: needs --temperature above 0")
 
 
 def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:

@@ -23,6 +23,33 @@ def add_model_flags(parser: ArgumentParser) -> None:
     )
 
 
+def add_sampling_flags(parser: ArgumentParser) -> None:
+    """``--max-new-tokens`` and how to sample; :func:`check_sampling` checks their values."""
+    group = parser.add_argument_group(
+        "sampling", "nothing is taken from the checkpoint's generation config but its end"
+    )
+    group.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily (default)")
+    group.add_argument("--top-p", type=float, help="sample from the smallest set of this probability")
+    group.add_argument("--top-k", type=int, help="sample from so many tokens")
+    group.add_argument("--seed", type=int, help="of sampling")
+
+
+def check_sampling(arguments: Namespace) -> None:
+    """Refuse numbers of tokens and temperatures that are none, and settings of sampling without a temperature.
+
+    Raises:
+        ValueError: The flag, its value and what to give.
+    """
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"max-new-tokens={arguments.max_new_tokens}: expected at least 1")
+    if arguments.temperature < 0:
+        raise ValueError(f"temperature={arguments.temperature}: expected 0 (greedy) or more")
+    for name in ("top_p", "top_k", "seed"):
+        if getattr(arguments, name) is not None and arguments.temperature == 0:
+            raise ValueError(f"{name.replace('_', '-')}={getattr(arguments, name)}: needs --temperature above 0")
+
+
 def add_routing_flags(parser: ArgumentParser) -> None:
     """What a person would set by hand of :class:`~ebpo_core.fusionroute.decoding.routing.RoutingOptions`."""
     group = parser.add_argument_group("routing", "by default as the checkpoint's config says")

@@ -1,4 +1,7 @@
-"""``fusionroute show``: a routing trace in the terminal, and as a self-contained HTML page."""
+"""``fusionroute show``: a routing trace in the terminal, and as a self-contained HTML page.
+
+The trace is read from files, or it is that of an answer which a server gives now.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ebpo_core.cli.fusionroute.ask import add_flags, ask, check
 from ebpo_core.traces.page import DEFAULT_TITLE, write_page
-from ebpo_core.traces.show import print_traces
-from ebpo_core.traces.trace import load
+from ebpo_core.traces.show import has_color, print_traces
+from ebpo_core.traces.trace import dump, load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,9 +24,9 @@ COLORS = {"auto": None, "always": True, "never": False}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse ``TRACE... [--html FILE]``, print, and write the page."""
+    """Parse ``TRACE... | --url URL [--html FILE]``, print, and write the page."""
     parser = argparse.ArgumentParser(prog="fusionroute show", description=__doc__, allow_abbrev=False)
-    parser.add_argument("traces", nargs="+", metavar="TRACE", help="JSON or JSON Lines, e.g. of generate --routing")
+    parser.add_argument("traces", nargs="*", metavar="TRACE", help="JSON or JSON Lines, e.g. of generate --routing")
     parser.add_argument("--html", type=Path, help="write the page to this file")
     parser.add_argument(
         "--open", choices=["yes", "no"], default="no", help="open the page in the browser (default: no)"
@@ -30,18 +34,29 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--title", default=DEFAULT_TITLE, help="of the page")
     parser.add_argument("--color", choices=list(COLORS), default="auto", help="letters mark experts without colours")
     parser.add_argument("--no-prompt", action="store_true", help="print the responses only")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the page's path")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the paths of what was written")
+    add_flags(parser)
     arguments = parser.parse_args(argv)
+    check(parser, arguments)
     if arguments.open == "yes" and arguments.html is None:
         raise ValueError("open='yes': which page? Name its file with --html")
-    traces = [trace for path in arguments.traces for trace in load(path)]
-    if not arguments.quiet:
-        print_traces(traces, console(arguments.color), color=COLORS[arguments.color], prompt=not arguments.no_prompt)
+    target, color = console(arguments.color), COLORS[arguments.color]
+    live = arguments.url is not None and not arguments.quiet and (has_color(target) if color is None else color)
+    if arguments.url is not None:
+        traces = [ask(arguments, target if live else None)]
+    else:
+        traces = [trace for path in arguments.traces for trace in load(path)]
+    if not arguments.quiet and not live:
+        print_traces(traces, target, color=color, prompt=not arguments.no_prompt)
+    written = []
+    if arguments.routing is not None:
+        written.append(dump(arguments.routing, traces))
     if arguments.html is not None:
-        page = write_page(arguments.html, traces, title=arguments.title)
-        print(f"{'' if arguments.quiet else chr(10)}{page}")
-        if arguments.open == "yes":
-            webbrowser.open(page.resolve().as_uri())
+        written.append(page := write_page(arguments.html, traces, title=arguments.title))
+    if written:
+        print(*([] if arguments.quiet else [""]), *written, sep="\n")
+    if arguments.open == "yes":
+        webbrowser.open(page.resolve().as_uri())
     return 0
 
 
