@@ -1,0 +1,293 @@
+"""FusionRoute behind vLLM's server, beside our own ``generate``: tokens per second and latency by concurrency.
+
+    .venv-vllm/bin/python benches/serve.py                      # a checkpoint of SmolLM2-135M's sizes, random weights
+    .venv-vllm/bin/python benches/serve.py --dtype float32 bfloat16 --output out.json
+    .venv-vllm/bin/python benches/serve.py --checkpoint ./my-fusionroute --experts 3 --concurrency 1 8 32
+    python benches/serve.py --smoke                             # tiny sizes; without vLLM only what is ours
+
+Three ways to answer c clients, each of which sends its next request when its last one is answered; all begin at once:
+"vllm" is the plugin behind vLLM's OpenAI server, asked by c streaming clients; "static batch" is one call of
+``generate`` with c rows after another; "one by one" is ``generate`` with one row, the other clients waiting in a queue.
+Latency is from sending to the last token, the wait included. Ours does not stream: its first token comes with the
+last. What one row takes does not depend on how many wait, so "one by one" is timed once (``--one-by-one`` requests)
+and its latencies at c clients follow from those times. Greedy, ``ignore_eos``, equal lengths, the same prompts for
+all, vLLM's prefix cache off since prompts come again in each round; everything is run once before it is timed.
+
+Both sides get the same cores. ``generate`` has a thread on each. On CPUs vLLM has its own default: a worker with a
+thread on each core but one, which is for its scheduler, its server and, here, the clients. With
+``VLLM_CPU_OMP_THREADS_BIND=0,1`` the worker has both of two; where it was tried its threads, which wait for each other
+beside a scheduler that polls, were slower than one. Tokens of vLLM and of "one by one" are compared with the static
+batch's: in float32 a difference where the two best tokens and the two best experts are not nearly tied is an error; in
+bfloat16 it is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from serving.answering import Answer, Case, Run, agreed, ask, batches, generate, queued, resident, start
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from ebpo_core.fusionroute import FusionRouteForCausalLM, RoutingTrace
+
+VLLM, STATIC, ONE = "vllm", "static batch", "one by one"
+GOAL = (32, 2.0)  # clients, times one by one
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
+    "initializer_range": 1 / 24,
+}
+TINY: dict[str, Any] = {
+    **SMOLLM2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "initializer_range": 0.2,
+}
+FIRST_WORD = 3  # ids before it are special
+
+
+# ------------------------------------------------------------------------------------------------------- the checkpoint
+
+
+def save_checkpoint(folder: Path, sizes: dict[str, Any], num_experts: int) -> Path:
+    """A router and experts with weights of fixed seeds, each expert in a folder of its own; float32."""
+    config = LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    paths = {}
+    for seed in range(1, num_experts + 1):
+        torch.manual_seed(seed)
+        paths[f"expert{seed}"] = str(folder / f"expert{seed}")
+        AutoModelForCausalLM.from_config(config).save_pretrained(paths[f"expert{seed}"])
+    torch.manual_seed(0)
+    model = FusionRouteForCausalLM.from_experts(AutoModelForCausalLM.from_config(config), paths)
+    with torch.no_grad():
+        # Normalised hidden states have entries of about 1: routing weights, too.
+        model.route_head.weight.normal_(std=config.hidden_size**-0.5, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder / "fused")
+    words = {"<unk>": 0, **{f"w{index}": index for index in range(1, config.vocab_size)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106 -- not a password
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "fused")  # noqa: S106
+    return folder / "fused"
+
+
+def routing(traces: Sequence[RoutingTrace]) -> dict[str, Any]:
+    """Shares of the experts, and how many tokens in a row one expert writes."""
+    chosen = [[token.expert for token in trace.tokens] for trace in traces]
+    total = sum(map(len, chosen))
+    runs = sum(len(list(itertools.groupby(row))) for row in chosen)
+    shares = {name: sum(row.count(i) for row in chosen) / total for i, name in enumerate(traces[0].experts)}
+    return {"tokens": total, "shares": shares, "mean_run_length": total / runs}
+
+
+# -------------------------------------------------------------------------------------------------------------- measure
+
+
+def summary(system: str, clients: int, runs: list[Run], answers: list[Answer]) -> dict[str, Any]:
+    """A row of the table: medians over rounds for rates, over all requests for latencies."""
+    latencies = sorted(answer.latency for answer in answers)
+    return {
+        "system": system,
+        "concurrency": clients,
+        "requests_timed": sum(len(run.answers) for run in runs),
+        "tokens_timed": sum(len(answer.tokens) for run in runs for answer in run.answers),
+        "tokens_per_s": statistics.median(sum(len(a.tokens) for a in run.answers) / run.seconds for run in runs),
+        "latency_s": {"median": statistics.median(latencies), "p95": latencies[-(-95 * len(latencies) // 100) - 1]},
+        "first_token_s": statistics.median(answer.first for answer in answers),
+    }
+
+
+def measure(checkpoint: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One dtype: the server first, then, when it has ended, ours."""
+    vocab_size = AutoConfig.from_pretrained(checkpoint).vocab_size
+    most = max(args.concurrency) * args.requests_per_client
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(FIRST_WORD, vocab_size, (most, args.prompt), generator=generator).tolist()
+    cases = [Case(prompts[: c * args.requests_per_client], c, args.new) for c in args.concurrency]
+    runs: dict[tuple[str, int], list[Run]] = {}
+    memory: dict[str, int] = {}
+    if importlib.util.find_spec("vllm") is None:
+        print("vllm: left out (this environment has none: run this file where vLLM and ebpo-core are installed)")
+    else:
+        with start(checkpoint, dtype, args) as server:
+            for case in cases:
+                ask(server, case._replace(prompts=case.prompts[: case.clients], new=min(4, case.new)))
+            for case in cases:
+                runs[VLLM, case.clients] = [ask(server, case) for _ in range(args.rounds)]
+                print(f"{dtype}, vllm, {case.clients}: {runs[VLLM, case.clients][0].seconds:.1f} s", flush=True)
+            memory[VLLM] = resident(server.process.pid)
+
+    model = FusionRouteForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).to(args.device)
+    traces = generate(model, prompts[:4], args.new, output_routing=True).routing
+    for case in cases:
+        batches(model, case._replace(prompts=case.prompts[: case.clients], new=min(4, case.new)))
+    for case in cases:
+        runs[STATIC, case.clients] = [batches(model, case) for _ in range(args.rounds)]
+        print(f"{dtype}, static batch, {case.clients}: {runs[STATIC, case.clients][0].seconds:.1f} s", flush=True)
+    single = [batches(model, Case(prompts[: args.one_by_one], 1, args.new)) for _ in range(args.rounds)]
+    memory["generate"] = resident()
+
+    rows = []
+    for case in cases:
+        c = case.clients
+        runs[ONE, c] = single
+        for system in (VLLM, STATIC, ONE):
+            if (system, c) not in runs:
+                continue
+            row_runs = runs[system, c]
+            answers = [answer for run in row_runs for answer in run.answers]
+            if system == ONE:
+                answers = [answer for run in row_runs for answer in queued(run, c, len(case.prompts))]
+            row = summary(system, c, row_runs, answers)
+            if system != STATIC:  # with which they are compared
+                both = [zip(case.prompts, runs[STATIC, c][0].answers, run.answers, strict=False) for run in row_runs]
+                same = [agreed(model, p, a.tokens, b.tokens, dtype) for pairs in both for p, a, b in pairs]
+                row |= {"tokens_compared": len(same) * args.new, "tokens_agreed": sum(same)}
+            rows.append(row)
+    return {
+        "rows": rows,
+        "ratios": ratios(rows, args.concurrency),
+        "routing": routing(traces),
+        "resident_bytes": memory,
+    }
+
+
+def ratios(rows: list[dict[str, Any]], concurrency: Sequence[int]) -> list[dict[str, Any]]:
+    """What vLLM's rate is of the others', and whether the goal was met where it has one; empty without vLLM."""
+    rate = {(row["system"], row["concurrency"]): row["tokens_per_s"] for row in rows}
+    found = []
+    for c in concurrency:
+        if (VLLM, c) in rate:
+            single = rate[VLLM, c] / rate[ONE, c]
+            met = single >= GOAL[1] if c == GOAL[0] else None
+            found.append(
+                {
+                    "concurrency": c,
+                    "vllm_to_one_by_one": single,
+                    "vllm_to_static_batch": rate[VLLM, c] / rate[STATIC, c],
+                    "met": met,
+                }
+            )
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    columns = ["dtype", "clients", "system", "tok/s", "latency p50 s", "p95 s", "first token p50 s", "tokens agreed"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for dtype, result in results.items():
+        for r in result["rows"]:
+            same = f"{r['tokens_agreed']} of {r['tokens_compared']}" if "tokens_agreed" in r else "(reference)"
+            lines.append(
+                f"| {dtype} | {r['concurrency']} | {r['system']} | {r['tokens_per_s']:.1f} "
+                f"| {r['latency_s']['median']:.2f} | {r['latency_s']['p95']:.2f} | {r['first_token_s']:.2f} | {same} |"
+            )
+    for dtype, result in results.items():
+        lines.append("")
+        for r in result["ratios"]:
+            goal = "" if r["met"] is None else f"; goal >= {GOAL[1]:.0f}x one by one: {'' if r['met'] else 'not '}met"
+            lines.append(
+                f"{dtype}, {r['concurrency']} clients: vllm is {r['vllm_to_one_by_one']:.2f}x one by one, "
+                f"{r['vllm_to_static_batch']:.2f}x the static batch{goal}"
+            )
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in result["routing"]["shares"].items())
+        run_length = result["routing"]["mean_run_length"]
+        lines.append(f"{dtype}, routing: {shares}; runs of {run_length:.1f} tokens on average")
+        memory = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in result["resident_bytes"].items())
+        lines.append(f"{dtype}, resident memory: {memory}")
+    return "\n".join(lines)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
+    return value
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, few short requests")
+    parser.add_argument("--output", type=Path, help="also write the numbers here, as JSON")
+    parser.add_argument("--checkpoint", help="a FusionRoute checkpoint, in place of random weights")
+    parser.add_argument("--experts", type=positive, default=3, help="of the checkpoint with random weights")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--concurrency", nargs="+", type=positive, default=[1, 8, 32], help="clients")
+    parser.add_argument("--requests-per-client", type=positive, default=2, help="one after another")
+    parser.add_argument("--one-by-one", type=positive, default=8, help="requests timed one by one")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--prompt", type=positive, default=64, help="tokens of a prompt")
+    parser.add_argument("--new", type=positive, default=64, help="tokens to generate")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=positive, help="cores of either side; by default all of this process")
+    parser.add_argument("--kv-cache", type=positive, default=2, help="GiB of vLLM's cache, on a CPU")
+    parser.add_argument(
+        "--enforce-eager", action=argparse.BooleanOptionalAction, help="vLLM compiles nothing; the default on a CPU"
+    )
+    args = parser.parse_args()
+    if args.enforce_eager is None:
+        args.enforce_eager = args.device == "cpu"
+    if args.smoke:
+        args.concurrency, args.one_by_one, args.rounds, args.prompt, args.new, args.kv_cache = [1, 4], 3, 1, 8, 8, 1
+    return args
+
+
+def confine(threads: int | None) -> list[int]:
+    """Have this process and what it starts use so many of its cores, all by default; returns their numbers."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        os.sched_setaffinity(0, cores)
+    else:  # macOS binds no process to cores
+        cores = list(range(threads or os.cpu_count() or 1))
+    torch.set_num_threads(len(cores))
+    return cores
+
+
+def main() -> None:
+    args = arguments()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    cores = confine(args.threads)
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="serve-") as folder:
+        sizes = TINY if args.smoke else SMOLLM2
+        checkpoint = args.checkpoint or str(save_checkpoint(Path(folder), sizes, args.experts))
+        for dtype in args.dtype:
+            results[dtype] = measure(checkpoint, dtype, args)
+    processor = platform.processor() or platform.machine()
+    print(f"\n{processor}, {args.device}, {len(cores)} cores, PyTorch {torch.__version__}")
+    print(markdown(results))
+    if args.output:
+        machine = {"cores": len(cores), "torch": torch.__version__}
+        machine["vllm_cpu_omp_threads_bind"] = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+        settings = {name: value for name, value in vars(args).items() if name != "output"}
+        content = {"machine": machine, "settings": settings, "results": results}
+        args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
