@@ -134,6 +134,7 @@ class RoutedOpenAIServer(OpenAIServer):
     Attributes:
         group: Tokens in a chunk of a stream.
         piece: Bytes that go over the wire at once; None sends an event whole.
+        indent: Of the events' JSON, whose lines are then lines of the event.
         ending: How a stream ends: "done", "none" (done, after a chunk without tokens), "error" (an event), "cut" (the
             connection), "abort" (vLLM's finish reason), or "never", which repeats the answer until the client has left.
         metrics: The text of /metrics.
@@ -149,6 +150,7 @@ class RoutedOpenAIServer(OpenAIServer):
         self.answer = answer
         self.group, self.ending, self.forgets = 1, "done", ()
         self.piece: int | None = None
+        self.indent: int | None = None
         self.gate: threading.Event | None = None
         self.left = threading.Event()
         self.metrics = metrics_of(names, vocab_size)
@@ -170,6 +172,7 @@ def metrics_of(names: Sequence[str], vocab_size: int) -> str:
 
 class _Streaming(Handler):
     server: RoutedOpenAIServer
+    timeout = 100  # a client that neither reads nor leaves is a failure, not a hang
 
     def do_GET(self) -> None:  # noqa: N802 -- http.server's name
         if self.path == "/metrics":
@@ -230,11 +233,12 @@ class _Streaming(Handler):
                 self._event({"choices": [{"index": 0, "finish_reason": reason, **said}]})
             self._write(b": a comment\n\ndata: [DONE]\n\n")
             self.wfile.write(b"0\r\n\r\n")
-        except OSError:
+        except ConnectionError:
             server.left.set()
 
     def _event(self, content: dict[str, Any]) -> None:
-        data = f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+        lines = json.dumps(content, ensure_ascii=False, indent=self.server.indent).split("\n")
+        data = "".join(f"data: {line}\n" for line in [*lines[:-1], f"{lines[-1]}\n"]).encode()
         size = self.server.piece or len(data)
         for start in range(0, len(data), size):
             self._write(data[start : start + size])

@@ -81,10 +81,11 @@ def test_answers_without_the_routing_are_refused(chat: bool) -> None:
     refused("are no routing", logprobs_of(SCRIPT, request | routing_request(V, 1, chat=chat), chat=chat), experts=1)
     masked = [Step(step.id, step.text, step.own_text, [-1.0] * V + [-9999.0] * 4) for step in SCRIPT]
     refused("under a grammar", logprobs_of(masked, request, chat=chat))
-    named = logprobs_of(SCRIPT[:1], request, chat=chat)
-    assert named is not None
-    if chat:
-        named["content"][0] |= {"token": "the"}
-    else:
-        named["tokens"] = ["the"]
-    refused("token='the': expected an id; .*return_tokens_as_token_ids", named)
+    for name in ("the", "token_id:", "token_id:x", "token_id:-1", "token_id:1.0"):
+        named = logprobs_of(SCRIPT[:1], request, chat=chat)
+        assert named is not None
+        if chat:
+            named["content"][0] |= {"token": name}
+        else:
+            named["tokens"] = [name]
+        refused(f"token='{name}': expected an id; .*return_tokens_as_token_ids", named)

@@ -89,12 +89,12 @@ def test_what_is_served_is_discovered(served: RoutedOpenAIServer, url: str) -> N
 
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("ending", ["done", "none"])
-@pytest.mark.parametrize("piece", [None, 7])
+@pytest.mark.parametrize(("piece", "indent"), [(None, None), (7, None), (None, 1)])
 def test_tokens_texts_and_the_token_that_ends_the_answer(
-    served: RoutedOpenAIServer, chat: bool, ending: str, piece: int | None
+    served: RoutedOpenAIServer, chat: bool, ending: str, piece: int | None, indent: int | None
 ) -> None:
-    """Characters of several tokens, and events that arrive in pieces which end within a character."""
-    served.ending, served.piece = ending, piece
+    """Characters of several tokens, and events that arrive in pieces or have several lines."""
+    served.ending, served.piece, served.indent = ending, piece, indent
     trace = RoutedServer(served.root).trace(MESSAGES if chat else "What?")
     assert trace.prompt == "What?"
     check(trace)

@@ -60,6 +60,7 @@ def test_rows_do_not_mix(logits: list[float], rows: list[list[float]], data: Any
         assert decode(values)[::2] == (int(weights[row].argmax()), int(own[row]))
 
 
+@example([1.0], [1.0], 5, 0.5)
 @given(LOGITS, WEIGHTS, OWN, st.sampled_from([-700.3, -3.0, -2.25, 0.5, 8.0, 99.7]))
 def test_raw_logits_are_no_routing(logits: list[float], weights: list[float], own: int, size: float) -> None:
     """A server with logprobs_mode raw_logits sends the columns, moved by the log of the sum."""

@@ -121,11 +121,9 @@ def _texts(text: str | None, rows: Sequence[_Row]) -> list[str | None]:
         return [None] * len(rows)
     parts: list[str | None] = []
     for row in rows[:-1]:
-        # An empty rest is no disagreement: the token that ends an answer has bytes, and no text in it.
-        own = row.text if text else ""
-        if own is None or not text.startswith(own):
+        if row.text is None or not text.startswith(row.text):
             break
-        parts.append(own)
-        text = text[len(own) :]
+        parts.append(row.text)
+        text = text[len(row.text) :]
     parts += [""] * (len(rows) - 1 - len(parts))
     return [*parts, text]
