@@ -130,7 +130,7 @@ def resident(pid: int | None = None) -> int:
 
 
 def agreed(model: FusionRouteForCausalLM, prompt: list[int], ours: list[int], theirs: list[int], dtype: str) -> int:
-    """Leading tokens that are the same; raises where they end although float32 decides."""
+    """How many tokens are the same up to the first difference; raises where float32 decides it."""
     assert len(ours) == len(theirs), f"{len(theirs)} tokens instead of {len(ours)}"
     step = next((step for step, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), len(ours))
     if step < len(ours) and dtype == "float32":

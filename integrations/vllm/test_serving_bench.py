@@ -35,13 +35,11 @@ def test_the_smoke_run_measures_all_three_and_their_tokens_agree(tmp_path: Path)
                 assert row["tokens_compared"] == min(requests, clients * REQUESTS_EACH) * NEW
                 # Of bfloat16 only the most: nothing decides its near-ties.
                 assert row["tokens_agreed"] >= row["tokens_compared"] * (1 if dtype == "float32" else 0.5)
-        # Of streamed answers the first token comes before the last.
-        for clients in CLIENTS:
-            assert rows["vllm", clients]["first_token_s"] < rows["vllm", clients]["latency_s"]["median"]
         assert [ratio["concurrency"] for ratio in result["ratios"]] == CLIENTS
         shares = result["routing"]["shares"]
         assert sum(shares.values()) == pytest.approx(1)
-        assert min(shares.values()) > 0.05
+        assert sorted(shares.values())[-2] > 0.1  # experts really change
+        assert result["routing"]["mean_run_length"] < NEW
         assert min(result["resident_bytes"]["vllm"], result["resident_bytes"]["generate"]) > 2**27
     assert "vllm is" in done.stdout
-    assert "agreed" in done.stdout
+    assert "| float32 | 4 | vllm |" in done.stdout
