@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import pickle
@@ -170,4 +172,22 @@ def test_a_group_of_one_and_what_counts_as_known(tmp_path: Path) -> None:
         ebpo.sync(dist.group.WORLD)
         assert ebpo.state_dict() == before
     finally:
+        dist.destroy_process_group()
+
+
+def test_a_refused_batch_leaves_nothing_behind(tmp_path: Path) -> None:
+    """An error and its frames that hold each other would keep gloo's threads running until the interpreter ends."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            ebpo_core.EBPO()([[1.0, float("inf")]], process_group=dist.group.WORLD)
+            raise AssertionError("an infinite reward passed")
+        left = [one for one in gc.get_objects() if type(one) is ValueError and "inf" in str(one)]
+        assert left == []
+    finally:
+        gc.enable()
         dist.destroy_process_group()

@@ -242,9 +242,12 @@ class EBPO:
         except (TypeError, ValueError) as error:
             batch = error
         scoring = Scoring(self._checked, dict(self._options), update, step)
-        flat, vectors, scalars = score_together(self._state, scoring, batch, read, process_group)
-        self._last = vectors, scalars, read
-        return batch.restore(flat)  # type: ignore[union-attr]  # an error was raised again in between
+        try:
+            flat, vectors, scalars = score_together(self._state, scoring, batch, read, process_group)
+            self._last = vectors, scalars, read
+            return batch.restore(flat)  # type: ignore[union-attr]  # an error was raised again in between
+        finally:
+            del batch  # an error must not hold this frame, which holds the process group, while the frame holds it
 
     @property
     def diagnostics(self) -> Diagnostics | None:

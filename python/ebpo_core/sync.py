@@ -70,7 +70,10 @@ def score_together(
         error = refused
     received, rank = gather(process_group, payload | {"error": None if error is None else str(error)})
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:  # its traceback holds this frame: were the frame to hold it too, both would outlive the process group
+            del error, batch
     shard = cast("Batch", batch)
     _check_agreement(received, scoring.options)
 
