@@ -251,6 +251,23 @@ def test_changed_experts_are_refused(name: str, made: Made, tmp_path: Path) -> N
     }
 
 
+def test_the_command_accepts_changed_experts_and_says_which_file_is_broken(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = made.root / "code" / "adapter_model.safetensors"
+    save_file({key: value * 2 for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    command = ["convert", str(made.checkpoint)]
+    assert main([*command, str(tmp_path / "refused")]) == 1
+    assert main([*command, str(tmp_path / "accepted"), "--no-verify-experts"]) == 0
+    assert (tmp_path / "accepted" / "experts" / "code").is_dir()
+    file.write_bytes(file.read_bytes()[:-8])
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "broken"), "--no-verify-experts"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]  # after progress bars
+    assert error.startswith("fusionroute convert: expert 'code': broken safetensors: ")
+    assert not (tmp_path / "broken").exists()
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_nothing_is_left_when_it_fails(there: bool, made: Made, tmp_path: Path) -> None:
     output = tmp_path / "out"

@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16"],
         help="of the experts that are written (default: of each reference, then the router's)",
     )
+    parser.add_argument(
+        "--no-verify-experts",
+        action="store_true",
+        help="accept experts whose weights are no longer those of the checkpoint",
+    )
     return parser
 
 
@@ -59,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
         copy_all=arguments.all,
         expert_paths=expert_paths(arguments) or None,
         dtype=arguments.dtype,
+        verify_experts=not arguments.no_verify_experts,
         report=_print,
     )
     print(arguments.output)

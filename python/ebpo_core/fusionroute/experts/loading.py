@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from .references import ADAPTER_CONFIG, ExpertReference, Source
@@ -157,6 +158,8 @@ def explained(expert: str, source: Source | None = None) -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise ValueError(f"expert {expert!r}: {error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"expert {expert!r}: broken safetensors: {error}; fetch or save them again") from error
 
 
 def _check_complete(info: Mapping[str, Any], path: str) -> None:
