@@ -233,15 +233,17 @@ class Simulation:
         return row if row.at < len(row.plan) else next(self.source)
 
 
+def modelled(model: str, design: Design, prompt: int, plans: list[list[int]], models: int, read: int = 0) -> float:
+    """ms per token, on two cores, of rows that begin together; ``read`` tokens of each prompt are in every cache."""
+    # A last token that is never reached, so that no row ends and asks for the next request.
+    batch = iter([Row(prompt, [1 + expert for expert in plan] + [1], models, read) for plan in plans])
+    run = Simulation(cores(model), design, [1.0] * models, batch, len(plans))
+    return float(run.run(0, len(plans) * len(plans[0]))["ms_per_token"])
+
+
 def checks() -> list[tuple[str, int, float, float]]:
     """What other benches measured: its name, rows, the number, and the same number by the simulation."""
     from decode import Case, make_schedule
-
-    def modelled(model: str, design: Design, prompt: int, plans: list[list[int]], models: int, read: int = 0) -> float:
-        # A last token that is never reached, so that no row ends and asks for the next request.
-        batch = iter([Row(prompt, [1 + expert for expert in plan] + [1], models, read) for plan in plans])
-        run = Simulation(cores(model), design, [1.0] * models, batch, len(plans))
-        return float(run.run(0, len(plans) * len(plans[0]))["ms_per_token"])
 
     found = []
     for model, file in (("synthetic", "decode-2-core-epyc.json"), ("smollm2", "decode-smollm2-2-core-epyc.json")):
