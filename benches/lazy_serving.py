@@ -233,11 +233,13 @@ class Simulation:
         return row if row.at < len(row.plan) else next(self.source)
 
 
-def modelled(model: str, design: Design, prompt: int, plans: list[list[int]], models: int, read: int = 0) -> float:
-    """ms per token, on two cores, of rows that begin together; ``read`` tokens of each prompt are in every cache."""
+def modelled(
+    machine: Machine, design: Design, prompt: int, plans: list[list[int]], models: int, read: int = 0
+) -> float:
+    """ms per token of rows that begin together; ``read`` tokens of each prompt are in every cache."""
     # A last token that is never reached, so that no row ends and asks for the next request.
     batch = iter([Row(prompt, [1 + expert for expert in plan] + [1], models, read) for plan in plans])
-    run = Simulation(cores(model), design, [1.0] * models, batch, len(plans))
+    run = Simulation(machine, design, [1.0] * models, batch, len(plans))
     return float(run.run(0, len(plans) * len(plans[0]))["ms_per_token"])
 
 
@@ -253,14 +255,16 @@ def checks() -> list[tuple[str, int, float, float]]:
             rows, switching, together = case["rows"], case["switching"], case["rows_switch"]
             schedule = make_schedule(Case(rows, switching, together == "together"), steps)[1:]
             plans, models = [list(plan) for plan in zip(*schedule, strict=True)], 1 + len(case["expert_steps"])
-            run_all, ours = (modelled(model, d, prompt + 1, plans, models, prompt) for d in (RUN_ALL, Design("lazy")))
+            run_all, ours = (
+                modelled(cores(model), d, prompt + 1, plans, models, prompt) for d in (RUN_ALL, Design("lazy"))
+            )
             found.append((f"lazy / run-all, {model}, {switching}, {together}", rows, case["ratio"], run_all / ours))
     served = read("serve-2-core-epyc.json")
     prompt, new, n = (served["settings"][key] for key in ("prompt", "new", "experts"))
     for case in served["results"]["float32"]["rows"]:
         if case["system"] == "vllm":
             rows = case["concurrency"]
-            time = modelled("smollm2", RUN_ALL, prompt, [[0] * new] * rows, n + 1)
+            time = modelled(cores("smollm2"), RUN_ALL, prompt, [[0] * new] * rows, n + 1)
             found.append(("run-all in vLLM, tokens/s", rows, case["tokens_per_s"], 1e3 * rows / time))
     return found
 

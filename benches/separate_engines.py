@@ -11,7 +11,9 @@ For docs/lazy-serving.md. Four ways to decode B rows that begin together, greedi
 
 All but the first follow a plan of selected experts, by a pattern of ``lazy_serving.py``. Engines run without a server
 in processes of their own, each with a thread on every core; but one of them computes at a time. The clock runs from
-the prompts to the last token. "modelled" is the same ratio by the simulation. "waiting" is the share of the time in
+the prompts to the last token. "modelled" is the same ratio by the simulation, whose times are transformers'; "refitted"
+by the simulation with vLLM's: a pass over a model's weights and an engine's own time for a forward are set so that
+run-all and sessions come out right with the fewest rows, in the first pattern. "waiting" is the share of the time in
 which no engine computes: messages, selection, fusing. Tokens of "sessions" and "calls" must be those of "generate", up
 to a step that float32 does not decide.
 """
@@ -29,13 +31,14 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from decode import NUM_EXPERTS, check_tokens, lazy
-from lazy_serving import PATTERNS, RUN_ALL, Design, choices, modelled, read
+from lazy_serving import PATTERNS, RUN_ALL, Design, Machine, choices, cores, modelled, read
 from serve import FIRST_WORD, SMOLLM2, TINY, confine, positive, save_checkpoint
 from serving.separate import ENVIRONMENT, SeparateEngines
 from transformers.utils import logging
@@ -48,6 +51,8 @@ SYSTEMS = {
     "generate": Design("lazy"),
 }
 BLOCK = 32
+MODELS = NUM_EXPERTS + 1
+CHECKED = 4  # rows of each case
 
 
 def plans(pattern: str, rows: int, steps: int) -> list[list[int]]:
@@ -113,7 +118,7 @@ def timed(call: Any) -> tuple[float, Any]:
 
 def measure_run_all(checkpoint: Path, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
-    settings = engine_settings(args, models=NUM_EXPERTS + 1)
+    settings = engine_settings(args, models=MODELS)
     with RunAll(checkpoint, max_num_seqs=max(args.rows), **settings) as engine:
         for rows in args.rows:
             engine.generate(prompts[:rows], 2)
@@ -182,9 +187,12 @@ def plans_by_step(pattern: str, rows: int, steps: int) -> list[list[int]]:
 
 
 def agree(model: FusionRouteForCausalLM, case: dict[str, Any], args: argparse.Namespace) -> int:
-    """Steps until a near-tie, up to which the case's tokens are those of ``generate``; raises where they are not."""
-    texts = torch.tensor(case.pop("_tokens"))
-    schedule = plans_by_step(case["pattern"], case["rows"], args.new)
+    """Steps until a near-tie, up to which the case's tokens are those of ``generate``; raises where they are not.
+
+    Of the first rows only: that takes long enough.
+    """
+    texts = torch.tensor(case.pop("_tokens")[:CHECKED])
+    schedule = [step[:CHECKED] for step in plans_by_step(case["pattern"], case["rows"], args.new)]
     expected = lazy(model, texts[:, : args.prompt], schedule, "lazy")[0].tokens
     return check_tokens(model, expected, texts, args.prompt, schedule)
 
@@ -204,26 +212,66 @@ def show(case: dict[str, Any], args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------------------- report
 
 
-def compare(cases: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Adds to each case its rate, run-all's time over its own, and the same by the simulation."""
-    run_all = {case["rows"]: case["seconds"] for case in cases if case["system"] == "run-all"}
+def refitted(run_all: float, sessions: float, plan: list[list[int]], args: argparse.Namespace) -> Machine:
+    """The machine on which both take these ms per token."""
+
+    def time(design: Design, **changed: float) -> float:
+        return modelled(cores("smollm2")._replace(round_trip=0, call=0, **changed), design, args.prompt, plan, MODELS)
+
+    def root(excess: Callable[[float], float]) -> float:
+        """Of a rising function, between 0 and a second."""
+        low, high = 0.0, 1.0
+        for _ in range(25):
+            middle = (low + high) / 2
+            low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+        return low
+
+    def weights(launch: float) -> float:
+        return root(lambda w: time(RUN_ALL, weights=w, launch=launch) - run_all)
+
+    launch = root(lambda t: time(SYSTEMS["sessions"], weights=weights(t), launch=t) - sessions)
+    return cores("smollm2")._replace(round_trip=0, call=0, weights=weights(launch), launch=launch)
+
+
+def compare(cases: list[dict[str, Any]], args: argparse.Namespace) -> Machine | None:
+    """Adds to each case its rate, run-all's time over its own, and the same by the simulation; the refitted machine."""
+    time = {(case["system"], case["pattern"], case["rows"]): case["seconds"] for case in cases}
+    fewest, first = min(args.rows), args.patterns[0]
+    machine, ms = None, 1e3 / (fewest * args.new)
+    if ("sessions", first, fewest) in time:
+        plan = plans(first, fewest, args.new)
+        machine = refitted(time["run-all", "any", fewest] * ms, time["sessions", first, fewest] * ms, plan, args)
     for case in cases:
-        rows = case["rows"]
+        rows, system = case["rows"], case["system"]
         case["tokens_per_s"] = rows * args.new / case["seconds"]
-        if case["system"] != "run-all" and rows in run_all:
-            plan = plans(case["pattern"], rows, args.new)
-            times = [
-                modelled("smollm2", d, args.prompt, plan, NUM_EXPERTS + 1) for d in (RUN_ALL, SYSTEMS[case["system"]])
-            ]
-            case |= {"ratio": run_all[rows] / case["seconds"], "modelled": times[0] / times[1]}
+        if system == "run-all" or ("run-all", "any", rows) not in time:
+            continue
+        case["ratio"] = time["run-all", "any", rows] / case["seconds"]
+        plan = plans(case["pattern"], rows, args.new)
+        for name, given in (("modelled", cores("smollm2")), ("refitted", machine)):
+            if given is not None and (name == "modelled" or system != "generate"):
+                ours, theirs = (modelled(given, d, args.prompt, plan, MODELS) for d in (SYSTEMS[system], RUN_ALL))
+                case[name] = theirs / ours
+    return machine
 
 
 def markdown(cases: list[dict[str, Any]]) -> str:
-    columns = ["rows", "pattern", "system", "tok/s", "of run-all's rate", "modelled", "forwards", "computed", "waiting"]
+    columns = [
+        "rows",
+        "pattern",
+        "system",
+        "tok/s",
+        "of run-all's rate",
+        "modelled",
+        "refitted",
+        "forwards",
+        "computed",
+        "waiting",
+    ]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for case in sorted(cases, key=lambda case: (case["rows"], case["pattern"])):
         cells = [str(case["rows"]), case["pattern"], case["system"], f"{case['tokens_per_s']:.1f}"]
-        cells += [f"{case['ratio']:.2f}", f"{case['modelled']:.2f}"] if "ratio" in case else ["", ""]
+        cells += [f"{case[name]:.2f}" if name in case else "" for name in ("ratio", "modelled", "refitted")]
         cells += [str(sum(case["forwards"])), str(sum(case["computed"]))] if "forwards" in case else ["", ""]
         cells.append(f"{case['waiting']:.0%}" if "waiting" in case else "")
         lines.append(f"| {' | '.join(cells)} |")
@@ -254,8 +302,8 @@ def main() -> None:
     args = arguments()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    cores = confine(args.threads)
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    using = confine(args.threads)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, using)))
     generator = torch.Generator().manual_seed(1)
     sizes = TINY if args.smoke else SMOLLM2
     prompts = torch.randint(
@@ -277,14 +325,16 @@ def main() -> None:
                 case["agreed_steps"] = agree(model, case, args)
         if "generate" in args.systems:
             cases += measure_generate(model, prompts, args)
-    compare(cases, args)
+    machine = compare(cases, args)
     processor = platform.processor() or platform.machine()
-    print(f"\n{processor}, {len(cores)} cores, PyTorch {torch.__version__}")
+    print(f"\n{processor}, {len(using)} cores, PyTorch {torch.__version__}")
     print(markdown(cases))
+    if machine is not None:
+        print(f"\nrefitted: {1e3 * machine.weights:.1f} ms a pass, {1e3 * machine.launch:.1f} ms an engine's forward")
     if args.output:
-        machine = {"cores": len(cores), "torch": torch.__version__}
+        made = {"cores": len(using), "torch": torch.__version__}
         settings = {name: value for name, value in vars(args).items() if name != "output"}
-        content = {"machine": machine, "settings": settings, "cases": cases}
+        content = {"machine": made, "settings": settings, "cases": cases, "refitted": machine and machine._asdict()}
         args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

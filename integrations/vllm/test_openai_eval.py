@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from server import NAME, serving
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,6 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     own = {"do_sample": True, "top_k": 1, "repetition_penalty": 2.0, "eos_token_id": tokenizer.eos_token_id}
     (folder / "generation_config.json").write_text(json.dumps(own))

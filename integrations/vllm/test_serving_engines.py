@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import MIXED, VOCAB, WIDE, load, prompts, quantise, reference, save_checkpoint
 from fusionroute_tiny import save_tiny
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -102,6 +103,7 @@ def test_a_quantised_expert_beside_a_plain_one(tmp_path: Path) -> None:
 
 
 def test_a_mixture_of_experts_as_an_expert(tmp_path: Path) -> None:
+    torch.manual_seed(3)
     mixture = MixtralForCausalLM(
         MixtralConfig(
             vocab_size=VOCAB,
@@ -137,3 +139,30 @@ def _one_engine_at_a_time() -> None:
     """Engines read their settings from the environment: none may leak from one test into the next."""
     for name in ("VLLM_USE_V2_MODEL_RUNNER", "EBPO_FUSIONROUTE_COUNTERS"):
         assert name not in os.environ
+
+
+def test_compiled_code_is_found_again_by_slot_and_configuration(tmp_path: Path) -> None:
+    """The CPU build never loads what it compiled before, so the keys are what can be tested here."""
+    checkpoint = save_checkpoint(tmp_path, "llama", {"one": ("llama", {}), "two": ("qwen2", {})})
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+
+    def keys(*pairs: list[str]) -> list[list[list[str]]]:
+        """Of each pair of experts and each slot: vLLM's hash, and the tag."""
+        worker = WORKER.with_name("keys_worker.py")
+        command = [sys.executable, str(worker), json.dumps(pairs), json.dumps({"model": str(checkpoint)})]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found: list[list[list[str]]] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    before, again, swapped, twice = keys([one, two], [one, two], [two, one], [one, one])
+    assert before == again
+    assert twice == [before[0], swapped[1]]
+    for part in (0, 1):
+        assert len({key[part] for key in (*before, *swapped)}) == 4
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    (tmp_path / "one" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    (changed,) = keys([one, two])
+    assert changed[1] == before[1]
+    for part in (0, 1):
+        assert changed[0][part] not in {key[part] for key in (*before, *swapped)}

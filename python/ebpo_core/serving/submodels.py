@@ -68,12 +68,12 @@ def build(vllm_config: VllmConfig, hf_config: Any, folder: str, name: str, prefi
     # As vLLM decides for the model of an engine: where layers differ, each says for itself whether it slides.
     slides = kinds is None or all(one == "sliding_attention" for one in kinds)
     cache_config.sliding_window = model_config.get_sliding_window() if slides else None
-    own = replace(
-        vllm_config,
-        model_config=model_config,
-        cache_config=cache_config,
-        quant_config=own_quantisation(vllm_config, model_config, full_name),
-    )
-    with set_model_tag(name):  # sub-models must not share what was compiled
+    quantisation = own_quantisation(vllm_config, model_config, full_name)
+    # vLLM finds compiled code again by a hash of the configuration. Neither the module's name, which the code may
+    # contain, nor a quantisation that the engine brings would have a part in it.
+    model_config.hf_config.compiled_as = [full_name, None if quantisation is None else quantisation.get_name()]
+    own = replace(vllm_config, model_config=model_config, cache_config=cache_config, quant_config=quantisation)
+    # The tag names a folder of compiled code within one that vLLM may have chosen by another sub-model's hash.
+    with set_model_tag(f"{name}-{own.compute_hash()}"):
         model: nn.Module = initialize_model(vllm_config=own, prefix=full_name)
     return model
