@@ -33,11 +33,13 @@ def test_tokens_are_those_of_generate_and_experts_read_what_they_missed(
         got = engines.generate(asked, NEW)
         forced = [[0] * NEW, [1] * NEW, [0, 1] * (NEW // 2)]
         planned = engines.generate(asked, NEW, plan=forced)
-    model = load(checkpoint)
+    model, sure = load(checkpoint), 0
     for prompt, tokens, experts in zip(asked, got.tokens, got.experts, strict=True):
         expected = reference(model, prompt, NEW)
         expected.check(tokens)
         assert experts[: expected.sure] == [token.expert for token in expected.routing[: expected.sure]]
+        sure += expected.sure
+    assert sure > NEW * len(asked) // 2
     assert planned.experts == forced
     computed = [work.computed for work in planned.work]
     if sessions:
