@@ -24,7 +24,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -32,7 +31,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ import torch
 from decode import NUM_EXPERTS, check_tokens, lazy
 from lazy_serving import PATTERNS, RUN_ALL, Design, Machine, choices, cores, modelled, read
 from serve import FIRST_WORD, SMOLLM2, TINY, confine, positive, save_checkpoint
-from serving.separate import ENVIRONMENT, SeparateEngines
+from serving.separate import ENVIRONMENT, Child, SeparateEngines
 from transformers.utils import logging
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
@@ -65,46 +64,19 @@ def plans(pattern: str, rows: int, steps: int) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------------------- the systems
 
 
-def _serve_run_all(pipe: Connection, checkpoint: str, settings: dict[str, Any]) -> None:
+def start_run_all(checkpoint: str, settings: dict[str, Any]) -> Callable[[list[list[int]], int], list[list[int]]]:
+    """The plugin's engine, for a process of its own."""
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name != "VLLM_PLUGINS"})
     from vllm import LLM, SamplingParams
 
     llm = LLM(checkpoint, dtype="float32", enforce_eager=True, enable_prefix_caching=False, **settings)
-    answer = None
-    while True:
-        pipe.send(answer)
-        try:
-            prompts, new = pipe.recv()
-        except EOFError:
-            return
+
+    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-        answer = [list(out.outputs[0].token_ids) for out in llm.generate(asked, sampling, use_tqdm=False)]
+        return [list(out.outputs[0].token_ids) for out in llm.generate(asked, sampling, use_tqdm=False)]
 
-
-class RunAll:
-    """The plugin's engine in a process of its own."""
-
-    def __init__(self, checkpoint: Path, **settings: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve_run_all, args=(theirs, str(checkpoint), settings), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._pipe.recv()
-
-    def __enter__(self) -> RunAll:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._pipe.close()
-        self._process.join(60)
-        self._process.kill()
-
-    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
-        self._pipe.send((prompts, new))
-        tokens: list[list[int]] = self._pipe.recv()
-        return tokens
+    return answer
 
 
 # -------------------------------------------------------------------------------------------------------------- measure
@@ -118,11 +90,18 @@ def timed(call: Any) -> tuple[float, Any]:
 
 def measure_run_all(checkpoint: Path, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
-    settings = engine_settings(args, models=MODELS)
-    with RunAll(checkpoint, max_num_seqs=max(args.rows), **settings) as engine:
+    settings = engine_settings(args, models=MODELS) | {"max_num_seqs": max(args.rows)}
+    with closing(Child(start_run_all, str(checkpoint), settings)) as engine:
+        engine.receive()
+
+        def generate(asked: list[list[int]], new: int) -> list[list[int]]:
+            engine.send(asked, new)
+            tokens: list[list[int]] = engine.receive()
+            return tokens
+
         for rows in args.rows:
-            engine.generate(prompts[:rows], 2)
-            seconds = [timed(lambda: engine.generate(prompts[:rows], args.new))[0] for _ in range(args.rounds)]  # noqa: B023
+            generate(prompts[:rows], 2)
+            seconds = [timed(lambda: generate(prompts[:rows], args.new))[0] for _ in range(args.rounds)]  # noqa: B023
             found.append({"system": "run-all", "pattern": "any", "rows": rows, "seconds": statistics.median(seconds)})
             show(found[-1], args)
     return found
@@ -214,9 +193,10 @@ def show(case: dict[str, Any], args: argparse.Namespace) -> None:
 
 def refitted(run_all: float, sessions: float, plan: list[list[int]], args: argparse.Namespace) -> Machine:
     """The machine on which both take these ms per token."""
+    given = cores("smollm2")._replace(round_trip=0, call=0)
 
     def time(design: Design, **changed: float) -> float:
-        return modelled(cores("smollm2")._replace(round_trip=0, call=0, **changed), design, args.prompt, plan, MODELS)
+        return modelled(given._replace(**changed), design, args.prompt, plan, MODELS)
 
     def root(excess: Callable[[float], float]) -> float:
         """Of a rising function, between 0 and a second."""
@@ -230,13 +210,13 @@ def refitted(run_all: float, sessions: float, plan: list[list[int]], args: argpa
         return root(lambda w: time(RUN_ALL, weights=w, launch=launch) - run_all)
 
     launch = root(lambda t: time(SYSTEMS["sessions"], weights=weights(t), launch=t) - sessions)
-    return cores("smollm2")._replace(round_trip=0, call=0, weights=weights(launch), launch=launch)
+    return given._replace(weights=weights(launch), launch=launch)
 
 
 def compare(cases: list[dict[str, Any]], args: argparse.Namespace) -> Machine | None:
     """Adds to each case its rate, run-all's time over its own, and the same by the simulation; the refitted machine."""
     time = {(case["system"], case["pattern"], case["rows"]): case["seconds"] for case in cases}
-    fewest, first = min(args.rows), args.patterns[0]
+    fewest, first, assumed = min(args.rows), args.patterns[0], cores("smollm2")
     machine, ms = None, 1e3 / (fewest * args.new)
     if ("sessions", first, fewest) in time:
         plan = plans(first, fewest, args.new)
@@ -248,7 +228,7 @@ def compare(cases: list[dict[str, Any]], args: argparse.Namespace) -> Machine | 
             continue
         case["ratio"] = time["run-all", "any", rows] / case["seconds"]
         plan = plans(case["pattern"], rows, args.new)
-        for name, given in (("modelled", cores("smollm2")), ("refitted", machine)):
+        for name, given in (("modelled", assumed), ("refitted", machine)):
             if given is not None and (name == "modelled" or system != "generate"):
                 ours, theirs = (modelled(given, d, args.prompt, plan, MODELS) for d in (SYSTEMS[system], RUN_ALL))
                 case[name] = theirs / ours

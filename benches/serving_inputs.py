@@ -30,21 +30,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from decode import synthetic
+from serve import SMOLLM2
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ebpo_core.fusionroute.compat import CACHE
 from ebpo_core.fusionroute.demo.domains import DOMAINS, MAX_ANSWER_TOKENS, MIXED, generate
 
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
 SEED = 7  # of held-out problems
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,18 +10,11 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
-from openai_server import running
 from routed_server import RoutedOpenAIServer, Step, logprobs_of
-from serving_script import MESSAGES, NAMES, SCRIPT, TEXT, TOKENS, V, check, script_server
+from serving_script import MESSAGES, NAMES, SCRIPT, TEXT, TOKENS, V, check
 
 from ebpo_core.serving.client import RoutedServer, routed_tokens, routing_request
 from ebpo_core.traces.trace import RoutingTrace
-
-
-@pytest.fixture
-def served() -> Iterator[RoutedOpenAIServer]:
-    with running(script_server()) as server:
-        yield server
 
 
 class Dumped:

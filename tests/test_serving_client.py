@@ -19,18 +19,12 @@ from fusionroute_saved import save_fused
 from fusionroute_tiny import tiny_tokenizer
 from openai_server import running
 from routed_server import RoutedOpenAIServer, greedy
-from serving_script import BYTES, MESSAGES, NAMES, SCRIPT, TEXT, TOKENS, V, check, script_server
+from serving_script import BYTES, MESSAGES, NAMES, SCRIPT, TEXT, TOKENS, V, check
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 from ebpo_core.serving.client import RoutedServer
 
 PROMPT = "w10 w20 w30"
-
-
-@pytest.fixture
-def served() -> Iterator[RoutedOpenAIServer]:
-    with running(script_server()) as server:
-        yield server
 
 
 # -------------------------------------------------------------------------------------------------- beside `generate`

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,15 +12,9 @@ pytest.importorskip("transformers")
 
 from openai_server import OpenAIServer, running
 from routed_server import RoutedOpenAIServer, refusing_url
-from serving_script import MESSAGES, NAMES, TOKENS, V, check, script_server
+from serving_script import MESSAGES, NAMES, TOKENS, V, check
 
 from ebpo_core.serving.client import RoutedServer, ServerError
-
-
-@pytest.fixture
-def served() -> Iterator[RoutedOpenAIServer]:
-    with running(script_server()) as server:
-        yield server
 
 
 def fails(served: RoutedOpenAIServer, message: str, prompt: Any = "x") -> None:

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,18 +16,11 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
-from openai_server import running
 from routed_server import RoutedOpenAIServer, refusing_url, scripted
-from serving_script import BYTES, END, TEXT, TOKENS, check, script_server
+from serving_script import BYTES, END, TEXT, TOKENS, check
 
 from ebpo_core.cli.fusionroute import main
 from ebpo_core.traces.trace import load
-
-
-@pytest.fixture
-def served() -> Iterator[RoutedOpenAIServer]:
-    with running(script_server()) as server:
-        yield server
 
 
 def show(served: RoutedOpenAIServer, *more: str) -> int:

@@ -6,6 +6,7 @@ Part of a prototype (see ``separate.py``), written against vLLM 0.32: it calls t
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 
 class LogitsToRows(LogitsProcessor):
@@ -32,18 +34,7 @@ class LogitsToRows(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        if batch_update is None:
-            return
-        for index in batch_update.removed:
-            self._rows.pop(index, None)
-        for index, params, _prompt, _tokens in batch_update.added:
-            self._rows[index] = params.extra_args["row"]
-        for source, target, direction in batch_update.moved:
-            row, other = self._rows.pop(source, None), self._rows.pop(target, None)
-            if row is not None:
-                self._rows[target] = row
-            if other is not None and direction == MoveDirectionality.SWAP:
-                self._rows[source] = other
+        process_dict_updates(self._rows, batch_update, lambda params, _prompt, _tokens: params.extra_args["row"])
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         indices = sorted(self._rows)
@@ -115,6 +106,6 @@ class Engine:
                 waiting -= {output.request_id for output in group.outputs if output.finish_reason is not None}
         return counts.forwards, counts.computed, time.perf_counter() - begin
 
-    def end(self, requests: list[str]) -> None:
+    def end(self, requests: Sequence[str]) -> None:
         if self._sessions and requests:
-            self._core.abort_requests(requests)
+            self._core.abort_requests(list(requests))

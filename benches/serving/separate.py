@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +87,7 @@ class SeparateEngines:
                 file = np.memmap(folder / f"logits-{index}", np.float32, "w+", shape=(rows, width))
                 self._engines.append(_Engine(str(model), file, {"sessions": sessions, "settings": settings}))
             for engine in self._engines:
-                engine.wait()
+                engine.receive()
         except BaseException:
             self.close()
             raise
@@ -154,30 +154,30 @@ class SeparateEngines:
         self.close()
 
 
-class _Engine:
-    """This side of an engine's process."""
+class Child:
+    """A process that answers messages, one after another.
 
-    def __init__(self, model: str, file: np.memmap[Any, Any], options: dict[str, Any]) -> None:
-        self.logits = torch.from_numpy(file)
-        self.work = Work(0, 0, 0.0)
-        logits = {"path": str(file.filename), "shape": file.shape}
+    Args:
+        start: called in the process, with ``arguments``; it returns what answers a message. A module's own function.
+    """
+
+    def __init__(self, start: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, model, logits, options), daemon=True)
+        self._process = context.Process(target=_answer, args=(theirs, start, *arguments), daemon=True)
         self._process.start()
-        theirs.close()  # so that the end of the process ends `wait`
+        theirs.close()  # so that the end of the process ends `receive`
 
-    def ask(self, reads: list[tuple[str, int, list[int]]], over: Sequence[str] = ()) -> None:
-        """Reads of a step: request, row of the logits, tokens; and the sessions that are over."""
-        self._pipe.send((reads, over))
+    def send(self, *message: Any) -> None:
+        self._pipe.send(message)
 
-    def wait(self) -> None:
-        """Until the logits of the last reads are there; at first, until the model is.
+    def receive(self) -> Any:
+        """The next answer; the first one, None, says that the process has started.
 
         Raises:
-            EOFError: the process has ended.
+            EOFError: it has ended.
         """
-        self.work = Work(*(a + b for a, b in zip(self.work, self._pipe.recv(), strict=True)))
+        return self._pipe.recv()
 
     def close(self) -> None:
         self._pipe.close()
@@ -185,20 +185,45 @@ class _Engine:
         self._process.kill()
 
 
-def _serve(pipe: Connection, model: str, logits: dict[str, Any], options: dict[str, Any]) -> None:
+def _answer(pipe: Connection, start: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
+    answer = start(*arguments)
+    pipe.send(None)
+    while True:
+        try:
+            message = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(answer(*message))
+
+
+class _Engine(Child):
+    """This side of an engine's process."""
+
+    def __init__(self, model: str, file: np.memmap[Any, Any], options: dict[str, Any]) -> None:
+        self.logits = torch.from_numpy(file)
+        self.work = Work(0, 0, 0.0)
+        super().__init__(_start_engine, model, {"path": str(file.filename), "shape": file.shape}, options)
+
+    def ask(self, reads: list[tuple[str, int, list[int]]], over: Sequence[str] = ()) -> None:
+        """Reads of a step: request, row of the logits, tokens; and the sessions that are over."""
+        self.send(reads, over)
+
+    def wait(self) -> None:
+        """Until the logits of the last reads are there."""
+        self.work = Work(*(a + b for a, b in zip(self.work, self.receive(), strict=True)))
+
+
+def _start_engine(model: str, logits: dict[str, Any], options: dict[str, Any]) -> Callable[..., Any]:
     os.environ.update(ENVIRONMENT)
     from serving.engine import Engine  # vLLM, which reads the environment as it is imported
 
     engine = Engine(model, logits, **options)
-    answer = (0, 0, 0.0)
-    while True:
-        pipe.send(answer)
-        try:
-            reads, over = pipe.recv()
-        except EOFError:
-            return
+
+    def answer(reads: list[tuple[str, int, list[int]]], over: Sequence[str]) -> tuple[int, int, float]:
         engine.end(over)
-        answer = engine.read(reads)
+        return engine.read(reads)
+
+    return answer
 
 
 def save_router(checkpoint: Path, folder: Path) -> Path:
