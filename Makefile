@@ -28,7 +28,7 @@ PY_SOURCES   := $(shell find python kernels -name '*.py' -o -name '*.pyi')
 WORKFLOWS    := $(wildcard .github/workflows/*.yml)
 PY_BENCHES   := $(filter-out benches/test_%,$(wildcard benches/*.py))
 PYTEST_BENCHES := $(wildcard benches/test_*.py)
-INTEGRATIONS := $(patsubst integrations/%/requirements.txt,%,$(wildcard integrations/*/requirements.txt))
+INTEGRATIONS := $(patsubst tests/environments/%/requirements.txt,%,$(wildcard tests/environments/*/requirements.txt))
 
 define say
 @printf '\n\033[1m== %s\033[0m\n' '$(1)'
@@ -85,7 +85,7 @@ test-rust: check-tools ## unit, property and documentation tests of the Rust cor
 .PHONY: test-python
 test-python: build $(VENV)/.stamp-models ## pytest, the slow tests too; leave them out with ARGS="-m 'not slow'"
 	$(call say,Python: tests)
-	$(CHECK_ENV) $(BIN)/pytest -n $(JOBS) --dist loadfile --benchmark-disable $(ARGS) tests
+	$(CHECK_ENV) $(BIN)/pytest -n $(JOBS) --dist loadfile --benchmark-disable --ignore tests/environments $(ARGS) tests
 
 .PHONY: bench-smoke
 bench-smoke: build ## run every bench once, on tiny sizes
@@ -105,17 +105,17 @@ wheel: build ## the wheel and the sdist, in dist/
 	$(BIN)/maturin build --release --out dist
 	$(BIN)/maturin sdist --out dist
 
-# Frameworks whose pins exclude the main environment: a folder integrations/<name>/ with requirements.txt, perhaps
+# Frameworks whose pins exclude the main environment: a folder tests/environments/<name>/ with requirements.txt, perhaps
 # overrides.txt, tests, and perhaps tests.txt, a list of files of tests/ to run there too; each gets an environment of
 # its own, $(VENV)-<name>, with the wheel of this tree in it.
 .PHONY: test-integrations
 test-integrations: $(addprefix test-integration-,$(INTEGRATIONS)) ## the suites of frameworks that need an environment of their own
-	@$(if $(INTEGRATIONS),,echo "integrations/ holds no suite: nothing to run")
+	@$(if $(INTEGRATIONS),,echo "tests/environments/ holds no suite: nothing to run")
 
 .PHONY: $(addprefix test-integration-,$(INTEGRATIONS))
 $(addprefix test-integration-,$(INTEGRATIONS)): test-integration-%: $(VENV)-%/.stamp
 	$(call say,integration: $*)
-	$(CHECK_ENV) $(VENV)-$*/bin/pytest -p no:cacheprovider $(ARGS) integrations/$* $$(cat integrations/$*/tests.txt 2>/dev/null)
+	$(CHECK_ENV) $(VENV)-$*/bin/pytest -p no:cacheprovider --import-mode=prepend $(ARGS) tests/environments/$* $$(cat tests/environments/$*/tests.txt 2>/dev/null)
 
 .PHONY: format
 format: build ## rewrite Rust and Python sources in the house format
@@ -176,11 +176,11 @@ $(VENV)/.stamp-models: $(VENV)/.stamp-deps
 	  $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
 	@touch $@
 
-$(VENV)-%/.stamp: integrations/%/requirements.txt $(wildcard integrations/*/overrides.txt) $(VENV)/.stamp-build $(PY_SOURCES)
+$(VENV)-%/.stamp: tests/environments/%/requirements.txt $(wildcard tests/environments/*/overrides.txt) $(VENV)/.stamp-build $(PY_SOURCES)
 	$(call say,$(VENV)-$*)
 	rm -rf $(VENV)-$*/wheel && mkdir -p $(VENV)-$*/wheel
 	$(UV) venv --quiet --allow-existing --python $(PY) $(VENV)-$*
 	$(BIN)/maturin build --release --quiet --out $(VENV)-$*/wheel
 	UV_HTTP_TIMEOUT=600 $(UV) pip install --python $(VENV)-$*/bin/python -r $< \
-	  $(if $(wildcard integrations/$*/overrides.txt),--overrides integrations/$*/overrides.txt) --reinstall-package ebpo-core $(VENV)-$*/wheel/*.whl
+	  $(if $(wildcard tests/environments/$*/overrides.txt),--overrides tests/environments/$*/overrides.txt) --reinstall-package ebpo-core $(VENV)-$*/wheel/*.whl
 	@touch $@

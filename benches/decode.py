@@ -229,7 +229,7 @@ def synthetic(smoke: bool) -> FusionRouteForCausalLM:
 
 def smollm2() -> FusionRouteForCausalLM:
     """SmolLM2-135M-Instruct as the router, four copies with perturbed weights as the experts."""
-    from ebpo_core.tasks.loading import load_model
+    from ebpo_core.models import load_model
 
     router, _ = load_model(f"package:{SMOLLM2}")
     experts: dict[str, PreTrainedModel] = {}

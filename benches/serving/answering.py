@@ -16,7 +16,7 @@ import torch
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "integrations" / "vllm"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "environments" / "vllm"))
 from server import NAME, Server, command, free_port, serving_command
 
 ROUNDING = 5e-5  # float32's, relative to the largest logit, as in the tests

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ebpo_core.keyed import Key
+from ebpo_core.keys import Key
 
 Vector: TypeAlias = NDArray[np.float64]
 Blended: TypeAlias = tuple[Vector, Vector, Vector]

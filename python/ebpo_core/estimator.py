@@ -26,7 +26,7 @@ from ebpo_core import _core
 from ebpo_core.arguments import count, flag, real, step_id, text, zero_or_one
 from ebpo_core.diagnostics import Diagnostics
 from ebpo_core.inputs import Batch, read_batch, read_group
-from ebpo_core.keyed import Key, Keys, key_of, path_of, read_keys
+from ebpo_core.keys import Key, Keys, key_of, path_of, read_keys
 from ebpo_core.prior import Prior
 from ebpo_core.state import check_options, read_state, write_state
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ebpo_core.arguments import step_id
-from ebpo_core.keyed import key_of, path_of
+from ebpo_core.keys import key_of, path_of
 from ebpo_core.prior import check_version, parts_of, statistics_of
 
 if TYPE_CHECKING:

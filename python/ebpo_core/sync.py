@@ -14,7 +14,7 @@ import numpy as np
 
 from ebpo_core import _core
 from ebpo_core.inputs import Batch
-from ebpo_core.keyed import Keys, Path
+from ebpo_core.keys import Keys, Path
 
 
 class Scoring(NamedTuple):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import ebpo_core
+from ebpo_core.checkpoint import PRIOR_NAME, write_prior
 from ebpo_core.cli import COMMANDS, main
-from ebpo_core.trainer.checkpoint import PRIOR_NAME, write_prior
 
 if TYPE_CHECKING:
     from pathlib import Path

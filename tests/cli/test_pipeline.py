@@ -17,7 +17,7 @@ from ebpo_core.cli import main
 from ebpo_core.cli.plot import read_log
 from ebpo_core.evaluation.rows import read_rows
 
-PAGE = Path(__file__).parents[1] / "docs" / "pipeline.md"
+PAGE = Path(__file__).parents[2] / "docs" / "pipeline.md"
 
 # What stands on the page, and what is run here in its place.
 SMALLER = {

@@ -16,12 +16,12 @@ from ebpo_core.cli import main
 from ebpo_core.cli.arguments import parse
 from ebpo_core.cli.demo import SETTINGS
 from ebpo_core.cli.plot import read_log
-from ebpo_core.tasks.loading import load_model
+from ebpo_core.models import load_model
 from ebpo_core.tasks.tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 PAPER = [FOLDER / "trl" / f"{name}.yaml" for name in ("qwen3-8b", "qwen3-14b", "llama-3.1-8b")]
 # The flags in the recipes' comments, by which the paper's baselines are trained.

@@ -18,11 +18,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ebpo_core.cli import main
 from ebpo_core.cli.arguments import parse
-from ebpo_core.cli.bar import bar
 from ebpo_core.cli.plot import read_log
-from ebpo_core.cli.progress import JsonlCallback
+from ebpo_core.cli.report import JsonlCallback
 from ebpo_core.cli.train import build_trainer, resolve_resume
-from ebpo_core.tasks.loading import load_model, load_task
+from ebpo_core.models import load_model
+from ebpo_core.progress import bar
+from ebpo_core.tasks.loading import load_task
 from ebpo_core.tasks.tiny_model import save_tiny_model
 from ebpo_core.trainer import EBPOTrainer, read_prior
 

@@ -105,7 +105,7 @@ def test_a_resumed_run_goes_on_in_the_order_of_the_unbroken_one(tmp_path: Path) 
 
 def test_two_ranks_share_one_order(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(Path(__file__).with_name("curriculum_worker.py")), str(tmp_path)]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "curriculum_worker.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-8000:]
     runs = {

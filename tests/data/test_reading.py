@@ -171,6 +171,6 @@ def test_verl_parquet_is_refused_before_anything_is_written(tmp_path: Path) -> N
 
 def test_importing_costs_no_framework() -> None:
     heavy = "torch transformers trl datasets pyarrow pandas sympy math_verify latex2sympy2_extended"
-    code = f"import sys, ebpo_core.data, ebpo_core.verifiers; print([m for m in {heavy.split()} if m in sys.modules])"
+    code = f"import sys, ebpo_core.data, ebpo_core.rewards; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -32,7 +32,7 @@ from ebpo_core.evaluation.sampling import (
 )
 from ebpo_core.evaluation.scoring import load_scorer
 from ebpo_core.evaluation.server import Server, ServerError, ServerModel, completion_of
-from ebpo_core.tasks.loading import load_model
+from ebpo_core.models import load_model
 from ebpo_core.tasks.tiny_model import build_tokenizer, save_tiny_model
 
 FIELDS = ("model", "max_tokens", "temperature", "top_p", "top_k", "seed", "n")

@@ -26,8 +26,8 @@ from ebpo_core.evaluation.journal import read_journal
 from ebpo_core.evaluation.report import plot_summaries
 from ebpo_core.evaluation.rows import write_rows
 from ebpo_core.evaluation.summary import summarize
+from ebpo_core.models import load_model
 from ebpo_core.tasks.countdown import is_solution
-from ebpo_core.tasks.loading import load_model
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from ebpo_core.integrations import areal
 
 
 def workers(world: int, folder: Path) -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("areal_worker.py")
+    script = Path(__file__).parents[1] / "support" / "areal_worker.py"
     outs = [folder / f"{world}-{rank}.json" for rank in range(world)]
     started = [
         subprocess.Popen([sys.executable, str(script), str(rank), str(world), str(folder / f"store-{world}"), str(out)])

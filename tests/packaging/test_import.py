@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HEAVY = "torch transformers triton trl ray vllm verl datasets accelerate peft matplotlib pandas rich tensorboard yaml"
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(code: str, cwd: Path | None = None) -> str:
@@ -47,13 +49,32 @@ def test_the_version_is_the_distributions():
 
 
 def test_traces_are_read_and_drawn_without_a_model():
-    loaded = run(f"import sys, ebpo_core.traces.page; print(*[n for n in {HEAVY.split()} if n in sys.modules])")
+    loaded = run(
+        f"import sys, ebpo_core.fusionroute.traces.page; print(*[n for n in {HEAVY.split()} if n in sys.modules])"
+    )
     assert loaded in ("", "rich")
 
 
 def test_a_served_model_is_asked_without_a_model():
-    code = f"import sys, ebpo_core.serving.client; print(*[n for n in {HEAVY.split()} if n in sys.modules])"
+    code = f"import sys, ebpo_core.fusionroute.vllm.client; print(*[n for n in {HEAVY.split()} if n in sys.modules])"
     assert run(code) == ""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import ebpo_core.fusionroute; from transformers import AutoModelForCausalLM as A, AutoConfig as C",
+        "import ebpo_core.fusionroute; from transformers import AutoConfig as C; C.for_model('fusionroute'); "
+        "from transformers import AutoModelForCausalLM as A",
+        "import ebpo_core.fusionroute; from transformers import LlamaForCausalLM, AutoModelForCausalLM as A, AutoConfig as C",
+        "from transformers import AutoModelForCausalLM as A, AutoConfig as C; import ebpo_core.fusionroute",
+        "from ebpo_core.fusionroute import FusionRouteConfig; from transformers import AutoModelForCausalLM as A, AutoConfig as C",
+    ],
+)
+def test_importing_fusionroute_registers_it_whatever_is_imported_first(first):
+    assert (
+        run(f"{first}; print(A._model_mapping[type(C.for_model('fusionroute'))].__name__)") == "FusionRouteForCausalLM"
+    )
 
 
 def test_models_import_at_the_root_of_a_checkout():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "ebpo_core"
 
 pytestmark = pytest.mark.timeout(600)
@@ -40,7 +40,7 @@ def maturin(*arguments: object, cwd: Path = ROOT, **env: str) -> None:
 def sources() -> dict[str, Path]:
     """Every file that has to ship, by its name in the wheel. No walk follows the symlink `kernels`, so it is named."""
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py"), PACKAGE / "_core.pyi", PACKAGE / "py.typed"]
-    files += [PACKAGE / "traces" / "page.css", PACKAGE / "traces" / "page.js"]
+    files += [PACKAGE / "fusionroute" / "traces" / "page.css", PACKAGE / "fusionroute" / "traces" / "page.js"]
     return {f"ebpo_core/{path.relative_to(PACKAGE).as_posix()}": path for path in files}
 
 
@@ -108,7 +108,18 @@ def test_wheel_holds_every_source_of_the_package(wheel):
 
 @pytest.mark.parametrize(
     "subpackage",
-    ["kernels", "trainer", "tasks", "cli", "fusionroute", "traces", "serving", "integrations", "verifiers", "data"],
+    [
+        "kernels",
+        "trainer",
+        "tasks",
+        "cli",
+        "integrations/verl",
+        "integrations/contrib",
+        "rewards",
+        "data",
+        "fusionroute/traces",
+        "fusionroute/vllm",
+    ],
 )
 def test_wheel_holds_the_subpackage(wheel, subpackage):
     with zipfile.ZipFile(wheel) as archive:
@@ -143,7 +154,7 @@ def test_numpy_is_all_that_is_required_and_the_rest_are_extras(metadata):
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), [("ebpo", "ebpo_core.cli"), ("fusionroute", "ebpo_core.cli.fusionroute")]
+    ("command", "module"), [("ebpo", "ebpo_core.cli"), ("fusionroute", "ebpo_core.fusionroute.cli")]
 )
 def test_wheel_declares_the_command(wheel, command, module):
     with zipfile.ZipFile(wheel) as archive:
@@ -156,7 +167,7 @@ def test_wheel_declares_the_command(wheel, command, module):
     ("group", "name", "target"),
     [
         ("verl.plugins", "ebpo", "ebpo_core.integrations.verl"),
-        ("vllm.general_plugins", "fusionroute", "ebpo_core.serving.plugin:register"),
+        ("vllm.general_plugins", "fusionroute", "ebpo_core.fusionroute.vllm.plugin:register"),
     ],
 )
 def test_wheel_declares_the_plugin(wheel, group, name, target):
@@ -169,7 +180,9 @@ def test_wheel_declares_the_plugin(wheel, group, name, target):
 def test_wheel_works_with_numpy_only(clean_python, tmp_path):
     installed = run(sys.executable, "-m", "uv", "pip", "freeze", "--python", clean_python)
     assert {re.split(r"==| @ ", line)[0] for line in installed.splitlines()} == {"ebpo-core", "numpy"}
-    assert "works on Python" in run(clean_python, "-W", "error", ROOT / "tests" / "wheel_smoke.py", cwd=tmp_path)
+    assert "works on Python" in run(
+        clean_python, "-W", "error", ROOT / "tests" / "packaging" / "wheel_smoke.py", cwd=tmp_path
+    )
 
 
 @pytest.mark.parametrize("command", ["ebpo", "fusionroute"])

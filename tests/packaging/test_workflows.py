@@ -10,7 +10,7 @@ import pytest
 
 yaml = pytest.importorskip("yaml")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATHS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -74,7 +74,7 @@ def test_release_builds_every_platform():
 def test_release_tries_what_it_built_before_it_uploads(job):
     steps = RELEASE["jobs"][job]["steps"]
     build = next(i for i, step in enumerate(steps) if step.get("uses", "").startswith("PyO3/maturin-action@"))
-    smoke = next(i for i, step in enumerate(steps) if "tests/wheel_smoke.py" in step.get("run", ""))
+    smoke = next(i for i, step in enumerate(steps) if "tests/packaging/wheel_smoke.py" in step.get("run", ""))
     upload = next(i for i, step in enumerate(steps) if step.get("uses", "").startswith("actions/upload-artifact@"))
     assert build < smoke < upload
 

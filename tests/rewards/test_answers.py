@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ebpo_core.verifiers import MathVerifier, final_answer
-from ebpo_core.verifiers.answers import normal_form, read_answer, same
-from ebpo_core.verifiers.extraction import reference_answer
-from ebpo_core.verifiers.limits import MAX_DEPTH, MAX_LENGTH, refusal
+from ebpo_core.rewards import MathVerifier, final_answer
+from ebpo_core.rewards.answers import normal_form, read_answer, same
+from ebpo_core.rewards.extraction import reference_answer
+from ebpo_core.rewards.limits import MAX_DEPTH, MAX_LENGTH, refusal
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from ebpo_core.verifiers import MathVerifier, VerifierPoolError
-from ebpo_core.verifiers.pool import WorkerPool
+from ebpo_core.rewards import MathVerifier, VerifierPoolError
+from ebpo_core.rewards.pool import WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,7 +181,7 @@ def test_memory_is_limited(verifier: MathVerifier) -> None:
     for pid in verifier.pool.pids:
         (line,) = [line for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if "address space" in line]
         assert 2**30 < int(line.split()[3]) < 2**36
-    code = "from ebpo_core.verifiers.worker import _limit_memory; _limit_memory(64); bytearray(2**20); bytearray(2**28)"
+    code = "from ebpo_core.rewards.worker import _limit_memory; _limit_memory(64); bytearray(2**20); bytearray(2**28)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "MemoryError" in done.stderr
@@ -223,7 +223,7 @@ def test_a_copy_has_the_options_and_its_own_processes(verifier: MathVerifier) ->
 
 SCRIPT = """
 import json, os, sys
-from ebpo_core.verifiers import MathVerifier
+from ebpo_core.rewards import MathVerifier
 
 # No guard around this, as in many training scripts.
 verifier = MathVerifier(workers=1)

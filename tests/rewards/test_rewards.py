@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from ebpo_core.tasks.rewards import load_reward
-from ebpo_core.verifiers import MathVerifier, compute_score, math_reward
-from ebpo_core.verifiers.rewards import shared_verifier
+from ebpo_core.rewards import MathVerifier, compute_score, math_reward
+from ebpo_core.rewards.rewards import shared_verifier
+from ebpo_core.rewards.text import load_reward
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,7 @@ def test_a_missing_column_is_named() -> None:
 
 
 def test_it_is_found_by_its_name_and_pickles() -> None:
-    assert load_reward("ebpo_core.verifiers:math_reward") is math_reward
+    assert load_reward("ebpo_core.rewards:math_reward") is math_reward
     assert math_reward.__name__ == "math_reward"
     for function in (math_reward, compute_score):
         assert pickle.loads(pickle.dumps(function)) is function

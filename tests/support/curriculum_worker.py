@@ -1,6 +1,6 @@
 """Two ranks that train by a curriculum over gloo, unbroken and resumed in their second epoch; a script for a test.
 
-``python tests/curriculum_worker.py DIR`` writes the prompts of every generation to ``DIR/<run>_<rank>.json``.
+``python tests/support/curriculum_worker.py DIR`` writes the prompts of every generation to ``DIR/<run>_<rank>.json``.
 """
 
 from __future__ import annotations

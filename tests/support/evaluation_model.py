@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ebpo_core.models import load_model
 from ebpo_core.tasks import countdown
-from ebpo_core.tasks.loading import load_model
 from ebpo_core.tasks.tiny_model import build_tokenizer, save_tiny_model
 from ebpo_core.tasks.warmup import encode_batch
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
-from ebpo_core.traces.trace import RoutedToken, RoutingTrace
+from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -20,7 +20,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
-from ebpo_core.serving.columns import encode
+from ebpo_core.fusionroute.vllm.columns import encode
 
 CUT = -9999.0
 
@@ -161,7 +161,7 @@ class RoutedOpenAIServer(OpenAIServer):
 
 
 def metrics_of(names: Sequence[str], vocab_size: int) -> str:
-    """Prometheus' text, as the collector in :mod:`ebpo_core.serving.counters` and vLLM's own metrics give it."""
+    """Prometheus' text, as the collector in ``fusionroute/vllm/counters.py`` and vLLM's own metrics give it."""
     lines = ["# HELP fusionroute_tokens_total Tokens emitted", "# TYPE fusionroute_tokens_total counter"]
     escaped = [name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for name in names]
     for metric, value in (("fusionroute_tokens_total", 3.0), ("fusionroute_token_share", 0.5)):

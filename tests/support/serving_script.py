@@ -5,7 +5,7 @@ from __future__ import annotations
 from fusionroute_traces import byte_tokenizer
 from routed_server import RoutedOpenAIServer, scripted
 
-from ebpo_core.traces.trace import RoutingTrace
+from ebpo_core.fusionroute.traces.trace import RoutingTrace
 
 NAMES = ("math", 'a "quoted\\ one"\n}')
 TEXT = "the Größe 🚲\n"

@@ -1,4 +1,4 @@
-"""Shards of batches, and the processes that see one shard each: ``python tests/sync_worker.py RANKS FOLDER``.
+"""Shards of batches, and the processes that see one shard each: ``python tests/support/sync_worker.py RANKS FOLDER``.
 
 The ranks are forked, since importing torch takes longer than all they do, and write what the tests compare to
 ``FOLDER/rank_<rank>.json``.

@@ -1,9 +1,9 @@
 """A tiny policy, task and trainer for the trainer tests, and the script that they run as a process of its own.
 
-``python tests/trainer_worker.py --output DIR --steps N`` trains and writes what a test compares to
+``python tests/support/trainer_worker.py --output DIR --steps N`` trains and writes what a test compares to
 ``DIR/result_<rank>.json``; ``--kill-in-save S`` and ``--kill-in-reward S`` end it with a real SIGKILL.
-``python tests/trainer_worker.py JOBS.json`` runs a list of such jobs in forked processes, since importing TRL takes
-most of the time of runs this small, and writes their exit statuses to ``JOBS.status``.
+``python tests/support/trainer_worker.py JOBS.json`` runs a list of such jobs in forked processes, since importing TRL
+takes most of the time of runs this small, and writes their exit statuses to ``JOBS.status``.
 """
 
 from __future__ import annotations

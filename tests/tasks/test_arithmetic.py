@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebpo_core.rewards.text import completion_text, exact_match, integer_match, load_reward
 from ebpo_core.tasks import arithmetic
-from ebpo_core.tasks.rewards import completion_text, exact_match, integer_match, load_reward
 
 pytest.importorskip("datasets")
 

@@ -12,9 +12,10 @@ pytest.importorskip("trl")
 import datasets
 import torch
 
+from ebpo_core.models import load_model, resolve_model
 from ebpo_core.tasks import countdown
 from ebpo_core.tasks.evaluation import evaluate
-from ebpo_core.tasks.loading import load_model, load_task, resolve_model
+from ebpo_core.tasks.loading import load_task
 from ebpo_core.tasks.tiny_model import build_model, build_tokenizer, save_tiny_model
 from ebpo_core.tasks.warmup import IGNORED_LABEL, encode_batch, warm_up
 

@@ -20,7 +20,7 @@ from trainer_worker import key
 import ebpo_core
 from ebpo_core.trainer import PRIOR_NAME, last_complete_checkpoint, read_prior
 
-WORKER = Path(__file__).with_name("trainer_worker.py")
+WORKER = Path(__file__).parents[1] / "support" / "trainer_worker.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0"}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL (POSIX)")

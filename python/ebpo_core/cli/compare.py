@@ -16,7 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from ebpo_core.cli.arguments import parse
-from ebpo_core.cli.progress import print_titled
+from ebpo_core.cli.report import print_titled
 from ebpo_core.cli.train import prepare_tiny_model, run
 
 if TYPE_CHECKING:

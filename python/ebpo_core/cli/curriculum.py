@@ -52,11 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _label(sampling: Sampling, output: Path, console: Console) -> list[str] | None:
     """Topics as the options say, None where they say nothing."""
-    from ebpo_core.cli.bar import bar
     from ebpo_core.curriculum import topics
     from ebpo_core.evaluation.journal import Journal
     from ebpo_core.evaluation.sampling import SamplingOptions
     from ebpo_core.evaluation.server import ServerModel
+    from ebpo_core.progress import bar
 
     given, problems = sampling.arguments, sampling.problems
     if given.label_column:

@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     from ebpo_core.cli.plot import LOG_NAME, plot_runs, read_log
-    from ebpo_core.cli.progress import print_pass_at_1, print_samples
+    from ebpo_core.cli.report import print_pass_at_1, print_samples
     from ebpo_core.cli.train import run
 
     done = run(arguments, config, model_config, console)

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import ebpo_core
-from ebpo_core.trainer.checkpoint import read_prior
+from ebpo_core.checkpoint import read_prior
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

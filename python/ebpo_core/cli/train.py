@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 
 from ebpo_core.cli.arguments import AUTO, TrainArguments, parse
-from ebpo_core.cli.bar import bar
-from ebpo_core.cli.progress import ProgressCallback, print_pass_at_1, train_shown
+from ebpo_core.cli.report import ProgressCallback, print_pass_at_1, train_shown
+from ebpo_core.models import load_model
+from ebpo_core.progress import bar
 from ebpo_core.tasks.evaluation import Evaluation, evaluate
-from ebpo_core.tasks.loading import Task, load_model, load_task
+from ebpo_core.tasks.loading import Task, load_task
 from ebpo_core.trainer import last_complete_checkpoint
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from ebpo_core.evaluation.journal import Journal
 from ebpo_core.evaluation.problems import Problem
 from ebpo_core.evaluation.sampling import Request
 from ebpo_core.evaluation.server import ServerModel
-from ebpo_core.tasks.rewards import load_reward
+from ebpo_core.rewards.text import load_reward
 
 PAPER_TOPICS: tuple[str, ...] = (
     "Algebra & Number Theory",

@@ -1,7 +1,7 @@
 r"""The published forms of mathematical data sets: which columns each has, and how a row becomes a :class:`Problem`.
 
 Prompts: forms that carry whole prompts (verl, DAPO, problem) are kept as they are, DAPO's instruction to end on
-``Answer: $Answer`` included. All others get ``BOXED`` after the question. ``ebpo_core.verifiers`` reads both.
+``Answer: $Answer`` included. All others get ``BOXED`` after the question. ``ebpo_core.rewards`` reads both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ebpo_core.data.problem import Problem, with_instruction
-from ebpo_core.verifiers.extraction import final_answer
+from ebpo_core.rewards.extraction import final_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -49,7 +49,7 @@ def to_rows(
         system: A system message before each prompt; needs ``conversational``.
 
     Returns:
-        One row per problem with ``prompt``, ``answer`` (what :func:`ebpo_core.verifiers.math_reward` reads), ``topic``,
+        One row per problem with ``prompt``, ``answer`` (what :func:`ebpo_core.rewards.math_reward` reads), ``topic``,
         ``level``, ``id`` and ``source``.
     """
     if system is not None and not conversational:

@@ -20,7 +20,7 @@ def write_verl_parquet(
 
     Columns: ``data_source`` (the problem's source), ``prompt`` (messages), ``ability`` ("math"), ``reward_model``
     (style "rule" and the ``ground_truth``), ``extra_info`` (``index``, ``split``, ``id``, ``topic``, ``level``). verl's
-    own rewards know few data sources; :func:`ebpo_core.verifiers.compute_score` scores every one.
+    own rewards know few data sources; :func:`ebpo_core.rewards.compute_score` scores every one.
 
     Args:
         problems: At least one.

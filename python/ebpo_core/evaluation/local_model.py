@@ -63,7 +63,7 @@ class LocalModel:
     """A causal language model in this process.
 
     Args:
-        name: Any name that ``ebpo_core.tasks.loading.resolve_model`` takes.
+        name: Any name that ``ebpo_core.models.resolve_model`` takes.
         options: How to sample.
         batch_size: Completions drawn at once.
         device: "auto" takes a CUDA GPU if there is one, else the CPU; or a torch device.
@@ -91,7 +91,7 @@ class LocalModel:
 
     def settings(self) -> dict[str, Any]:
         """The model by the last part of its name and a fingerprint of its weights, and the dtype."""
-        from ebpo_core.tasks.loading import resolve_model
+        from ebpo_core.models import resolve_model
 
         source, gguf_file = resolve_model(self.name)
         local = Path(source).is_dir()
@@ -108,7 +108,7 @@ class LocalModel:
         if self._loaded is None:
             import torch
 
-            from ebpo_core.tasks.loading import load_model
+            from ebpo_core.models import load_model
 
             device = self.device
             if device == "auto":

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ebpo_core.evaluation.problems import BUILT_IN, Problem
+from ebpo_core.rewards.text import RewardFunction, load_reward
 from ebpo_core.tasks.arithmetic import final_integer
-from ebpo_core.tasks.rewards import RewardFunction, load_reward
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -134,7 +134,7 @@ class RewardScorer:
 
 
 class MathScorer:
-    """Scores against the ``answer`` column with :class:`ebpo_core.verifiers.MathVerifier` in its worker processes.
+    """Scores against the ``answer`` column with :class:`ebpo_core.rewards.MathVerifier` in its worker processes.
 
     Args:
         extract: What votes in maj@k; None takes the final answer that the verifier read, in normal form.
@@ -145,7 +145,7 @@ class MathScorer:
     merge_correct = True
 
     def __init__(self, extract: Extract | None = None, name: str = "math", **options: Any) -> None:
-        from ebpo_core.verifiers import MathVerifier
+        from ebpo_core.rewards import MathVerifier
 
         self.extract, self.name, self.verifier = extract, name, MathVerifier(**options)
 
@@ -161,7 +161,7 @@ class MathScorer:
 
     def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
         """1.0 where the completion's final answer equals the problem's, else 0.0."""
-        from ebpo_core.verifiers.answers import normal_form
+        from ebpo_core.rewards.answers import normal_form
 
         verdicts = self.verifier.verdicts(completions, [problem.row.get("answer") for problem in problems])
         if any(math.isnan(verdict.score) for verdict in verdicts):

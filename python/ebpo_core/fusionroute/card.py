@@ -7,7 +7,7 @@ import re
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ebpo_core.tasks.loading import PACKAGE_PREFIX
+from ebpo_core.models import PACKAGE_PREFIX
 
 from .experts.references import EXPERTS_FOLDER, ExpertReference, is_hub_id
 

@@ -73,7 +73,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                     "pass copy.deepcopy(router) as the expert, or a path"
                 )
         if not isinstance(router, PreTrainedModel):
-            from ebpo_core.tasks.loading import load_model
+            from ebpo_core.models import load_model
 
             name = None if dtype is None else str(dtype).removeprefix("torch.")
             router, loaded_tokenizer = load_model(os.fspath(router), dtype=name or "float32")

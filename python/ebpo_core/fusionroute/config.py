@@ -86,3 +86,6 @@ class FusionRouteConfig(PreTrainedConfig):
     def options(self) -> RoutingOptions:
         """The stored defaults of decoding."""
         return RoutingOptions(**{name: getattr(self, name) for name in STORED_OPTIONS})
+
+
+AutoConfig.register(FusionRouteConfig.model_type, FusionRouteConfig, exist_ok=True)

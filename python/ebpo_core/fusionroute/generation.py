@@ -64,8 +64,8 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
             alpha, complementary, route, hysteresis, allowed_experts, forced_expert, expert_prefill,
             expert_cache_budget: see :class:`~.decoding.routing.RoutingOptions`; by default the config's.
             output_routing: return a ``ModelOutput`` whose ``routing`` holds one
-                :class:`~ebpo_core.traces.trace.RoutingTrace` per returned sequence: which expert wrote each token,
-                its weight, whether the token is not its own argmax.
+                :class:`~.traces.trace.RoutingTrace` per returned sequence: which expert wrote each token, its weight,
+                whether the token is not its own argmax.
 
         Greedy decoding and sampling (temperature, top-k, top-p, min-p) take their tokens from
         :mod:`ebpo_core.kernels` when nothing needs the logits themselves; the fused logits are not written then.

@@ -316,3 +316,6 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
                 "FusionRoute needs a causal LM that calls the module get_output_embeddings() returns once"
             )
         return out.logits, box[0], out
+
+
+AutoModelForCausalLM.register(FusionRouteConfig, FusionRouteForCausalLM, exist_ok=True)

@@ -1,6 +1,6 @@
 """The prior's own file in a checkpoint folder of a framework that has no place for an estimator's state.
 
-The format is that of :mod:`ebpo_core.trainer.checkpoint`, so ``ebpo prior show FOLDER/ebpo_state.json`` prints it.
+The format is that of :mod:`ebpo_core.checkpoint`, so ``ebpo prior show FOLDER/ebpo_state.json`` prints it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ebpo_core.checkpoint import read_prior, write_prior
 from ebpo_core.estimator import EBPO
-from ebpo_core.trainer.checkpoint import read_prior, write_prior
 
 NAME = "ebpo_state.json"
 

@@ -8,9 +8,9 @@ answer. Model text is compared or read by grammars; it is never evaluated as cod
 
 from __future__ import annotations
 
-from ebpo_core.verifiers.extraction import final_answer
-from ebpo_core.verifiers.math_verifier import MathVerifier, Verdict
-from ebpo_core.verifiers.pool import VerifierPoolError
-from ebpo_core.verifiers.rewards import compute_score, math_reward
+from ebpo_core.rewards.extraction import final_answer
+from ebpo_core.rewards.math_verifier import MathVerifier, Verdict
+from ebpo_core.rewards.pool import VerifierPoolError
+from ebpo_core.rewards.rewards import compute_score, math_reward
 
 __all__ = ["MathVerifier", "Verdict", "VerifierPoolError", "compute_score", "final_answer", "math_reward"]

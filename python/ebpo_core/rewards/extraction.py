@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections import deque
 
-from ebpo_core.verifiers.answers import read_answer
-from ebpo_core.verifiers.limits import MAX_LENGTH
+from ebpo_core.rewards.answers import read_answer
+from ebpo_core.rewards.limits import MAX_LENGTH
 
 # A little more than an answer may have, so that what is cut here is refused as too long, not judged by its beginning.
 _WINDOW = MAX_LENGTH + 1

@@ -11,11 +11,11 @@ import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ebpo_core.tasks.rewards import completion_text
-from ebpo_core.verifiers.answers import Answer, read_answer, same
-from ebpo_core.verifiers.extraction import final_answer, reference_answer
-from ebpo_core.verifiers.limits import refusal
-from ebpo_core.verifiers.pool import VerifierPoolError, WorkerPool
+from ebpo_core.rewards.answers import Answer, read_answer, same
+from ebpo_core.rewards.extraction import final_answer, reference_answer
+from ebpo_core.rewards.limits import refusal
+from ebpo_core.rewards.pool import VerifierPoolError, WorkerPool
+from ebpo_core.rewards.text import completion_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -195,8 +195,8 @@ class MathVerifier:
         return [reference is not None and known[reference] for reference in references]
 
     def reward(self, completions: Sequence[Any], answer: Sequence[Any] | None = None, **columns: Any) -> list[float]:
-        """This verifier as a reward function in TRL's signature; see :func:`ebpo_core.verifiers.math_reward`."""
-        from ebpo_core.verifiers.rewards import reward_with
+        """This verifier as a reward function in TRL's signature; see :func:`ebpo_core.rewards.math_reward`."""
+        from ebpo_core.rewards.rewards import reward_with
 
         return reward_with(self, completions, answer, **columns)
 

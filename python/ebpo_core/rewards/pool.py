@@ -28,7 +28,7 @@ _ATTEMPTS = 2
 # One thread each; and what is an error to the caller's warning filter is no reason for a worker not to start.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 _BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from ebpo_core.verifiers.worker import main; main()"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from ebpo_core.rewards.worker import main; main()"
 )
 
 

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from ebpo_core.verifiers.math_verifier import ROUTES, MathVerifier
+from ebpo_core.rewards.math_verifier import ROUTES, MathVerifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ebpo_core.tasks.rewards import completion_text
+from ebpo_core.rewards.text import completion_text
 from ebpo_core.tasks.splits import check_choice, draws, split_of
 
 if TYPE_CHECKING:

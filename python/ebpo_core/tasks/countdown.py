@@ -11,8 +11,8 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ebpo_core.rewards.text import completion_text
 from ebpo_core.tasks.expressions import parse_expression
-from ebpo_core.tasks.rewards import completion_text
 from ebpo_core.tasks.splits import check_choice, draws, split_of
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ebpo_core.tasks.rewards import RewardFunction, completion_text
+from ebpo_core.rewards.text import RewardFunction, completion_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

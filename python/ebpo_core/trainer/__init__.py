@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import PRIOR_NAME, is_complete, last_complete_checkpoint, read_prior, write_prior
+from ebpo_core.checkpoint import PRIOR_NAME, is_complete, last_complete_checkpoint, read_prior, write_prior
 
 if TYPE_CHECKING:
     from .config import EBPOArguments, EBPOConfig

@@ -39,8 +39,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer  # type: ignore[attr-defined]
 
 from ebpo_core import EBPO
+from ebpo_core.checkpoint import PRIOR_NAME, TRAINER_STATE_NAME, last_complete_checkpoint, read_prior, write_prior
 
-from .checkpoint import PRIOR_NAME, TRAINER_STATE_NAME, last_complete_checkpoint, read_prior, write_prior
 from .config import EBPOArguments, EBPOConfig
 from .estimators import Estimators
 from .keys import check_columns, keys_of_groups, keys_of_rows

@@ -25,11 +25,12 @@ def source(name: str, module: str) -> Any:
 
     if not roots(name):
         pytest.skip(
-            f"no source of {name}: python integrations/frameworks/fetch_sources.py {name}", allow_module_level=True
+            f"no source of {name}: python tests/environments/frameworks/fetch_sources.py {name}",
+            allow_module_level=True,
         )
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == module.split(".")[0]:
             raise  # the framework has moved it: that is a failure
-        pytest.skip(f"{error}: install integrations/frameworks/sources.txt", allow_module_level=True)
+        pytest.skip(f"{error}: install tests/environments/frameworks/sources.txt", allow_module_level=True)

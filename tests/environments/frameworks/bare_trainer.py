@@ -11,7 +11,7 @@ bare_openrlhf.stand_ins()
 
 from openrlhf.trainer import ppo_trainer
 
-from ebpo_core.integrations import openrlhf
+from ebpo_core.integrations.contrib import openrlhf
 
 
 class BareTrainer(openrlhf.EBPOTrainer):

@@ -46,7 +46,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("EBPO_OPTIONS", raising=False)
     monkeypatch.setattr(saturation, "_warned", set())
-    for name in ("skyrl", "openrlhf", "slime", "rllm", "nemo_rl", "prime_rl"):
+    for name in ("skyrl", "slime", "rllm", "contrib.openrlhf", "contrib.nemo_rl", "contrib.prime_rl"):
         module = sys.modules.get(f"ebpo_core.integrations.{name}")
         if module is not None:
             module.estimator.reset()

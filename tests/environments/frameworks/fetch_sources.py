@@ -1,6 +1,6 @@
 """Fetch the frameworks that are not on the package index, at the commits that the suite was written against.
 
-``python integrations/frameworks/fetch_sources.py [NAME ...]`` clones into ``integrations/frameworks/.sources/NAME``,
+``python tests/environments/frameworks/fetch_sources.py [NAME ...]`` clones into ``.sources/NAME`` beside this file,
 which git ignores. The tests of a framework whose source is not there are skipped. Clones of your own elsewhere:
 ``FRAMEWORK_SOURCES=/path/to/folder``, which holds one folder a framework, by these names.
 """

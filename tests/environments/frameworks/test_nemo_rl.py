@@ -19,7 +19,7 @@ estimators = absent.source("nemo_rl", "nemo_rl.algorithms.advantage_estimator")
 checkpoint = absent.source("nemo_rl", "nemo_rl.utils.checkpoint")
 
 from ebpo_core import EBPO, reference
-from ebpo_core.integrations import nemo_rl
+from ebpo_core.integrations.contrib import nemo_rl
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
 from ebpo_core import reference
-from ebpo_core.integrations import openrlhf
+from ebpo_core.integrations.contrib import openrlhf
 
 LONGEST, GROUP = 4, 3
 

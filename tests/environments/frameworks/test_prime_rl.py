@@ -19,7 +19,7 @@ configs = absent.source("prime_rl", "prime_rl.configs.algorithm")
 vf = absent.source("prime_rl", "verifiers.v1")
 
 from ebpo_core import reference
-from ebpo_core.integrations import prime_rl
+from ebpo_core.integrations.contrib import prime_rl
 
 
 @pytest.fixture(autouse=True)

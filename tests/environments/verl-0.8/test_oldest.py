@@ -1,4 +1,4 @@
-"""verl 0.8 looks for no plugins: it takes the estimator from the environment. The rest is ``integrations/verl``'s."""
+"""verl 0.8 looks for no plugins: it takes the estimator from the environment. The rest is that of verl 0.9."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.ray_trainer import compute_advantage
 
 from ebpo_core import reference
-from ebpo_core.integrations import saturation, verl, verl_estimator
+from ebpo_core.integrations import saturation, verl
+from ebpo_core.integrations.verl import estimator as verl_estimator
 
 
 def run(data: Any, config: Any = None) -> np.ndarray:

@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
-from ebpo_core.integrations.verl_estimator import is_ebpo, read_settings
+from ebpo_core.integrations.verl.estimator import is_ebpo, read_settings
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "verl"
+RECIPES = Path(__file__).parents[3] / "recipes" / "verl"
 
 
 def choices(group: str) -> list[str]:

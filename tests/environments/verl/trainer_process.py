@@ -135,6 +135,6 @@ class Runner:
 
     def state(self) -> dict[str, Any]:
         """The estimator's state in this process."""
-        from ebpo_core.integrations import verl_estimator
+        from ebpo_core.integrations.verl import estimator as verl_estimator
 
         return verl_estimator.running(verl_estimator.read_settings(self.trainer.config.algorithm)).state_dict()

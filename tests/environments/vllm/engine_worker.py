@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from ebpo_core.serving.columns import decode, routing_ids
+from ebpo_core.fusionroute.vllm.columns import decode, routing_ids
 
 
 def main() -> None:

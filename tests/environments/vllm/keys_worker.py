@@ -14,7 +14,7 @@ from vllm.compilation import backends
 from vllm.engine.arg_utils import EngineArgs
 
 from ebpo_core.fusionroute.experts.references import ExpertReference
-from ebpo_core.serving import submodels
+from ebpo_core.fusionroute.vllm import submodels
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from checkpoints import load, prompts, reference, save_checkpoint
 
-sys.path.append(str(Path(__file__).parents[2] / "benches"))
+sys.path.append(str(Path(__file__).parents[3] / "benches"))
 from serving.separate import SeparateEngines
 
 EXPERTS = {"deep": ("llama", {"layers": 3, "num_key_value_heads": 4}), "qwen": ("qwen2", {})}

@@ -21,7 +21,7 @@ from server import NAME, Server, serving
 from transformers import LogitsProcessorList
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM, RoutedToken
-from ebpo_core.serving.columns import decode, routing_ids
+from ebpo_core.fusionroute.vllm.columns import decode, routing_ids
 
 pytestmark = pytest.mark.timeout(900)  # engines start slowly on a busy machine
 

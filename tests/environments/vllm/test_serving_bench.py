@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "benches" / "serve.py"
+BENCH = Path(__file__).parents[3] / "benches" / "serve.py"
 CLIENTS, REQUESTS_EACH, NEW, ONE_BY_ONE = [1, 4], 2, 8, 3  # of the smoke run
 
 

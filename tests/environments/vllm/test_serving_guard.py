@@ -20,8 +20,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns as by_name
 
-from ebpo_core.serving import counters, guard
-from ebpo_core.serving.counters import FOLDER, Collector, open_counts, publish
+from ebpo_core.fusionroute.vllm import counters, guard
+from ebpo_core.fusionroute.vllm.counters import FOLDER, Collector, open_counts, publish
 
 V, NAMES = 50, ["math", "code"]
 EXTRA = len(NAMES) + 2
@@ -131,7 +131,7 @@ def test_requests_that_name_extra_ids_are_refused(parameters: dict[str, Any]) ->
 def test_the_guards_class_is_found_by_its_name_alone() -> None:
     (found,) = by_name([guard.processor_name(V)])
     assert found is by_name([guard.processor_name(V)])[0]
-    assert pickle.loads(pickle.dumps(found)) is found  # noqa: S301
+    assert pickle.loads(pickle.dumps(found)) is found
     for wrong in ("Vocabulary", "Vocabulary-1", "Vocabularyx"):
         with pytest.raises(AttributeError):
             getattr(guard, wrong)
@@ -139,7 +139,7 @@ def test_the_guards_class_is_found_by_its_name_alone() -> None:
 
 def test_the_servers_metrics_are_the_sum_over_engines(folder: Path) -> None:
     script = (
-        "import sys; from ebpo_core.serving.counters import open_counts\n"
+        "import sys; from ebpo_core.fusionroute.vllm.counters import open_counts\n"
         "counts = open_counts(['math', 'code'], 50)\n"
         "for _ in range(int(sys.argv[1])): counts.add(1, overruled=True)\n"
         "counts.add(0, overruled=False)"
@@ -160,7 +160,7 @@ def test_the_servers_metrics_are_the_sum_over_engines(folder: Path) -> None:
 
 def test_several_servers_of_one_engine_read_prometheus_own_files(tmp_path: Path) -> None:
     script = (
-        "from ebpo_core.serving.counters import open_counts\n"
+        "from ebpo_core.fusionroute.vllm.counters import open_counts\n"
         "counts = open_counts(['math', 'code'], 50)\n"
         "counts.add(1, overruled=True); counts.add(1, overruled=False)"
     )

@@ -18,11 +18,11 @@ from server import Server, free_port, serving_command
 from transformers import AutoTokenizer
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
-from ebpo_core.traces.trace import load as load_trace
+from ebpo_core.fusionroute.traces.trace import load as load_trace
 
 pytestmark = pytest.mark.timeout(1200)  # engines start slowly on a busy machine
 
-PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
 
 

@@ -20,10 +20,10 @@ from fusionroute_tiny import tiny_tokenizer
 from fusionroute_traces import example, trace_of
 
 from ebpo_core import __version__
-from ebpo_core.cli.fusionroute import COMMANDS, main
-from ebpo_core.cli.fusionroute.generate import shown
 from ebpo_core.fusionroute import FusionRouteForCausalLM
-from ebpo_core.traces.trace import dump, load
+from ebpo_core.fusionroute.cli import COMMANDS, main
+from ebpo_core.fusionroute.cli.generate import shown
+from ebpo_core.fusionroute.traces.trace import dump, load
 
 PROMPT = "w10 w20 w30"
 
@@ -79,7 +79,7 @@ def test_a_missing_extra_is_named(
 @pytest.mark.slow
 def test_module_and_entry_point_are_the_same_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    command = [sys.executable, "-m", "ebpo_core.cli.fusionroute", "--help"]
+    command = [sys.executable, "-m", "ebpo_core.fusionroute.cli", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == capsys.readouterr().out
 
@@ -270,7 +270,7 @@ def test_generate_with_wrong_input_is_one_line(
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "tests"])
 def test_generate_without_a_checkpoint_is_one_line(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     if path == "tests":
-        path = str(Path(__file__).parent)
+        path = str(Path(__file__).parents[2] / "support")
     assert main(["generate", path, "--prompt", "x"]) == 1
     assert f"path={path!r}" in one_line(capsys, "generate")
 

@@ -14,12 +14,12 @@ pytest.importorskip("rich")
 from fusionroute_tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
-from ebpo_core.cli.fusionroute import main
-from ebpo_core.cli.fusionroute.arguments import parse
+from ebpo_core.fusionroute.cli import main
+from ebpo_core.fusionroute.cli.arguments import parse
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:(transformers|trl)")
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "fusionroute").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "recipes" / "fusionroute").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

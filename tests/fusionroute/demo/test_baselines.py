@@ -27,7 +27,7 @@ from ebpo_core.fusionroute.baselines import (
     write_responses,
 )
 from ebpo_core.fusionroute.demo.domains import build_tokenizer
-from ebpo_core.tasks.rewards import exact_match
+from ebpo_core.rewards.text import exact_match
 
 TOKENIZER = build_tokenizer()
 PROMPTS = ["A12+34:", "Rabcde;Cjihgf:", "Cabcde:", "A01+02;A99+98:"]

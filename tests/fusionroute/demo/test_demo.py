@@ -32,7 +32,7 @@ from ebpo_core.fusionroute.demo.experts import Course, build_model, encode
 from ebpo_core.fusionroute.demo.results import outcomes, results_table
 from ebpo_core.fusionroute.demo.routers import new_router, train_mix, train_sft
 from ebpo_core.fusionroute.demo.settings import FULL_SIZE, QUICK, Settings
-from ebpo_core.traces import trace
+from ebpo_core.fusionroute.traces import trace
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -33,8 +33,8 @@ from fusionroute_tiny import put_in_hub_cache, save_tiny, save_tiny_gguf, tiny_m
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ebpo_core.cli.fusionroute import main
 from ebpo_core.fusionroute import ExpertReference, FusionRouteForCausalLM
+from ebpo_core.fusionroute.cli import main
 from ebpo_core.fusionroute.conversion import convert_checkpoint
 from ebpo_core.fusionroute.experts.plain import needs_conversion
 from ebpo_core.fusionroute.experts.weights import files_hash, weight_files

@@ -33,8 +33,8 @@ from fusionroute_tiny import save_tiny, save_tiny_adapter, save_tiny_gguf, tiny_
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ebpo_core.cli.fusionroute import main
 from ebpo_core.fusionroute import ExpertReference, FusionRouteForCausalLM
+from ebpo_core.fusionroute.cli import main
 from ebpo_core.fusionroute.conversion import convert_checkpoint
 from ebpo_core.fusionroute.experts.expert import Experts
 from ebpo_core.fusionroute.experts.plain import needs_conversion, write_plain

@@ -119,7 +119,7 @@ def test_fingerprint_in_another_process(tmp_path: Path) -> None:
         "from fusionroute_tiny import tiny_tokenizer; from ebpo_core.fusionroute.experts.tokenizers import fingerprint;"
         "print(fingerprint(tiny_tokenizer()))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "7"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "support"), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == fingerprint(tiny_tokenizer())

@@ -182,7 +182,7 @@ def test_the_same_in_another_process(tmp_path: Path) -> None:
         "from ebpo_core.fusionroute.experts.weights import files_hash, tensors_hash, weight_files;"
         "print(files_hash(weight_files(sys.argv[1])), tensors_hash(tiny_model('gemma2').state_dict()))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "5"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "support"), "PYTHONHASHSEED": "5"}
     command = [sys.executable, "-c", code, str(folder)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.split() == [files_hash(weight_files(folder)), tensors_hash(tiny_model("gemma2").state_dict())]

@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 from fusionroute_traces import HOSTILE, PAGE_ELEMENTS, example, hostile, trace_of, traces
 from hypothesis import given
 
-from ebpo_core.traces.page import write_page
-from ebpo_core.traces.trace import RoutedToken, RoutingTrace
+from ebpo_core.fusionroute.traces.page import write_page
+from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace
 
 FAILURES = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
 

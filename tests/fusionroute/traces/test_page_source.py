@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 from fusionroute_traces import PAGE_ELEMENTS, example, hostile, traces
 from hypothesis import given
 
-from ebpo_core.traces.page import render_page, write_page
-from ebpo_core.traces.trace import RoutingTrace
+from ebpo_core.fusionroute.traces.page import render_page, write_page
+from ebpo_core.fusionroute.traces.trace import RoutingTrace
 
 
 class Reader(HTMLParser):

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from rich.color import ColorType
 from rich.console import Console
 
-from ebpo_core.traces.palette import color_of, letter_of, visible
-from ebpo_core.traces.show import has_color, print_traces, render_legend, render_response
-from ebpo_core.traces.trace import RoutedToken, RoutingTrace
+from ebpo_core.fusionroute.traces.palette import color_of, letter_of, visible
+from ebpo_core.fusionroute.traces.show import has_color, print_traces, render_legend, render_response
+from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -121,8 +121,8 @@ def test_colours_only_where_they_are_wanted_and_there(environment: dict[str, str
 
 def test_no_colours_in_a_pipe(tmp_path: Path) -> None:
     code = (
-        "from ebpo_core.traces.show import print_traces\n"
-        "from ebpo_core.traces.trace import RoutedToken, RoutingTrace\n"
+        "from ebpo_core.fusionroute.traces.show import print_traces\n"
+        "from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace\n"
         "print_traces(RoutingTrace(('a',), (RoutedToken(1, 0, 1.0, False, 'caf\\u00e9 ' * 40),)))"
     )
     # Not at the root of the repository, whose folder `kernels` would hide Hugging Face's package of that name.

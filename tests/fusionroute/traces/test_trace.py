@@ -16,8 +16,8 @@ from fusionroute_traces import byte_tokenizer, example, fallback_tokenizer, trac
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpo_core.traces.token_texts import token_texts
-from ebpo_core.traces.trace import RoutedToken, RoutingTrace, dump, load
+from ebpo_core.fusionroute.traces.token_texts import token_texts
+from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace, dump, load
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from ebpo_core.checkpoint import last_complete_checkpoint
 from ebpo_core.fusionroute.training.expert_cache import ExpertCache
-from ebpo_core.trainer.checkpoint import last_complete_checkpoint
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0"}
 

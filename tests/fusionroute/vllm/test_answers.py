@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 from routed_server import RoutedOpenAIServer, Step, logprobs_of
 from serving_script import MESSAGES, NAMES, SCRIPT, TEXT, TOKENS, V, check
 
-from ebpo_core.serving.client import RoutedServer, routed_tokens, routing_request
-from ebpo_core.traces.trace import RoutingTrace
+from ebpo_core.fusionroute.traces.trace import RoutingTrace
+from ebpo_core.fusionroute.vllm.client import RoutedServer, routed_tokens, routing_request
 
 
 class Dumped:

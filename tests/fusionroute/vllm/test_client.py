@@ -22,7 +22,7 @@ from routed_server import RoutedOpenAIServer, greedy
 from serving_script import BYTES, MESSAGES, NAMES, SCRIPT, TEXT, TOKENS, V, check
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
-from ebpo_core.serving.client import RoutedServer
+from ebpo_core.fusionroute.vllm.client import RoutedServer
 
 PROMPT = "w10 w20 w30"
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ebpo_core.serving.columns import DIGIT, decode, encode, extra_columns, routing_ids
+from ebpo_core.fusionroute.vllm.columns import DIGIT, decode, encode, extra_columns, routing_ids
 
 CUT = -9999.0
 LOGITS = st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=12)

@@ -14,7 +14,7 @@ from openai_server import OpenAIServer, running
 from routed_server import RoutedOpenAIServer, refusing_url
 from serving_script import MESSAGES, NAMES, TOKENS, V, check
 
-from ebpo_core.serving.client import RoutedServer, ServerError
+from ebpo_core.fusionroute.vllm.client import RoutedServer, ServerError
 
 
 def fails(served: RoutedOpenAIServer, message: str, prompt: Any = "x") -> None:

@@ -19,8 +19,8 @@ pytest.importorskip("transformers")
 from routed_server import RoutedOpenAIServer, refusing_url, scripted
 from serving_script import BYTES, END, TEXT, TOKENS, check
 
-from ebpo_core.cli.fusionroute import main
-from ebpo_core.traces.trace import load
+from ebpo_core.fusionroute.cli import main
+from ebpo_core.fusionroute.traces.trace import load
 
 
 def show(served: RoutedOpenAIServer, *more: str) -> int:
@@ -74,7 +74,7 @@ def test_show_prints_tokens_as_they_arrive_on_a_terminal(served: RoutedOpenAISer
     served.answer = lambda _: steering
     served.gate = threading.Event()
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "ebpo_core.cli.fusionroute", "show", "--url", served.root, "--prompt", "What?"]
+    command = [sys.executable, "-m", "ebpo_core.fusionroute.cli", "show", "--url", served.root, "--prompt", "What?"]
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     environment |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
     output = b""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ebpo_core.tasks.rewards import RewardFunction
+from ebpo_core.rewards.text import RewardFunction
 
 
 class Response(NamedTuple):
@@ -136,7 +136,7 @@ def reward_scores(reward: RewardFunction, **columns: Sequence[Any]) -> Scores:
     With a verifier that knows the right answers this is an oracle: what a perfect judge of whole answers could reach.
 
     Args:
-        reward: such as :func:`ebpo_core.tasks.rewards.exact_match`.
+        reward: such as :func:`ebpo_core.rewards.text.exact_match`.
         columns: what it wants beside the texts, one value for each prompt, such as ``answer``.
     """
 

@@ -24,8 +24,8 @@ COMMANDS = {
 }
 
 # `eval` and `train` would be confusing module names beside Python's eval and the package `training`.
-MODULES = {name: f"ebpo_core.cli.fusionroute.{name}" for name in COMMANDS} | {
-    "eval": "ebpo_core.cli.fusionroute.evaluate"
+MODULES = {name: f"ebpo_core.fusionroute.cli.{name}" for name in COMMANDS} | {
+    "eval": "ebpo_core.fusionroute.cli.evaluate"
 }
 
 # Looked for before anything is imported, for loading a model only to say that a module is missing takes minutes.

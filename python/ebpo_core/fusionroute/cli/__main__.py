@@ -1,7 +1,7 @@
-"""``python -m ebpo_core.cli.fusionroute``, for launchers such as ``accelerate launch -m``."""
+"""``python -m ebpo_core.fusionroute.cli``, for launchers such as ``accelerate launch -m``."""
 
 import sys
 
-from ebpo_core.cli.fusionroute import main
+from ebpo_core.fusionroute.cli import main
 
 sys.exit(main())

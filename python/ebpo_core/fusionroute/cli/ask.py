@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ebpo_core.cli.fusionroute.options import add_sampling_flags, check_sampling
-from ebpo_core.serving.client import RoutedServer
-from ebpo_core.traces.show import render_legend, render_prompt, render_response
-from ebpo_core.traces.trace import RoutedToken, RoutingTrace
+from ebpo_core.fusionroute.cli.options import add_sampling_flags, check_sampling
+from ebpo_core.fusionroute.traces.show import render_legend, render_prompt, render_response
+from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace
+from ebpo_core.fusionroute.vllm.client import RoutedServer
 
 if TYPE_CHECKING:
     from rich.console import Console

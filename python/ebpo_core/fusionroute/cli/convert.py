@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ebpo_core.cli.fusionroute.options import expert_paths
+from ebpo_core.fusionroute.cli.options import expert_paths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

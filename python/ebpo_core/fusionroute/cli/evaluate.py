@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ebpo_core.cli.fusionroute.options import add_model_flags, add_routing_flags, load, routing_options
+from ebpo_core.fusionroute.cli.options import add_model_flags, add_routing_flags, load, routing_options
 from ebpo_core.fusionroute.evaluation import evaluate, task_manager, write_results
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebpo_core.cli.fusionroute.options import (
+from ebpo_core.fusionroute.cli.options import (
     add_model_flags,
     add_routing_flags,
     add_sampling_flags,
@@ -16,10 +16,10 @@ from ebpo_core.cli.fusionroute.options import (
     load,
     routing_options,
 )
-from ebpo_core.traces.page import write_page
-from ebpo_core.traces.palette import visible
-from ebpo_core.traces.show import print_traces
-from ebpo_core.traces.trace import RoutingTrace, dump
+from ebpo_core.fusionroute.traces.page import write_page
+from ebpo_core.fusionroute.traces.palette import visible
+from ebpo_core.fusionroute.traces.show import print_traces
+from ebpo_core.fusionroute.traces.trace import RoutingTrace, dump
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,10 +10,10 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ebpo_core.cli.fusionroute.ask import add_flags, ask, check
-from ebpo_core.traces.page import DEFAULT_TITLE, write_page
-from ebpo_core.traces.show import has_color, print_traces
-from ebpo_core.traces.trace import dump, load
+from ebpo_core.fusionroute.cli.ask import add_flags, ask, check
+from ebpo_core.fusionroute.traces.page import DEFAULT_TITLE, write_page
+from ebpo_core.fusionroute.traces.show import has_color, print_traces
+from ebpo_core.fusionroute.traces.trace import dump, load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from ebpo_core.cli.fusionroute.arguments import TrainArguments, parse
-from ebpo_core.cli.progress import ProgressCallback, train_shown
+from ebpo_core.cli.report import ProgressCallback, train_shown
 from ebpo_core.cli.train import RESULT_NAME, resolve_resume
+from ebpo_core.fusionroute.cli.arguments import TrainArguments, parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tup
     from transformers import AutoConfig, AutoTokenizer
 
     from ebpo_core.fusionroute.model import FusionRouteForCausalLM
-    from ebpo_core.tasks.loading import load_model as load_router
+    from ebpo_core.models import load_model as load_router
 
     name, dtype = model_config.model_name_or_path, model_config.dtype
     options: dict[str, Any] = {"revision": model_config.model_revision}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebpo_core.traces.trace import RoutingTrace
+from ebpo_core.fusionroute.traces.trace import RoutingTrace
 
 
 class RoutingRecorder:

@@ -22,7 +22,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ebpo_core.cli.bar import bar
 from ebpo_core.fusionroute.baselines import (
     Response,
     likelihood_scores,
@@ -30,10 +29,11 @@ from ebpo_core.fusionroute.baselines import (
     select_sequences,
     write_responses,
 )
-from ebpo_core.tasks.rewards import exact_match
-from ebpo_core.traces import trace
-from ebpo_core.traces.page import write_page
-from ebpo_core.traces.show import print_traces
+from ebpo_core.fusionroute.traces import trace
+from ebpo_core.fusionroute.traces.page import write_page
+from ebpo_core.fusionroute.traces.show import print_traces
+from ebpo_core.progress import bar
+from ebpo_core.rewards.text import exact_match
 
 from .domains import (
     DOMAINS,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, set_seed
 
-from ebpo_core.cli.progress import ProgressCallback
+from ebpo_core.cli.report import ProgressCallback
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 from ebpo_core.fusionroute.training import (
     FusionRouteCDPOConfig,

@@ -61,7 +61,7 @@ def load_base(
             model, info = loader.from_pretrained(source.path, dtype=dtype, output_loading_info=True, **options)
         _check_complete({name: value for name, value in info.items() if name != "unexpected_keys"}, source.path)
     if source.gguf_file:
-        # What came out of the file is plain float weights, see ebpo_core.tasks.loading.
+        # What came out of the file is plain float weights, see ebpo_core.models.
         for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
             vars(model).pop(mark, None)
         vars(model.config).pop("quantization_config", None)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ebpo_core.tasks.loading import PACKAGE_PREFIX, resolve_model
+from ebpo_core.models import PACKAGE_PREFIX, resolve_model
 
 EXPERTS_FOLDER = "experts"  # of copies, in a checkpoint that brings its experts along
 ADAPTER_CONFIG = "adapter_config.json"

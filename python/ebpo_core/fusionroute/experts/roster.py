@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ebpo_core.tasks.loading import PACKAGE_PREFIX
+from ebpo_core.models import PACKAGE_PREFIX
 
 from .references import ExpertReference
 

@@ -13,9 +13,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ebpo_core.traces.palette import color_of, letter_of
-from ebpo_core.traces.show import expert_names, percent, token_text
-from ebpo_core.traces.trace import RoutedToken, RoutingTrace
+from ebpo_core.fusionroute.traces.palette import color_of, letter_of
+from ebpo_core.fusionroute.traces.show import expert_names, percent, token_text
+from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace
 
 DEFAULT_TITLE = "FusionRoute: which expert wrote which token"
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ebpo_core.traces.palette import color_of, letter_of, visible
-from ebpo_core.traces.trace import RoutedToken, RoutingTrace
+from ebpo_core.fusionroute.traces.palette import color_of, letter_of, visible
+from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace
 
 if TYPE_CHECKING:
     from rich.console import Console

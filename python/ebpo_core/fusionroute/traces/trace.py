@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ebpo_core.traces.token_texts import token_texts
+from ebpo_core.fusionroute.traces.token_texts import token_texts
 
 FORMAT = "fusionroute/trace"
 VERSION = 1

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ebpo_core.checkpoint import TRAINER_STATE_NAME, last_complete_checkpoint
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
-from ebpo_core.trainer.checkpoint import TRAINER_STATE_NAME, last_complete_checkpoint
 
 from .batches import MixCollator, MixDataset
 from .config import FusionRouteArguments

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import safe_open
 
+from ebpo_core.files import read_json, write_arrays, write_json
+
 from .annotation import ExpertSource, annotate
-from .atomic import read_json, write_arrays, write_json
 from .cache_key import CacheKey
 from .sequences import TokenSequences
 
@@ -198,7 +199,7 @@ def _bar(total: int) -> Any:
     try:
         from rich.console import Console
 
-        from ebpo_core.cli.bar import bar
+        from ebpo_core.progress import bar
     except ModuleNotFoundError as error:
         raise ImportError(
             f'the progress bar needs {error.name!r}: pip install "ebpo-core[fusionroute]", or pass progress=False'

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from ebpo_core.files import write_json
+
 from .annotation import Annotation, ExpertSource
-from .atomic import write_json
 from .cache_build import (
     MANIFEST_NAME,
     OnChange,

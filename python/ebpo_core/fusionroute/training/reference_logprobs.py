@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from ebpo_core.files import write_arrays
 from ebpo_core.fusionroute.experts.weights import tensors_hash
 
-from .atomic import write_arrays
 from .cache_build import OnChange
 from .losses import label_logprobs
 from .ranks import gather, on_main, world

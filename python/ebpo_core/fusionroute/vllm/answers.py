@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ebpo_core.serving.columns import decode, routing_ids
-from ebpo_core.traces.trace import RoutedToken
+from ebpo_core.fusionroute.traces.trace import RoutedToken
+from ebpo_core.fusionroute.vllm.columns import decode, routing_ids
 
 _PLACEHOLDER = "token_id:"  # how vLLM writes a token where return_tokens_as_token_ids is set
 _SHOWN = 300

@@ -14,8 +14,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from ebpo_core.evaluation.server import Server, ServerError, chosen_model, offered_models
-from ebpo_core.serving.answers import routed_tokens, routing_request
-from ebpo_core.traces.trace import RoutedToken, RoutingTrace
+from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace
+from ebpo_core.fusionroute.vllm.answers import routed_tokens, routing_request
 
 __all__ = ["Prompt", "RoutedServer", "ServerError", "routed_tokens", "routing_request"]
 

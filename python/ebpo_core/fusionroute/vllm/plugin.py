@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 ARCHITECTURE = "FusionRouteForCausalLM"
-MODEL = "ebpo_core.serving.model:FusionRouteForCausalLM"
+MODEL = "ebpo_core.fusionroute.vllm.model:FusionRouteForCausalLM"
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 In a copy of NeMo-RL's ``examples/run_grpo.py``, before anything of it runs::
 
-    import ebpo_core.integrations.nemo_rl as ebpo
+    import ebpo_core.integrations.contrib.nemo_rl as ebpo
 
     ebpo.install()
 

@@ -1,6 +1,6 @@
 """EBPO for OpenRLHF's Ray trainer. OpenRLHF has no hook for an estimator: a subclass takes its trainer's place. Run ::
 
-    python -m ebpo_core.integrations.openrlhf --algo.advantage.estimator dr_grpo ...
+    python -m ebpo_core.integrations.contrib.openrlhf --algo.advantage.estimator dr_grpo ...
 
 in place of ``python -m openrlhf.cli.train_ppo_ray``, with the same arguments. ``--algo.advantage.estimator`` must name
 an estimator that OpenRLHF's parser knows and that takes groups (``rloo``, ``dr_grpo``, ``reinforce_baseline``,
@@ -150,7 +150,7 @@ def install() -> None:
 
 if __name__ == "__main__":
     # Python runs this file as `__main__`; Ray must find the classes in the module of this name.
-    from ebpo_core.integrations.openrlhf import install as install_once
+    from ebpo_core.integrations.contrib.openrlhf import install as install_once
 
     install_once()
     sys.argv[0] = "openrlhf.cli.train_ppo_ray"

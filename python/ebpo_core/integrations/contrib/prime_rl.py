@@ -1,7 +1,7 @@
 """EBPO for prime-rl's orchestrator. prime-rl has no hook for an algorithm from outside, so :func:`install` patches it:
 ``type = "grpo"`` then means EBPO. Run the orchestrator as ::
 
-    python -m ebpo_core.integrations.prime_rl @ orchestrator.toml
+    python -m ebpo_core.integrations.contrib.prime_rl @ orchestrator.toml
 
 in place of ``orchestrator @ orchestrator.toml``. Options come from ``EBPO_OPTIONS``.
 
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     from prime_rl.entrypoints.orchestrator import main
 
     # Python runs this file as `__main__`; the module of this name is the one that the rest imports.
-    from ebpo_core.integrations.prime_rl import install as install_once
+    from ebpo_core.integrations.contrib.prime_rl import install as install_once
 
     install_once()
     main()

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from ebpo_core.integrations import verl_rows
-from ebpo_core.integrations.verl_checkpoint import PriorCheckpoint
-from ebpo_core.integrations.verl_estimator import (
+from ebpo_core.integrations.verl.checkpoint import PriorCheckpoint
+from ebpo_core.integrations.verl.estimator import (
     NAME,
     WHERE,
     check_filters,
@@ -32,6 +31,7 @@ from ebpo_core.integrations.verl_estimator import (
     running,
     score,
 )
+from ebpo_core.integrations.verl.rows import take
 
 __all__ = ["PriorCheckpoint", "compute_ebpo_advantage", "reset"]
 
@@ -65,7 +65,7 @@ def compute_ebpo_advantage(
         raise ValueError("the batch has no 'uid', and EBPO needs to know which rows share a prompt: set one per prompt")
     wanted = read_settings(config)
     check_filters(config)
-    rows = verl_rows.take(len(index))
+    rows = take(len(index))
     if rows is None:
         _check_unaided(config, wanted.keys, index)
     advantages = score(

@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ebpo_core.integrations import sidecar, verl_rows
-from ebpo_core.integrations.verl_estimator import WHERE, check_filters, is_ebpo, read_settings, reset, running
+from ebpo_core.integrations import sidecar
+from ebpo_core.integrations.verl import rows
+from ebpo_core.integrations.verl.estimator import WHERE, check_filters, is_ebpo, read_settings, reset, running
 
 
 class PriorCheckpoint:
@@ -36,7 +37,7 @@ class PriorCheckpoint:
             return
         wanted = read_settings(config.algorithm)
         check_filters(config.algorithm)
-        verl_rows.install()
+        rows.install()
         reset()  # a trainer in this process before this one had another run's prior
         ebpo = running(wanted)
         folder = resume_folder(config.trainer)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ebpo_core.integrations.verl_estimator import WHERE, is_ebpo, read_settings, running
+from ebpo_core.integrations.verl.estimator import WHERE, is_ebpo, read_settings, running
 from ebpo_core.trainer.metrics import prior_metrics
 
 

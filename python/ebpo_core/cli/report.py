@@ -1,0 +1,151 @@
+"""What a run shows and writes: its progress, a JSON Lines log, tables of pass@1 and of sampled completions."""
+
+# ruff: noqa: ARG002 (transformers fixes the signatures of callbacks)
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+from transformers import PrinterCallback, TrainerCallback
+from transformers import ProgressCallback as TransformersProgress
+
+from ebpo_core.cli.plot import LOG_NAME
+from ebpo_core.progress import Bar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ebpo_core.tasks.evaluation import Evaluation, Sample
+
+SHOWN = {"reward": "reward", "entropy": "entropy", "ebpo/shrinkage": "S"}
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows the steps of a trainer with its reward, entropy and shrinkage."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console, self.name = console, name
+        self.bar: Bar | None = None
+        self.note = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = Bar(self.console, self.name, state.max_steps, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        values = {label: (logs or {}).get(key) for key, label in SHOWN.items()}
+        note = "  ".join(f"{label} {value:.3f}" for label, value in values.items() if isinstance(value, float))
+        self.note = note or self.note
+        if self.bar is not None:
+            self.bar.update(state.global_step, self.note)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also when training ends in an exception."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class JsonlCallback(TrainerCallback):
+    """Appends every record the trainer logs to ``log.jsonl``, one object with its ``step`` a line, flushed at once.
+
+    On resume, records of steps that will be done again are dropped, so that a log holds each step once.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory) / LOG_NAME
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept: list[str] = []
+        if state.global_step > 0 and self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                step = _step_of(line)
+                if step is not None and step <= state.global_step:
+                    kept.append(line)
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        record = {"step": state.global_step, **{name: _json_number(value) for name, value in logs.items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def train_shown(trainer: Any, progress: ProgressCallback, output: Path, checkpoint: str | None) -> float:
+    """Train, or resume from ``checkpoint``, with our progress and log in the place of transformers'; wall seconds."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(TransformersProgress)
+    trainer.add_callback(progress)
+    trainer.add_callback(JsonlCallback(output))
+    if checkpoint:
+        progress.console.print(f"Resuming from {checkpoint}", markup=False, highlight=False, soft_wrap=True)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.close()
+    return time.perf_counter() - started
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a log line; None for the half line that a killed run leaves."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_pass_at_1(console: Console, evaluations: dict[str, Evaluation], title: str) -> None:
+    """A table with a row per (topic, level) cluster, a column per evaluation, and their difference if there are two."""
+    table = Table("topic", "level")
+    for name in evaluations:
+        table.add_column(name, justify="right")
+    parts = list(evaluations.values())
+    if len(parts) == 2:
+        table.add_column("difference", justify="right")
+
+    def cells(shares: list[float]) -> list[str]:
+        shown = [f"{share:.3f}" for share in shares]
+        return [*shown, f"{shares[1] - shares[0]:+.3f}"] if len(shares) == 2 else shown
+
+    for topic, level in parts[0].clusters:
+        table.add_row(topic or "-", level or "-", *cells([part.clusters[topic, level] for part in parts]))
+    table.add_section()
+    table.add_row("all", "", *cells([part.pass_at_1 for part in parts]), style="bold")
+    table.add_row("", "s.e.", *[f"{part.standard_error:.3f}" for part in parts], *[""] * (len(parts) == 2), style="dim")
+    print_titled(console, title, table)
+
+
+def print_samples(console: Console, samples: list[Sample], title: str) -> None:
+    """A table of completions as the policy wrote them, with what they earned."""
+    table = Table("prompt", "completion")
+    table.add_column("reward", justify="right")
+    for sample in samples:
+        style = "green" if sample.reward >= 1 else "red"
+        table.add_row(Text(sample.prompt), Text(sample.completion), Text(f"{sample.reward:g}", style=style))
+    print_titled(console, title, table)
+
+
+def print_titled(console: Console, title: str, table: Table) -> None:
+    """A line above a table; rich's own titles are wrapped to the width of the table."""
+    console.print()
+    console.print(Text(title, style="bold"))
+    console.print(table)
