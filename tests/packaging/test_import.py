@@ -63,18 +63,20 @@ def test_a_served_model_is_asked_without_a_model():
 @pytest.mark.parametrize(
     "first",
     [
-        "import ebpo_core.fusionroute; from transformers import AutoModelForCausalLM as A, AutoConfig as C",
-        "import ebpo_core.fusionroute; from transformers import AutoConfig as C; C.for_model('fusionroute'); "
-        "from transformers import AutoModelForCausalLM as A",
-        "import ebpo_core.fusionroute; from transformers import LlamaForCausalLM, AutoModelForCausalLM as A, AutoConfig as C",
-        "from transformers import AutoModelForCausalLM as A, AutoConfig as C; import ebpo_core.fusionroute",
-        "from ebpo_core.fusionroute import FusionRouteConfig; from transformers import AutoModelForCausalLM as A, AutoConfig as C",
+        "import ebpo_core.fusionroute",
+        "import ebpo_core.fusionroute; from transformers import AutoConfig as C; C.for_model('fusionroute')",
+        "import ebpo_core.fusionroute; from transformers import LlamaForCausalLM",
+        "from transformers import AutoModelForCausalLM; import ebpo_core.fusionroute",
+        "from ebpo_core.fusionroute import FusionRouteConfig",
     ],
 )
 def test_importing_fusionroute_registers_it_whatever_is_imported_first(first):
-    assert (
-        run(f"{first}; print(A._model_mapping[type(C.for_model('fusionroute'))].__name__)") == "FusionRouteForCausalLM"
-    )
+    code = f"""
+{first}
+from transformers import AutoConfig, AutoModelForCausalLM
+print(AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model("fusionroute"))].__name__)
+"""
+    assert run(code) == "FusionRouteForCausalLM"
 
 
 def test_models_import_at_the_root_of_a_checkout():
