@@ -77,7 +77,7 @@ lint: build ## formatting, lints, types, stubs, workflow files
 .PHONY: docs
 docs: build ## the documentation site, in site/; a broken link is an error
 	$(call say,documentation)
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .PHONY: test-rust
 test-rust: check-tools ## unit, property and documentation tests of the Rust core
@@ -178,10 +178,12 @@ $(VENV)/.stamp-uv:
 	$(PY) -m pip install --quiet --disable-pip-version-check $$(grep '^uv==' $(MAIN)/lock.txt)
 	@touch $@
 
-# Exactly what the lock names, so that a clone builds in a year as it does today. Removes what else was installed.
+# Exactly what the lock names, so that a clone builds in a year as it does today. Removes what else was installed. What
+# comes as source is built with the main lock's setuptools.
+SYNC = UV_HTTP_TIMEOUT=600 $(UV) pip sync --build-constraints $(MAIN)/lock.txt
 $(VENV)/.stamp-deps: $(MAIN)/lock.txt | $(VENV)/.stamp-uv
 	$(call say,dependencies: $<)
-	UV_HTTP_TIMEOUT=600 $(UV) pip sync --python $(PY) $<
+	$(SYNC) --python $(PY) $<
 	@touch $@
 
 $(VENV)/.stamp-build: $(VENV)/.stamp-deps pyproject.toml $(RUST_SOURCES)
@@ -198,7 +200,7 @@ $(VENV)/.stamp-models: $(MAIN)/models.txt $(VENV)/.stamp-deps
 $(INTEGRATIONS:%=$(VENV)-%/.stamp-deps): $(VENV)-%/.stamp-deps: tests/environments/%/lock.txt | $(VENV)/.stamp-deps
 	$(call say,$(VENV)-$*)
 	$(UV) venv --quiet --allow-existing --python $(PY) $(VENV)-$*
-	UV_HTTP_TIMEOUT=600 $(UV) pip sync --python $(VENV)-$*/bin/python $<
+	$(SYNC) --python $(VENV)-$*/bin/python $<
 	@touch $@
 
 $(INTEGRATIONS:%=$(VENV)-%/.stamp): $(VENV)-%/.stamp: $(VENV)-%/.stamp-deps $(VENV)/.stamp-build $(PY_SOURCES)
