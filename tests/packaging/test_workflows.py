@@ -51,6 +51,18 @@ def test_ci_runs_the_makefile_on_pushes_and_pull_requests():
     assert set(CI["jobs"]["test"]["strategy"]["matrix"]["python"]) >= {"3.11", "3.13"}
 
 
+def test_a_scheduled_run_takes_the_newest_of_everything_and_shows_what_moved():
+    unpinned = load("unpinned.yml")
+    assert "schedule" in triggers(unpinned)
+    assert unpinned["jobs"]["newest"] == {"uses": "./.github/workflows/ci.yml", "with": {"unpinned": True}}
+    assert triggers(CI)["workflow_call"]["inputs"]["unpinned"]["default"] is False
+    commands = [step.get("run", "") for step in CI["jobs"]["test"]["steps"]]
+    (update,) = [index for index, command in enumerate(commands) if "make update" in command]
+    assert "GITHUB_STEP_SUMMARY" in commands[update]
+    assert CI["jobs"]["test"]["steps"][update]["if"] == "inputs.unpinned"
+    assert update < commands.index("make test")
+
+
 def test_ci_installs_the_wheel_on_every_system():
     found = {(entry["os"].split("-")[0], entry["python"]) for entry in platforms(CI["jobs"]["wheel"])}
     assert {system for system, _ in found} == {"ubuntu", "macos", "windows"}
