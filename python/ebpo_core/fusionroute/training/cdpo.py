@@ -6,28 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import TrainerCallback
 
 from . import metrics
 from .base import FusionRouteTrainer, Scores
-from .batches import MixDataset
 from .config import FusionRouteCDPOConfig
-from .data import tokenize_pairs
 from .losses import cdpo_bias, cdpo_loss, cdpo_margin, selected_logprobs
 from .metrics import Tally
-from .preparation import (
-    check_experts,
-    check_head,
-    check_strategy,
-    expert_cache,
-    fusion_model,
-    sft_samples,
-    sized,
-    with_adapter,
-)
+from .preparation import fusion_model, prepared_data, prepared_model
 from .reference_logprobs import reference_sums
+from .sequences import PreferencePairs
 from .sft import Rows
 
 
@@ -102,25 +94,17 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
             raise TypeError(f"args is a {type(args).__name__}: pass a FusionRouteCDPOConfig")
         if isinstance(eval_dataset, Mapping) or isinstance(eval_sft_dataset, Mapping):
             raise TypeError("eval_dataset is a dict: give one list or Dataset of preference rows")
-        check_strategy(args)
         fusion = fusion_model(model)
         if not fusion.config.complementary:
             raise ValueError(
                 "the model's config has complementary=False, so its router's logits count for nothing and CDPO has "
                 "nothing to train: set model.config.complementary = True"
             )
-        if sft_dataset is not None or eval_sft_dataset is not None:
-            check_experts(fusion, args)
-        model = with_adapter(model, peft_config)
-        if sft_dataset is not None:
-            check_head(model, args)
-        else:
-            for name, parameter in model.named_parameters():
-                if "route_head." in name:
-                    parameter.requires_grad_(False)
-        self._parts = (fusion, args, processing_class)
-        train = self._mixed("train", train_dataset, sft_dataset)
-        evaluation = self._mixed("eval", eval_dataset, eval_sft_dataset)
+        trains_head = sft_dataset is not None
+        samples = trains_head or eval_sft_dataset is not None
+        model = prepared_model(model, args, peft_config, samples=samples, trains_head=trains_head)
+        train = prepared_data(fusion, args, processing_class, "train", samples=sft_dataset, pairs=train_dataset)
+        evaluation = prepared_data(fusion, args, processing_class, "eval", samples=eval_sft_dataset, pairs=eval_dataset)
         self._head_rests = _HeadRests()
         super().__init__(model, args, train, evaluation, processing_class, **kwargs)
         self.add_callback(self._head_rests)
@@ -128,24 +112,7 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
             if dataset is not None and dataset.pairs is not None:
                 dataset.reference = self._reference(name, dataset.pairs)
 
-    def _mixed(self, name: str, pairs: Any, samples: Any) -> MixDataset | None:
-        fusion, args, tokenizer = self._parts
-        if pairs is None and samples is None:
-            return None
-        parts: dict[str, Any] = {}
-        if samples is not None:
-            parts["samples"] = sft_samples(samples, tokenizer, args)
-            parts["sample_cache"] = expert_cache(fusion, args, f"sft-{name}", parts["samples"], tokenizer)
-        if pairs is not None:
-            options: Any = args.chat_template_kwargs
-            parts["pairs"] = tokenize_pairs(
-                sized(pairs), tokenizer, max_length=args.max_length, chat_template_kwargs=options
-            )
-            sequences = parts["pairs"].sequences
-            parts["pair_cache"] = expert_cache(fusion, args, f"pairs-{name}", sequences, tokenizer)
-        return MixDataset(**parts)
-
-    def _reference(self, name: str, pairs: Any) -> Any:
+    def _reference(self, name: str, pairs: PreferencePairs) -> NDArray[np.float32]:
         model = self.accelerator.unwrap_model(self.model)
 
         def forward(**inputs: Any) -> Any:
@@ -153,7 +120,8 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
                 return model(**inputs)
 
         return reference_sums(
-            Path(str(self.args.output_dir)) / f"reference-{name}.safetensors",
+            Path(str(self.args.output_dir)),
+            name,
             pairs,
             model,
             forward,
