@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import TrainerCallback
 
-from . import metrics
 from .base import FusionRouteTrainer, Scores
 from .config import FusionRouteCDPOConfig
-from .losses import cdpo_bias, cdpo_loss, cdpo_margin, selected_logprobs
-from .metrics import Tally
+from .losses import cdpo_bias, cdpo_loss, cdpo_margin
+from .metrics import Quotients
 from .preparation import fusion_model, prepared_data, prepared_model
 from .reference_logprobs import reference_sums
 from .sequences import PreferencePairs
@@ -131,35 +131,40 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
             batch_tokens=self.args.expert_cache_batch_tokens,
         )
 
-    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, Quotients]:
         samples, pairs = (int(count) for count in inputs["counts"])
+        parts = [samples, pairs, pairs]  # of the rows: samples, chosen sides, rejected sides
         alpha, beta = float(self.fusion.config.alpha), self.args.beta
-        lm, tokens = -scores.logprobs[:samples], scores.tokens[:samples]
-        sft = (lm + self.args.routing_loss_weight * scores.routing) / tokens
 
-        chosen, rejected = scores.logprobs[samples : samples + pairs], scores.logprobs[samples + pairs :]
-        selected = selected_logprobs(scores.weights, scores.expert_logprobs).sum(dim=1)
-        bias = cdpo_bias(selected[samples : samples + pairs], selected[samples + pairs :], beta=beta, alpha=alpha)
-        references = inputs["reference"].to(chosen.dtype)
-        margin = cdpo_margin(chosen, rejected, references[:, 0], references[:, 1], beta=beta)
+        # Samples: L_SFT(s), each over its own tokens; (n_s,).
+        lm, tokens = -scores.logprobs[:samples], scores.tokens[:samples]
+        sft = self.args.sft_loss_weight * (lm + self.args.routing_loss_weight * scores.routing) / tokens
+
+        # Pairs: −log σ(ℓ + bias); (n_p,).
+        _, chosen, rejected = torch.split(scores.logprobs, parts)
+        reference_chosen, reference_rejected = inputs["reference"].to(chosen.dtype).unbind(dim=1)
+        margin = cdpo_margin(chosen, rejected, reference_chosen, reference_rejected, beta=beta)
+        _, selected_chosen, selected_rejected = torch.split(scores.selected, parts)
+        bias = cdpo_bias(selected_chosen, selected_rejected, beta=beta, alpha=alpha)
         cdpo = cdpo_loss(margin, bias)
 
-        of_samples = {metrics.TOKENS: tokens, metrics.LM: lm, metrics.ROUTING: scores.routing, metrics.SFT: sft}
-        of_samples[metrics.SAMPLES] = torch.ones_like(tokens)
+        # Metrics: samples first, then pairs; one kind is padded with zeros, in both sums, in metrics of the other.
+        losses, one = torch.cat([sft, cdpo]), torch.ones_like(margin)
+        of_samples = {"loss_lm": lm, "loss_routing": scores.routing}
         of_pairs = {
-            metrics.PAIRS: torch.ones_like(margin),
-            metrics.CDPO: cdpo,
-            metrics.MARGIN: margin,
-            metrics.CHOSEN: beta * (chosen - references[:, 0]),
-            metrics.REJECTED: beta * (rejected - references[:, 1]),
-            metrics.BIAS: bias,
-            metrics.MAGNITUDE: bias.abs(),
-            metrics.PREFERRED: (margin + bias > 0).to(margin.dtype),
-            metrics.PREFERRED_ALONE: (margin > 0).to(margin.dtype),
+            "loss_cdpo": cdpo,
+            "rewards/chosen": beta * (chosen - reference_chosen),
+            "rewards/rejected": beta * (rejected - reference_rejected),
+            "rewards/margins": margin,
+            "rewards/accuracies": (margin > 0).to(margin.dtype),
+            "cdpo/bias": bias,
+            "cdpo/bias_magnitude": bias.abs(),
+            "cdpo/accuracy": (margin + bias > 0).to(margin.dtype),
         }
-        columns = {name: torch.cat([value, value.new_zeros(pairs)]) for name, value in of_samples.items()}
-        columns |= {name: torch.cat([value.new_zeros(samples), value]) for name, value in of_pairs.items()}
-        return self.args.sft_loss_weight * sft.sum() + cdpo.sum(), columns
+        quotients = {"loss": (losses, torch.ones_like(losses))}
+        quotients |= {name: (pad(x, (0, pairs)), pad(tokens, (0, pairs))) for name, x in of_samples.items()}
+        quotients |= {name: (pad(x, (samples, 0)), pad(one, (samples, 0))) for name, x in of_pairs.items()}
+        return losses.sum(), quotients
 
     def count_of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
         return inputs["counts"].sum()
@@ -169,7 +174,3 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
         samples = torch.tensor(sum(int(batch["counts"][0]) for batch in batches), device=self.args.device)
         self._head_rests.samples = int(self.accelerator.gather(samples).sum())
         return batches, count
-
-    def mean_loss(self, tally: Tally) -> float:
-        total = self.args.sft_loss_weight * tally.total(metrics.SFT) + tally.total(metrics.CDPO)
-        return total / max(1.0, tally.total(metrics.SAMPLES) + tally.total(metrics.PAIRS))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import metrics
 from .base import FusionRouteTrainer, Scores
 from .batches import MixDataset
 from .config import FusionRouteSFTConfig
-from .metrics import Tally
+from .losses import IGNORE
+from .metrics import Quotients
 from .preparation import fusion_model, prepared_data, prepared_model
 
 Rows = Iterable[Mapping[str, Any]]
@@ -75,18 +74,15 @@ class FusionRouteSFTTrainer(FusionRouteTrainer):
             evaluation = prepared(eval_dataset, "eval")
         super().__init__(model, args, train, evaluation, processing_class, **kwargs)
 
-    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
-        losses = -scores.logprobs + self.args.routing_loss_weight * scores.routing
-        return losses.sum(), {
-            metrics.SAMPLES: torch.ones_like(scores.tokens),
-            metrics.TOKENS: scores.tokens,
-            metrics.LM: -scores.logprobs,
-            metrics.ROUTING: scores.routing,
+    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, Quotients]:  # noqa: ARG002
+        lm, tokens = -scores.logprobs, scores.tokens
+        losses = lm + self.args.routing_loss_weight * scores.routing
+        quotients = {
+            "loss": (losses, tokens),
+            "loss_lm": (lm, tokens),
+            "loss_routing": (scores.routing, tokens),
         }
+        return losses.sum(), quotients
 
     def count_of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
-        return (inputs["labels"] != -100).sum()
-
-    def mean_loss(self, tally: Tally) -> float:
-        total = tally.total(metrics.LM) + self.args.routing_loss_weight * tally.total(metrics.ROUTING)
-        return total / max(1.0, tally.total(metrics.TOKENS))
+        return (inputs["labels"] != IGNORE).sum()
