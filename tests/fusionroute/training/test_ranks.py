@@ -203,6 +203,7 @@ def test_two_ranks_share_the_work(runs: Path) -> None:
 def test_a_rank_that_fails_does_not_leave_the_others_waiting(runs: Path) -> None:
     stderr = (runs / "stderr").read_text()
     assert "FloatingPointError: expert 'e1'" in stderr
+    assert "RuntimeError: rank 1 failed: FloatingPointError: expert 'e1'" in stderr  # on the other rank
     assert not (runs / "cache-failed" / "result_0.json").exists()
     # What did not fail is kept.
     models = worker.experts()

@@ -1,4 +1,4 @@
-"""``FusionRouteTrainer``: what both phases share: sums over a global batch, logs, evaluation, checkpoints."""
+"""``FusionRouteTrainer``, the base of both phases: sums over a global batch, logs, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Base: Any = Trainer
 
 
 class Scores(NamedTuple):
-    """Log-probabilities and routing of one batch of B rows, see :class:`~.batches.MixCollator`; T labels, n experts."""
+    """Log-probabilities and routing of one batch of B rows, see :class:`~.batches.MixCollator`."""
 
     logprobs: Tensor  # [B], Σ log π_θ over the labels, with gradient
     tokens: Tensor  # [B], number of labels
@@ -168,13 +168,12 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
         return routing_loss_normalized(weights[mask], logits, labels[mask], vocab_size=V)
 
     def _expert_logits(self, inputs: dict[str, Tensor], mask: Tensor) -> list[Tensor]:
-        """Every expert's logits ``[P, V_i]`` at the P positions of ``mask`` ``[n_s, K - 1]``; rows without any are not
-        run."""
-        experts = self.fusion.experts
+        """Every expert's logits ``[P, V_i]`` at the P positions of ``mask`` ``[n_s, K - 1]``."""
+        # An expert runs on the rows alone that have such a position.
         rows = mask.any(dim=1).nonzero()[:, 0]
         keep = mask.shape[1] + 1
         found = []
-        for expert in experts:
+        for expert in self.fusion.experts:
             if not len(rows):
                 found.append(torch.zeros(0, expert.vocab_size, device=mask.device))
                 continue
@@ -184,7 +183,7 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
                 logits_to_keep=keep,
                 use_cache=False,
             )
-            logits = output.logits[:, -keep:-1]
+            logits = output.logits[:, -keep:-1]  # (rows, K - 1, V_i)
             found.append(logits[mask[rows].to(logits.device)].to(mask.device))
         return found
 

@@ -131,7 +131,7 @@ class StoredColumns:
                 on_main(partial(self._keep, shards, [tables[worker] for worker in workers]))
                 advance(sum(map(len, shards)))
         on_main(lambda: self._finish(shard_rows))
-        wait_for(self.file)
+        everywhere(lambda: wait_for(self.file))
         return Dataset.from_file(str(self.file))
 
     def _all_shards(self, shard_rows: int) -> list[range]:
@@ -152,7 +152,7 @@ class StoredColumns:
         """Put the shards together."""
         if not self.file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            parts = [read(self._shard(rows)) for rows in self._all_shards(shard_rows)]
+            parts = (read(self._shard(rows)) for rows in self._all_shards(shard_rows))
             write(self.file, pa.concat_tables([self.schema.empty_table(), *parts]))
         remove([self._shards])
 

@@ -19,8 +19,10 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
+from rich.console import Console
 
 from ebpo_core.fusionroute.experts.tokenizers import fingerprint
+from ebpo_core.progress import bar
 
 from .columns import SHARD_ROWS, Compute, OnChange, StoredColumns, remove
 from .losses import CHUNK_VALUES, IGNORE, label_logprobs
@@ -50,7 +52,7 @@ class ExpertSource(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """Of one sequence with L labels: ``argmax`` int32 and ``logprobs`` float32; ``[L]``, or ``[L, n]`` of n experts."""
+    """Argmaxes and label log-probabilities of a sequence with L labels: ``[L]`` each, or ``[L, n]`` of n experts."""
 
     argmax: NDArray[np.int32]
     logprobs: NDArray[np.float32]
@@ -135,7 +137,7 @@ def expert_columns(
 
 
 def annotation(columns: Dataset, i: int) -> Annotation:
-    """What n experts say of sequence ``i``: ``[L, n]`` arrays from a row of :func:`expert_columns`."""
+    """Annotation of sequence ``i`` by n experts, ``[L, n]`` arrays, from a row of :func:`expert_columns`."""
     row = columns[i]  # a table of one row, each value of which is a list of L
     lists = {name: row[name].combine_chunks().flatten().to_numpy() for name in row.column_names}
     experts = len(lists) // 2
@@ -246,14 +248,6 @@ def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
     if not total:
         yield lambda name, rows: None  # noqa: ARG005
         return
-    try:
-        from rich.console import Console
-
-        from ebpo_core.progress import bar
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'the progress bar needs {error.name!r}: pip install "ebpo-core[fusionroute]", or pass progress=False'
-        ) from error
     done = 0
     with bar(Console(stderr=True), "expert cache", total) as shown:
 

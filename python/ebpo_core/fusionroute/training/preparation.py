@@ -199,6 +199,6 @@ def expert_sources(model: FusionRouteForCausalLM, device: torch.device) -> list[
 
 
 def _identity(reference: ExpertReference, weights: str) -> str:
-    """What decides an expert's outputs: its weights, and how they are loaded."""
+    """Everything that decides an expert's outputs: its weights, and how they are loaded."""
     quantization = json.dumps(reference.quantization_config, sort_keys=True)
     return f"{weights} dtype={reference.dtype} quantization={quantization}"

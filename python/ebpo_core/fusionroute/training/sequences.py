@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -38,8 +38,8 @@ class TokenSequences:
     Attributes:
         input_ids, labels: ``[total]`` int32.
         offsets: ``[len + 1]`` int64; sequence ``i`` is ``offsets[i]:offsets[i + 1]``.
-        truncated: how many were cut to ``max_length``, the dropped ones among them.
-        dropped: how many rows are left out because nothing to learn was left of them after cutting.
+        truncated: number of sequences that were cut to ``max_length``, the dropped ones among them.
+        dropped: number of rows that are left out because cutting left them without a label.
     """
 
     input_ids: NDArray[np.int32]
@@ -84,7 +84,7 @@ class TokenSequences:
 
     @cached_property
     def label_counts(self) -> NDArray[np.int64]:
-        """``[len]``, how many labels of each sequence are to be learnt."""
+        """``[len]``, labels of each sequence that are not -100."""
         counted = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
         return np.asarray(counted[self.offsets[1:]] - counted[self.offsets[:-1]], dtype=np.int64)
 
@@ -145,7 +145,7 @@ class PreferencePairs:
         sequences: twice as many sequences as pairs: chosen ``2 i``, rejected ``2 i + 1``.
     """
 
-    sequences: TokenSequences = field()
+    sequences: TokenSequences
 
     def __post_init__(self) -> None:
         if len(self.sequences) % 2:
@@ -170,7 +170,7 @@ def pad(rows: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], pad_token_i
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading ids two sequences share."""
+    """Number of leading ids that two sequences share."""
     for i, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return i
