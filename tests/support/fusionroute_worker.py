@@ -258,7 +258,7 @@ def job_fsdp(job: dict[str, Any], rank: int) -> dict[str, Any]:
     for name, data in (("samples", samples), ("pairs", pairs.sequences)):
         found = expert_sources(model, torch.device("cpu"))
         caches.append(expert_columns(output / name, data, found, vocab_size=V, shard_rows=3, progress=False))
-    references = reference_sums(output, "train", pairs, model, model, vocab_size=V)
+    references = reference_sums(config(FusionRouteCDPOConfig, output), "train", pairs, model, model)
     dataset, collate = MixDataset(samples, caches[0], pairs, caches[1], references), MixCollator()
 
     if ranks > 1:

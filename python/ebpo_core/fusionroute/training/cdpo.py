@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,17 +118,7 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
             with torch.no_grad(), self.accelerator.autocast():
                 return model(**inputs)
 
-        return reference_sums(
-            Path(str(self.args.output_dir)),
-            name,
-            pairs,
-            model,
-            forward,
-            vocab_size=int(self.fusion.config.vocab_size or 0),
-            device=self.args.device,
-            on_change=self.args.on_change,
-            batch_tokens=self.args.expert_cache_batch_tokens,
-        )
+        return reference_sums(self.args, name, pairs, model, forward)
 
     def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, Quotients]:
         samples, pairs = (int(count) for count in inputs["counts"])

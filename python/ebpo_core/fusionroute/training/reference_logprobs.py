@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from ebpo_core.fusionroute.experts.weights import tensors_hash
 
-from .columns import Compute, OnChange, StoredColumns
+from .columns import Compute, StoredColumns
+from .config import FusionRouteArguments
 from .expert_cache import annotate
+from .preparation import fusion_model
 from .ranks import everywhere, on_main, world
 from .sequences import PreferencePairs
 
@@ -27,89 +29,78 @@ _WORDS = {
 
 
 def reference_sums(
-    folder: Path,
-    name: str,
-    pairs: PreferencePairs,
-    model: Any,
-    forward: Callable[..., Any],
-    *,
-    vocab_size: int,
-    device: torch.device | None = None,
-    on_change: OnChange = "raise",
-    batch_tokens: int = 8192,
+    args: FusionRouteArguments, name: str, pairs: PreferencePairs, model: Any, forward: Callable[..., Any]
 ) -> NDArray[np.float32]:
-    """The sums in ``folder``, after computing what is missing of them; ``[pairs, 2]`` float32, chosen and rejected.
+    """The sums of one data set, after computing what is missing of them; ``[pairs, 2]`` float32, chosen and rejected.
 
-    Every rank of a torch process group must call this; they share the work. Ranks whose weights are not those of rank 0
-    (they are filled later, as FSDP's ``cpu_ram_efficient_loading`` does) compute nothing.
+    They are kept in ``reference-<name>-<fingerprint>.arrow`` in ``output_dir``, with columns chosen and rejected. Every
+    rank of a torch process group must call this; they share the work. Ranks whose weights are not those of rank 0 (they
+    are filled later, as FSDP's ``cpu_ram_efficient_loading`` does) compute nothing.
 
     Args:
-        folder, name: where they are kept, ``reference-<name>-<fingerprint>.arrow`` with columns chosen and rejected.
+        args: the trainer's: where the sums are kept and computed, in batches of how many tokens, ``on_change``.
+        name: of the data set.
         pairs: the data.
         model: the starting model: a FusionRoute model, or a PEFT model on one. An adapter that changes something (one
             that is trained further) is part of the reference; one that changes nothing yet is not part of the hash.
         forward: ``model`` as it computes in training (its precision), called with ``router_only=True``.
-        vocab_size: V.
-        device: where to compute, by default where the model is. The model is brought there, and back: under FSDP it
-            waits on the CPU before it is sharded.
-        on_change: what to do with a file of another router or other data: "raise" or "rebuild".
-        batch_tokens: tokens of a batch, padding included.
 
     Raises:
-        ValueError: a file that was made from something else, with ``on_change="raise"``.
+        ValueError: sums that were made from something else, with ``on_change="raise"``.
         FloatingPointError: a log-probability of the router that is not finite.
     """
+    V = int(fusion_model(model).config.vocab_size or 0)
     routers = everywhere(lambda: router_hash(model, pairs))
     router, own = routers[0], routers[world()[0]]
     columns = {"chosen": pa.float32(), "rejected": pa.float32()}
-    made_from = {"router": router, "data": pairs.sequences.fingerprint, "vocab_size": str(vocab_size)}
-    stored = StoredColumns(folder, f"reference-{name}", len(pairs), columns, made_from, _WORDS)
-    on_main(lambda: stored.settle(on_change))
-    run = partial(_computing, pairs, model, forward, device or model.device, vocab_size, batch_tokens)
-    found = stored.compute(run, able=own == router).with_format("numpy")
-    return np.stack([found["chosen"][:], found["rejected"][:]], axis=1)
+    made_from = {"router": router, "data": pairs.sequences.fingerprint, "vocab_size": str(V)}
+    stored = StoredColumns(Path(str(args.output_dir)), f"reference-{name}", len(pairs), columns, made_from, _WORDS)
+    on_main(lambda: stored.settle(args.on_change))
 
-
-@contextmanager
-def _computing(
-    pairs: PreferencePairs, model: Any, forward: Callable[..., Any], device: Any, vocab_size: int, batch_tokens: int
-) -> Iterator[Compute]:
-    """The model in eval mode on ``device``, for as long as it computes."""
+    @contextmanager
+    def computing() -> Iterator[Compute]:
+        with _evaluating(model, args.device):
+            yield compute
 
     def compute(rows: range) -> Mapping[str, Sequence[Any]]:
         found = annotate(
             partial(forward, router_only=True),
             pairs.sequences,
-            range(2 * rows.start, 2 * rows.stop),
+            range(2 * rows.start, 2 * rows.stop),  # chosen and rejected sides in turn
             name="the router",
-            device=device,
-            vocab_size=vocab_size,
-            batch_tokens=batch_tokens,
+            device=args.device,
+            vocab_size=V,
+            batch_tokens=args.expert_cache_batch_tokens,
         )
         sums = [float(one.logprobs.sum(dtype=np.float64)) for one in found]
         return {"chosen": sums[0::2], "rejected": sums[1::2]}
 
+    found = stored.compute(computing, able=own == router).with_format("numpy")
+    return np.stack([found["chosen"][:], found["rejected"][:]], axis=1)
+
+
+@contextmanager
+def _evaluating(model: Any, device: torch.device | None = None) -> Iterator[None]:
+    """``model`` in eval mode and on ``device``, and then as it was. Under FSDP it waits on the CPU to be sharded."""
     training, home = model.training, model.device
+    moved = device is not None and device != home
     model.eval()
     # Not the model's own `to`, which would move the experts too.
-    if home != device:
+    if moved:
         torch.nn.Module.to(model, device)
     try:
-        yield compute
+        yield
     finally:
-        if home != device:
+        if moved:
             torch.nn.Module.to(model, home)
         model.train(training)
 
 
 def router_hash(model: Any, pairs: PreferencePairs) -> str:
     """Hash of the router that ``model`` computes with: adapters count once they change its outputs."""
-    fusion, prefix = model, None
-    if hasattr(model, "peft_config"):
-        fusion = model.get_base_model()
-        prefix = f".{model.base_model.prefix}" if _adapter_is_idle(model, pairs) else None
-    state = fusion.router.state_dict()
-    if prefix is not None:
+    state = fusion_model(model).router.state_dict()
+    if hasattr(model, "peft_config") and _adapter_is_idle(model, pairs):
+        prefix = f".{model.base_model.prefix}"
         # What is left is what the router was before PEFT wrapped it, under the names it had.
         kept = {name: value for name, value in state.items() if prefix not in name and ".modules_to_save." not in name}
         state = {name.replace(".base_layer", "").replace(".original_module", ""): v for name, v in kept.items()}
@@ -119,12 +110,10 @@ def router_hash(model: Any, pairs: PreferencePairs) -> str:
 @torch.no_grad()
 def _adapter_is_idle(model: Any, pairs: PreferencePairs) -> bool:
     """True if the model computes the same, bit for bit, with its adapter disabled."""
-    training = model.training
-    model.eval()
     ids = torch.from_numpy(pairs.sequences.padded([0]).input_ids).to(model.device)
     outputs = []
-    for context in (nullcontext, model.disable_adapter):
-        with context():
-            outputs.append(model(input_ids=ids, router_only=True, use_cache=False).logits)
-    model.train(training)
+    with _evaluating(model):
+        for context in (nullcontext, model.disable_adapter):
+            with context():
+                outputs.append(model(input_ids=ids, router_only=True, use_cache=False).logits)
     return torch.equal(*outputs)
