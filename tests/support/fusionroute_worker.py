@@ -24,17 +24,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from datasets import Dataset
 from fusionroute_tiny import save_tiny, tiny_model, tiny_tokenizer
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 from ebpo_core.fusionroute.training import losses, reference
-from ebpo_core.fusionroute.training.annotation import ExpertSource
 from ebpo_core.fusionroute.training.batches import MixCollator, MixDataset
 from ebpo_core.fusionroute.training.cdpo import FusionRouteCDPOTrainer
 from ebpo_core.fusionroute.training.config import FusionRouteCDPOConfig, FusionRouteSFTConfig
 from ebpo_core.fusionroute.training.data import tokenize_pairs, tokenize_samples
-from ebpo_core.fusionroute.training.expert_cache import ExpertCache
+from ebpo_core.fusionroute.training.expert_cache import ExpertSource, annotation, expert_columns
 from ebpo_core.fusionroute.training.preparation import expert_sources
 from ebpo_core.fusionroute.training.reference_logprobs import reference_sums
 from ebpo_core.fusionroute.training.sequences import TokenSequences
@@ -90,15 +90,15 @@ def sources(models: list[Counted]) -> list[ExpertSource]:
     return [ExpertSource(f"e{i}", f"hash{i}", lambda model=model: model) for i, model in enumerate(models)]
 
 
-def build_cache(folder: Path, models: list[Any] | None = None, data: Any = None, **options: Any) -> ExpertCache:
+def build_cache(folder: Path, models: list[Any] | None = None, data: Any = None, **options: Any) -> Dataset:
     """An expert cache of random sequences in shards of four."""
-    defaults = {"vocab_size": V, "shard_size": 4, "batch_tokens": 30, "progress": False}
+    defaults = {"vocab_size": V, "shard_rows": 4, "batch_tokens": 30, "progress": False}
     given = options.pop("experts", None) or sources(experts() if models is None else models)
-    return ExpertCache.build(folder, random_sequences() if data is None else data, given, **(defaults | options))
+    return expert_columns(folder, random_sequences() if data is None else data, given, **(defaults | options))
 
 
-def content(cache: ExpertCache) -> list[list[Any]]:
-    return [[part.tolist() for part in cache[i]] for i in range(len(cache))]
+def content(cache: Dataset) -> list[list[Any]]:
+    return [[part.tolist() for part in annotation(cache, i)] for i in range(len(cache))]
 
 
 def job_cache(job: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -257,8 +257,8 @@ def job_fsdp(job: dict[str, Any], rank: int) -> dict[str, Any]:
     caches = []
     for name, data in (("samples", samples), ("pairs", pairs.sequences)):
         found = expert_sources(model, torch.device("cpu"))
-        caches.append(ExpertCache.build(output / name, data, found, vocab_size=V, shard_size=3, progress=False))
-    references = reference_sums(output / "reference-train.safetensors", pairs, model, model, vocab_size=V)
+        caches.append(expert_columns(output / name, data, found, vocab_size=V, shard_rows=3, progress=False))
+    references = reference_sums(config(FusionRouteCDPOConfig, output), "train", pairs, model, model)
     dataset, collate = MixDataset(samples, caches[0], pairs, caches[1], references), MixCollator()
 
     if ranks > 1:

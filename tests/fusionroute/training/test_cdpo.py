@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from fusionroute_worker import after, same, twin
-from safetensors import safe_open
 
-from ebpo_core.fusionroute.training import reference
+from ebpo_core.fusionroute.training import columns, reference
 from ebpo_core.fusionroute.training.batches import MixCollator, MixDataset
 from ebpo_core.fusionroute.training.cdpo import FusionRouteCDPOTrainer
 from ebpo_core.fusionroute.training.config import FusionRouteSFTConfig
@@ -165,16 +165,18 @@ def test_a_pair_the_experts_separate_gets_little_gradient(start: Path, tmp_path:
 
 def _one(data: MixDataset, i: int) -> tuple[Any, Any, Any]:
     rows = [data.pairs.sequences[2 * i], data.pairs.sequences[2 * i + 1]]
-    cache = [data.pair_cache[2 * i], data.pair_cache[2 * i + 1]]
-    return PreferencePairs(TokenSequences.of(rows)), cache, data.reference[i : i + 1]
+    experts = data.pair_experts.select([2 * i, 2 * i + 1])
+    return PreferencePairs(TokenSequences.of(rows)), experts, data.reference[i : i + 1]
 
 
 # ------------------------------------------------------------------------------------------------------- references
 
 
 def stored(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
-    with safe_open(folder / "reference-train.safetensors", framework="np") as file:
-        return file.get_tensor("sums"), file.metadata()
+    (file,) = folder.glob("reference-train-*.arrow")
+    table = columns.read(file)
+    sums = np.stack([table["chosen"].to_numpy(), table["rejected"].to_numpy()], axis=1)
+    return sums, json.loads(table.schema.metadata[b"made_from"])
 
 
 def test_references_are_computed_once_and_belong_to_a_router_and_data(start: Path, tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_references_are_computed_once_and_belong_to_a_router_and_data(start: Pat
     sums, made_from = stored(tmp_path)
     assert sums.shape == (12, 2)
     assert made_from["vocab_size"] == "40"
-    file = tmp_path / "reference-train.safetensors"
+    (file,) = tmp_path.glob("reference-train-*")
     written = file.stat().st_mtime_ns
     again = worker.cdpo_trainer(worker.load(start), tmp_path)
     assert file.stat().st_mtime_ns == written
@@ -329,6 +331,6 @@ def test_what_is_refused(start: Path, tmp_path: Path) -> None:
         worker.cdpo_trainer(model, tmp_path)
     data = worker.cdpo_trainer(worker.load(start), tmp_path).train_dataset
     with pytest.raises(ValueError, match="0 samples and 12 pairs, but ndarray has 3 entries where 12 are needed"):
-        MixDataset(None, None, data.pairs, data.pair_cache, data.reference[:3])
+        MixDataset(None, None, data.pairs, data.pair_experts, data.reference[:3])
     with pytest.raises(IndexError):
         data[12]

@@ -156,8 +156,8 @@ def test_cutting_is_counted_and_what_is_left_empty_is_dropped() -> None:
         ({"input_ids": [5, 6]}, "row 1: input_ids without labels"),
         ({"input_ids": [5, 6], "labels": [5]}, "row 1: 2 input_ids and 1 labels"),
         ({"input_ids": [5, 6], "labels": [5, -100]}, "row 1: nothing to learn"),
-        ({"messages": []}, "row 1: .* is no list of messages"),
-        ({"messages": ["w7"]}, "row 1: .* is no list of messages"),
+        ({"messages": []}, "row 1: .* is not a list of messages"),
+        ({"messages": ["w7"]}, "row 1: .* is not a list of messages"),
     ],
 )
 def test_rows_that_are_refused(row: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpo_core.fusionroute.training import losses, reference
+from ebpo_core.fusionroute.training.batches import informative_positions
 
 READINGS = ("normalized", "softmax")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -73,9 +74,14 @@ def gathered(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return out
 
 
+def informative(batch: Padded) -> torch.Tensor:
+    """S as the collator finds it, [B, T - 1]."""
+    return torch.from_numpy(informative_positions(batch.argmax.numpy(), batch.labels.numpy()))
+
+
 def routing(batch: Padded, samples: list[reference.Sample], reading: str, chunk: int | None = None) -> torch.Tensor:
     """[B]: L_expert of every sample, by the torch losses at the informative positions alone."""
-    mask = losses.informative_mask(batch.argmax, batch.labels)
+    mask = informative(batch)
     weights = batch.weights[mask]
     if reading == "softmax":
         values = losses.routing_loss_softmax(weights, batch.expert_logprobs[mask])
@@ -123,10 +129,12 @@ def test_every_term_equals_the_twin(case: tuple[list[reference.Sample], torch.dt
 
 
 @given(batches())
-def test_the_informative_mask_equals_brute_force(case: tuple[list[reference.Sample], torch.dtype]) -> None:
+def test_informative_positions_equal_brute_force_and_the_twin(
+    case: tuple[list[reference.Sample], torch.dtype],
+) -> None:
     samples, dtype = case
     batch = Padded(samples, dtype)
-    mask = losses.informative_mask(batch.argmax, batch.labels)
+    mask = informative(batch)
     n = batch.argmax.shape[-1]
     for row in range(mask.shape[0]):
         for t in range(mask.shape[1]):

@@ -13,10 +13,9 @@ from typing import Any
 import fusionroute_worker as worker
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from ebpo_core.checkpoint import last_complete_checkpoint
-from ebpo_core.fusionroute.training.expert_cache import ExpertCache
+from ebpo_core.fusionroute.training import columns
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0"}
 
@@ -157,13 +156,11 @@ def test_fully_sharded_parameters_train_as_whole_ones(runs: Path) -> None:
 
 def test_a_killed_build_goes_on_where_it_was(runs: Path) -> None:
     folder = runs / "cache-killed" / "cache"
-    left = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
-    assert {f"part-{i:05d}-00.safetensors" for i in range(6)} < left.keys()  # the first expert is done
-    second = [name for name in left if name.endswith("-01.safetensors")]
-    assert 0 < len(second) < 6
-    with pytest.raises(FileNotFoundError, match="6 of its 6 shards are missing"):
-        ExpertCache.open(folder)
-    (folder / ".part-00005-01.safetensors.123").write_bytes(b"half a file")
+    (first,) = folder.glob("expert-00-*")
+    assert first.is_file()  # the first expert is done
+    (shards,) = folder.glob("expert-01-*")
+    assert 0 < len(list(shards.glob("*.arrow"))) < 6
+    (shards / ".00000016-00000020.arrow.123").write_bytes(b"half a file")
 
     models = worker.experts()
     cache = worker.build_cache(folder, models)
@@ -171,17 +168,24 @@ def test_a_killed_build_goes_on_where_it_was(runs: Path) -> None:
     assert models[0].calls == 0
     assert 0 < models[1].calls < whole["calls"][1]
     assert worker.content(cache) == whole["content"]
-    assert not list(folder.glob("*part-*"))
+    assert sorted(folder.iterdir()) == sorted([first, shards.with_suffix("")])
 
-    # Killed while shards are put together: parts whose shard is there already are cleared away.
-    (folder / "shard-00005.safetensors").unlink()
-    (folder / "part-00000-00.safetensors").write_bytes(left["part-00000-00.safetensors"])
-    (folder / "part-00005-00.safetensors").write_bytes(left["part-00005-00.safetensors"])
+    # Killed while shards are put together: all are there, the file is not.
+    last = shards.with_suffix("")
+    table = columns.read(last)
+    shards.mkdir()
+    for start in range(0, 23, 4):
+        columns.write(shards / f"{start:08d}-{min(start + 4, 23):08d}.arrow", table.slice(start, 4))
+    content = last.read_bytes()
+    last.unlink()
     models = worker.experts()
-    assert [part.tolist() for part in worker.build_cache(folder, models)[22]] == whole["content"][22]
-    assert models[0].calls == 0
-    assert models[1].calls > 0
-    assert not list(folder.glob("*part-*"))
+    assert worker.content(worker.build_cache(folder, models)) == whole["content"]
+    # Killed after that: shards are left whose file is there already.
+    shards.mkdir()
+    (shards / "00000000-00000004.arrow").write_bytes(content)
+    assert worker.content(worker.build_cache(folder, models)) == whole["content"]
+    assert [model.calls for model in models] == [0, 0]
+    assert not shards.exists()
 
 
 def test_two_ranks_share_the_work(runs: Path) -> None:
@@ -191,13 +195,15 @@ def test_two_ranks_share_the_work(runs: Path) -> None:
         0 < calls < all_calls for rank in ranks for calls, all_calls in zip(rank["calls"], whole["calls"], strict=True)
     )
     assert [sum(calls) for calls in zip(*(rank["calls"] for rank in ranks), strict=True)] == whole["calls"]
-    with safe_open(runs / "cache-ranks" / "cache" / "shard-00001.safetensors", framework="np") as file:
-        assert sorted(file.keys()) == ["argmax", "logprobs", "offsets"]
+    files = sorted(file.name for file in (runs / "cache-ranks" / "cache").iterdir())
+    assert files == sorted(file.name for file in (runs / "cache-whole" / "cache").iterdir())
+    assert len(files) == 2
 
 
 def test_a_rank_that_fails_does_not_leave_the_others_waiting(runs: Path) -> None:
     stderr = (runs / "stderr").read_text()
     assert "FloatingPointError: expert 'e1'" in stderr
+    assert "RuntimeError: rank 1 failed: FloatingPointError: expert 'e1'" in stderr  # on the other rank
     assert not (runs / "cache-failed" / "result_0.json").exists()
     # What did not fail is kept.
     models = worker.experts()

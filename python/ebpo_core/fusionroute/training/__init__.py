@@ -1,7 +1,7 @@
 """Training of FusionRoute routers (arXiv 2601.05106 §4); ``pip install "ebpo-core[fusionroute]"``.
 
 ``FusionRouteSFTTrainer`` with ``FusionRouteSFTConfig`` is the first phase, ``FusionRouteCDPOTrainer`` with
-``FusionRouteCDPOConfig`` the second. Both keep what the frozen experts say of the data in an ``ExpertCache``. The
+``FusionRouteCDPOConfig`` the second. Both keep what the frozen experts say of the data, see :func:`expert_columns`. The
 losses are in :mod:`.losses`, and in NumPy beside the paper's formulas in :mod:`.reference`.
 """
 
@@ -11,17 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .annotation import Annotation, ExpertSource
     from .cdpo import FusionRouteCDPOTrainer
     from .config import FusionRouteCDPOConfig, FusionRouteSFTConfig
     from .data import tokenize_pairs, tokenize_samples
-    from .expert_cache import ExpertCache
+    from .expert_cache import ExpertSource, expert_columns
     from .sequences import PreferencePairs, TokenSequences
     from .sft import FusionRouteSFTTrainer
 
 __all__ = [
-    "Annotation",
-    "ExpertCache",
     "ExpertSource",
     "FusionRouteCDPOConfig",
     "FusionRouteCDPOTrainer",
@@ -29,20 +26,20 @@ __all__ = [
     "FusionRouteSFTTrainer",
     "PreferencePairs",
     "TokenSequences",
+    "expert_columns",
     "tokenize_pairs",
     "tokenize_samples",
 ]
 
 _LAZY = {
-    "Annotation": "annotation",
-    "ExpertCache": "expert_cache",
-    "ExpertSource": "annotation",
+    "ExpertSource": "expert_cache",
     "FusionRouteCDPOConfig": "config",
     "FusionRouteCDPOTrainer": "cdpo",
     "FusionRouteSFTConfig": "config",
     "FusionRouteSFTTrainer": "sft",
     "PreferencePairs": "sequences",
     "TokenSequences": "sequences",
+    "expert_columns": "expert_cache",
     "tokenize_pairs": "data",
     "tokenize_samples": "data",
 }

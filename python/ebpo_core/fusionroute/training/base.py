@@ -1,4 +1,4 @@
-"""``FusionRouteTrainer``: what both phases share: sums over a global batch, logs, evaluation, checkpoints."""
+"""``FusionRouteTrainer``, the base of both phases: sums over a global batch, logs, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
 from .batches import MixCollator, MixDataset
 from .config import FusionRouteArguments
-from .losses import label_logprobs, routing_loss_normalized, routing_loss_softmax
-from .metrics import Tally, routing_columns
+from .losses import IGNORE, label_logprobs, routing_loss_normalized, routing_loss_softmax, selected_logprobs
+from .metrics import Quotients, Tally, routing_quotients
 from .preparation import fusion_model
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ _Base: Any = Trainer
 
 
 class Scores(NamedTuple):
-    """What one batch says, per row unless noted; ``n_s`` samples come first, see :class:`~.batches.MixCollator`."""
+    """Log-probabilities and routing of one batch of B rows, see :class:`~.batches.MixCollator`."""
 
     logprobs: Tensor  # [B], Σ log π_θ over the labels, with gradient
-    tokens: Tensor  # [B], how many labels
-    routing: Tensor  # [n_s], Σ_{t∈S} of the routing loss, with gradient
-    weights: Tensor  # [B, K - 1, n]
-    expert_logprobs: Tensor  # [B, K - 1, n], 0 without a label
-    columns: dict[str, Tensor]  # [B] each, routing statistics
+    tokens: Tensor  # [B], number of labels
+    routing: Tensor  # [n_s], Σ_{t∈S} of the routing loss of the samples, with gradient
+    selected: Tensor  # [B], Σ log π_{I_t} of the selected experts over the labels, no gradient
+    weights: Tensor  # [B, K - 1, n], W h
+    quotients: Quotients  # of routing metrics, [B] each
 
 
 class FusionRouteTrainer(_Base):  # type: ignore[misc]
@@ -72,8 +72,8 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
         )
         # Our loss is divided by the count of the global batch, whatever the model's forward does with such arguments.
         self.model_accepts_loss_kwargs = True
-        names = [reference["name"] for reference in self.fusion.config.experts or []]
-        self._tallies = {"train": Tally(names), "eval": Tally(names)}
+        self._experts = [reference["name"] for reference in self.fusion.config.experts or []]
+        self._tallies = {"train": Tally(self._experts), "eval": Tally(self._experts)}
 
     @property
     def fusion(self) -> FusionRouteForCausalLM:
@@ -81,16 +81,12 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
         return fusion_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     @abstractmethod
-    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the batch's losses, and columns of :mod:`.metrics`, ``[n_s + n_p]`` each."""
+    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, Quotients]:
+        """The sum of the batch's losses, and metrics of its ``n_s + n_p`` items, "loss" among them."""
 
     @abstractmethod
     def count_of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What the sum over the global batch is divided by, this batch's part of it."""
-
-    @abstractmethod
-    def mean_loss(self, tally: Tally) -> float:
-        """The loss over everything in ``tally``."""
+        """The batch's part of what the sum over the global batch is divided by."""
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
@@ -112,14 +108,15 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
         if count is None:
             count = self._get_num_items_in_batch([inputs], self.args.device)
         scores = self.score(model, inputs)
-        loss, columns = self.loss_of_batch(scores, inputs)
+        loss, quotients = self.loss_of_batch(scores, inputs)
         if self.accelerator.num_processes > 1:
             # DDP waits for a gradient of every parameter, also where no row of this rank uses the route head.
             loss = loss + 0.0 * scores.weights.sum()
-        samples, pairs = (int(count) for count in inputs["counts"])
-        columns |= {name: value[: samples + pairs] for name, value in scores.columns.items()}
+        # Metrics, [items, metrics, 2]; of routing those of samples and chosen sides, which are the first rows.
+        items = int(inputs["counts"].sum())
+        routing = {name: (top[:items], below[:items]) for name, (top, below) in scores.quotients.items()}
         tally = self._tallies["train" if model.training else "eval"]
-        matrix = tally.matrix(columns, samples + pairs)
+        matrix = tally.matrix({**quotients, **routing}, items)
         if not model.training:
             # In the order of the items, since the last batch's repetitions are cut off behind the last item.
             matrix = self.accelerator.gather_for_metrics(
@@ -140,10 +137,12 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
             router_only=True,
             use_cache=False,
         )
+        # Position t predicts label t + 1: of what stands at labels the first column goes, of predictions the last.
         labels, informative = inputs["labels"][:, 1:], inputs["informative"][:, 1:]
-        weights, expert_logprobs = output.routing_weights[:, :-1], inputs["expert_logprobs"][:, 1:]
+        weights, expert_logprobs = output.routing_weights[:, :-1], inputs["expert_logprobs"][:, 1:]  # (B, K - 1, n)
+        logprobs = label_logprobs(output.logits[:, :-1], labels).sum(dim=1)  # (B,)
+        # The routing loss of the samples, the first n_s rows: at the P positions of S, then summed by row.
         samples = int(inputs["counts"][0])
-        logprobs = label_logprobs(output.logits[:, :-1], labels).sum(dim=1)
         routing = logprobs.new_zeros(samples)
         if samples:
             mask = informative[:samples]
@@ -151,11 +150,11 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
             routing = routing.to(values.dtype).index_add(0, mask.nonzero()[:, 0], values)
         return Scores(
             logprobs=logprobs,
-            tokens=(labels != -100).sum(dim=1),
+            tokens=(labels != IGNORE).sum(dim=1),
             routing=routing,
+            selected=selected_logprobs(weights, expert_logprobs).sum(dim=1),
             weights=weights,
-            expert_logprobs=expert_logprobs,
-            columns=routing_columns(weights, expert_logprobs, labels, informative),
+            quotients=routing_quotients(weights, expert_logprobs, labels, informative, self._experts),
         )
 
     def _routing_loss(
@@ -169,13 +168,12 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
         return routing_loss_normalized(weights[mask], logits, labels[mask], vocab_size=V)
 
     def _expert_logits(self, inputs: dict[str, Tensor], mask: Tensor) -> list[Tensor]:
-        """Every expert's logits ``[P, V_i]`` at the P positions of ``mask`` ``[n_s, K - 1]``; rows without any are not
-        run."""
-        experts = self.fusion.experts
+        """Every expert's logits ``[P, V_i]`` at the P positions of ``mask`` ``[n_s, K - 1]``."""
+        # An expert runs on the rows alone that have such a position.
         rows = mask.any(dim=1).nonzero()[:, 0]
         keep = mask.shape[1] + 1
         found = []
-        for expert in experts:
+        for expert in self.fusion.experts:
             if not len(rows):
                 found.append(torch.zeros(0, expert.vocab_size, device=mask.device))
                 continue
@@ -185,7 +183,7 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
                 logits_to_keep=keep,
                 use_cache=False,
             )
-            logits = output.logits[:, -keep:-1]
+            logits = output.logits[:, -keep:-1]  # (rows, K - 1, V_i)
             found.append(logits[mask[rows].to(logits.device)].to(mask.device))
         return found
 
@@ -201,7 +199,7 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
         if "loss" in logs:
             tally = self._tallies["train"]
             tally.sums = self.accelerator.reduce(tally.sums.to(self.args.device), reduction="sum")
-            logs.update(tally.results())
+            logs.update({name: value for name, value in tally.results().items() if name != "loss"})
             tally.clear()
         super().log(logs, *args, **kwargs)
 
@@ -215,8 +213,7 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
         tally = self._tallies["eval"]
         tally.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # Trainer's own is a mean of the batches' means.
-        output.metrics[f"{metric_key_prefix}_loss"] = self.mean_loss(tally)
+        # The loss too: Trainer's own is a mean of the batches' means.
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in tally.results().items()})
         return output
 

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .expert_cache import ExpertCache
+from .expert_cache import annotation
 from .losses import IGNORE
-from .sequences import PreferencePairs, TokenSequences
+from .sequences import PreferencePairs, TokenSequences, pad
 
 
 class SequenceRow(NamedTuple):
@@ -32,8 +33,8 @@ class MixDataset(torch.utils.data.Dataset[dict[str, Any]]):
     that group by length.
 
     Args:
-        samples, sample_cache: SFT data and its expert cache.
-        pairs, pair_cache: preference data and the expert cache of its ``sequences``.
+        samples, sample_experts: SFT data and its expert cache.
+        pairs, pair_experts: preference data and the expert cache of its ``sequences``.
         reference: ``[pairs, 2]`` float32, sums of log π_ref over the chosen and the rejected completion; may be set
             later, before items are read.
     """
@@ -41,16 +42,16 @@ class MixDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(
         self,
         samples: TokenSequences | None = None,
-        sample_cache: ExpertCache | None = None,
+        sample_experts: Dataset | None = None,
         pairs: PreferencePairs | None = None,
-        pair_cache: ExpertCache | None = None,
+        pair_experts: Dataset | None = None,
         reference: NDArray[np.float32] | None = None,
     ) -> None:
-        self.samples, self.sample_cache = samples, sample_cache
-        self.pairs, self.pair_cache, self.reference = pairs, pair_cache, reference
+        self.samples, self.sample_experts = samples, sample_experts
+        self.pairs, self.pair_experts, self.reference = pairs, pair_experts, reference
         self.num_samples = 0 if samples is None else len(samples)
         self.num_pairs = 0 if pairs is None else len(pairs)
-        expected: list[tuple[Any, int]] = [(sample_cache, self.num_samples), (pair_cache, 2 * self.num_pairs)]
+        expected: list[tuple[Any, int]] = [(sample_experts, self.num_samples), (pair_experts, 2 * self.num_pairs)]
         for part, length in [*expected, *([] if reference is None else [(reference, self.num_pairs)])]:
             if (0 if part is None else len(part)) != length:
                 raise ValueError(
@@ -65,12 +66,26 @@ class MixDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if not 0 <= i < len(self):
             raise IndexError(f"item {i} of {len(self)}")
         if i < self.num_samples:
-            row = SequenceRow(*self.samples[i], *self.sample_cache[i])  # type: ignore[index]
+            row = _row(self.samples, self.sample_experts, i)
             return {"rows": [row], "input_ids": row.input_ids}
         pair = i - self.num_samples
-        sides = (2 * pair, 2 * pair + 1)
-        rows = [SequenceRow(*self.pairs.sequences[s], *self.pair_cache[s]) for s in sides]  # type: ignore[union-attr, index]
+        rows = [_row(self.pairs.sequences, self.pair_experts, 2 * pair + side) for side in range(2)]  # type: ignore[union-attr]
         return {"rows": rows, "reference": self.reference[pair], "input_ids": rows[0].input_ids}  # type: ignore[index]
+
+
+def _row(sequences: Any, experts: Dataset, i: int) -> SequenceRow:
+    input_ids, labels = sequences[i]
+    return SequenceRow(input_ids, labels, *annotation(experts, i))
+
+
+def informative_positions(argmax: NDArray[np.int32], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """S: ``[...]`` bool, where there is a label and some pair of experts disagrees in its most likely token.
+
+    Args:
+        argmax: ``[..., n]``, the experts' argmaxes over v < V.
+        labels: ``[...]``, -100 without a label.
+    """
+    return np.asarray((argmax != argmax[..., :1]).any(axis=-1) & (labels != IGNORE))
 
 
 class MixCollator:
@@ -101,27 +116,20 @@ class MixCollator:
         order = sorted(range(len(items)), key=lambda i: "reference" in items[i])
         rows = [item["rows"][0] for item in samples]
         rows += [pair["rows"][side] for side in range(2) for pair in pairs]
-        width = max(len(row.input_ids) for row in rows)
-        experts = rows[0].argmax.shape[1]
-        ids = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros((len(rows), width), dtype=np.int64)
-        labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
-        informative = np.zeros((len(rows), width), dtype=bool)
-        logprobs = np.zeros((len(rows), width, experts), dtype=np.float32)
-        for b, row in enumerate(rows):
-            length = len(row.input_ids)
-            ids[b, :length], mask[b, :length], labels[b, :length] = row.input_ids, 1, row.labels
-            at = np.flatnonzero(row.labels != IGNORE)
-            informative[b, at] = (row.argmax != row.argmax[:, :1]).any(axis=1)
-            logprobs[b, at] = row.logprobs
-        first = int((labels != IGNORE).any(axis=0).argmax()) - 1
+        # (B, T): tokens and labels; (B, T, n): what the experts say, in the places of the labels.
+        ids, mask, labels, keep = pad([(row.input_ids, row.labels) for row in rows], self.pad_token_id)
+        labelled = labels != IGNORE
+        argmax = np.zeros((*labels.shape, rows[0].argmax.shape[1]), dtype=np.int32)
+        logprobs = np.zeros(argmax.shape, dtype=np.float32)
+        argmax[labelled] = np.concatenate([row.argmax for row in rows])
+        logprobs[labelled] = np.concatenate([row.logprobs for row in rows])
         reference = np.array([pair["reference"] for pair in pairs], dtype=np.float32).reshape(len(pairs), 2)
         arrays: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": mask,
-            "labels": labels[:, first:],
-            "informative": informative[:, first:],
-            "expert_logprobs": logprobs[:, first:],
+            "labels": labels[:, -keep:],
+            "informative": informative_positions(argmax, labels)[:, -keep:],
+            "expert_logprobs": logprobs[:, -keep:],
             "reference": reference,
             "counts": np.array([len(samples), len(pairs)]),
             "order": np.array(order),

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import TrainerCallback
 
-from . import metrics
 from .base import FusionRouteTrainer, Scores
-from .batches import MixDataset
 from .config import FusionRouteCDPOConfig
-from .data import tokenize_pairs
-from .losses import cdpo_bias, cdpo_loss, cdpo_margin, selected_logprobs
-from .metrics import Tally
-from .preparation import (
-    check_experts,
-    check_head,
-    check_strategy,
-    expert_cache,
-    fusion_model,
-    sft_samples,
-    sized,
-    with_adapter,
-)
+from .losses import cdpo_bias, cdpo_loss, cdpo_margin
+from .metrics import Quotients
+from .preparation import fusion_model, prepared_data, prepared_model
 from .reference_logprobs import reference_sums
+from .sequences import PreferencePairs
 from .sft import Rows
 
 
@@ -102,25 +93,17 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
             raise TypeError(f"args is a {type(args).__name__}: pass a FusionRouteCDPOConfig")
         if isinstance(eval_dataset, Mapping) or isinstance(eval_sft_dataset, Mapping):
             raise TypeError("eval_dataset is a dict: give one list or Dataset of preference rows")
-        check_strategy(args)
         fusion = fusion_model(model)
         if not fusion.config.complementary:
             raise ValueError(
                 "the model's config has complementary=False, so its router's logits count for nothing and CDPO has "
                 "nothing to train: set model.config.complementary = True"
             )
-        if sft_dataset is not None or eval_sft_dataset is not None:
-            check_experts(fusion, args)
-        model = with_adapter(model, peft_config)
-        if sft_dataset is not None:
-            check_head(model, args)
-        else:
-            for name, parameter in model.named_parameters():
-                if "route_head." in name:
-                    parameter.requires_grad_(False)
-        self._parts = (fusion, args, processing_class)
-        train = self._mixed("train", train_dataset, sft_dataset)
-        evaluation = self._mixed("eval", eval_dataset, eval_sft_dataset)
+        trains_head = sft_dataset is not None
+        samples = trains_head or eval_sft_dataset is not None
+        model = prepared_model(model, args, peft_config, samples=samples, trains_head=trains_head)
+        train = prepared_data(fusion, args, processing_class, "train", samples=sft_dataset, pairs=train_dataset)
+        evaluation = prepared_data(fusion, args, processing_class, "eval", samples=eval_sft_dataset, pairs=eval_dataset)
         self._head_rests = _HeadRests()
         super().__init__(model, args, train, evaluation, processing_class, **kwargs)
         self.add_callback(self._head_rests)
@@ -128,70 +111,49 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
             if dataset is not None and dataset.pairs is not None:
                 dataset.reference = self._reference(name, dataset.pairs)
 
-    def _mixed(self, name: str, pairs: Any, samples: Any) -> MixDataset | None:
-        fusion, args, tokenizer = self._parts
-        if pairs is None and samples is None:
-            return None
-        parts: dict[str, Any] = {}
-        if samples is not None:
-            parts["samples"] = sft_samples(samples, tokenizer, args)
-            parts["sample_cache"] = expert_cache(fusion, args, f"sft-{name}", parts["samples"], tokenizer)
-        if pairs is not None:
-            options: Any = args.chat_template_kwargs
-            parts["pairs"] = tokenize_pairs(
-                sized(pairs), tokenizer, max_length=args.max_length, chat_template_kwargs=options
-            )
-            sequences = parts["pairs"].sequences
-            parts["pair_cache"] = expert_cache(fusion, args, f"pairs-{name}", sequences, tokenizer)
-        return MixDataset(**parts)
-
-    def _reference(self, name: str, pairs: Any) -> Any:
+    def _reference(self, name: str, pairs: PreferencePairs) -> NDArray[np.float32]:
         model = self.accelerator.unwrap_model(self.model)
 
         def forward(**inputs: Any) -> Any:
             with torch.no_grad(), self.accelerator.autocast():
                 return model(**inputs)
 
-        return reference_sums(
-            Path(str(self.args.output_dir)) / f"reference-{name}.safetensors",
-            pairs,
-            model,
-            forward,
-            vocab_size=int(self.fusion.config.vocab_size or 0),
-            device=self.args.device,
-            on_change=self.args.on_change,
-            batch_tokens=self.args.expert_cache_batch_tokens,
-        )
+        return reference_sums(self.args, name, pairs, model, forward)
 
-    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, Quotients]:
         samples, pairs = (int(count) for count in inputs["counts"])
+        parts = [samples, pairs, pairs]  # of the rows: samples, chosen sides, rejected sides
         alpha, beta = float(self.fusion.config.alpha), self.args.beta
-        lm, tokens = -scores.logprobs[:samples], scores.tokens[:samples]
-        sft = (lm + self.args.routing_loss_weight * scores.routing) / tokens
 
-        chosen, rejected = scores.logprobs[samples : samples + pairs], scores.logprobs[samples + pairs :]
-        selected = selected_logprobs(scores.weights, scores.expert_logprobs).sum(dim=1)
-        bias = cdpo_bias(selected[samples : samples + pairs], selected[samples + pairs :], beta=beta, alpha=alpha)
-        references = inputs["reference"].to(chosen.dtype)
-        margin = cdpo_margin(chosen, rejected, references[:, 0], references[:, 1], beta=beta)
+        # Samples: L_SFT(s), each over its own tokens; (n_s,).
+        lm, tokens = -scores.logprobs[:samples], scores.tokens[:samples]
+        sft = self.args.sft_loss_weight * (lm + self.args.routing_loss_weight * scores.routing) / tokens
+
+        # Pairs: −log σ(ℓ + bias); (n_p,).
+        _, chosen, rejected = torch.split(scores.logprobs, parts)
+        reference_chosen, reference_rejected = inputs["reference"].to(chosen.dtype).unbind(dim=1)
+        margin = cdpo_margin(chosen, rejected, reference_chosen, reference_rejected, beta=beta)
+        _, selected_chosen, selected_rejected = torch.split(scores.selected, parts)
+        bias = cdpo_bias(selected_chosen, selected_rejected, beta=beta, alpha=alpha)
         cdpo = cdpo_loss(margin, bias)
 
-        of_samples = {metrics.TOKENS: tokens, metrics.LM: lm, metrics.ROUTING: scores.routing, metrics.SFT: sft}
-        of_samples[metrics.SAMPLES] = torch.ones_like(tokens)
+        # Metrics: samples first, then pairs; one kind is padded with zeros, in both sums, in metrics of the other.
+        losses, one = torch.cat([sft, cdpo]), torch.ones_like(margin)
+        of_samples = {"loss_lm": lm, "loss_routing": scores.routing}
         of_pairs = {
-            metrics.PAIRS: torch.ones_like(margin),
-            metrics.CDPO: cdpo,
-            metrics.MARGIN: margin,
-            metrics.CHOSEN: beta * (chosen - references[:, 0]),
-            metrics.REJECTED: beta * (rejected - references[:, 1]),
-            metrics.BIAS: bias,
-            metrics.MAGNITUDE: bias.abs(),
-            metrics.PREFERRED: (margin + bias > 0).to(margin.dtype),
-            metrics.PREFERRED_ALONE: (margin > 0).to(margin.dtype),
+            "loss_cdpo": cdpo,
+            "rewards/chosen": beta * (chosen - reference_chosen),
+            "rewards/rejected": beta * (rejected - reference_rejected),
+            "rewards/margins": margin,
+            "rewards/accuracies": (margin > 0).to(margin.dtype),
+            "cdpo/bias": bias,
+            "cdpo/bias_magnitude": bias.abs(),
+            "cdpo/accuracy": (margin + bias > 0).to(margin.dtype),
         }
-        columns = {name: torch.cat([value, value.new_zeros(pairs)]) for name, value in of_samples.items()}
-        columns |= {name: torch.cat([value.new_zeros(samples), value]) for name, value in of_pairs.items()}
-        return self.args.sft_loss_weight * sft.sum() + cdpo.sum(), columns
+        quotients = {"loss": (losses, torch.ones_like(losses))}
+        quotients |= {name: (pad(x, (0, pairs)), pad(tokens, (0, pairs))) for name, x in of_samples.items()}
+        quotients |= {name: (pad(x, (samples, 0)), pad(one, (samples, 0))) for name, x in of_pairs.items()}
+        return losses.sum(), quotients
 
     def count_of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
         return inputs["counts"].sum()
@@ -201,7 +163,3 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
         samples = torch.tensor(sum(int(batch["counts"][0]) for batch in batches), device=self.args.device)
         self._head_rests.samples = int(self.accelerator.gather(samples).sum())
         return batches, count
-
-    def mean_loss(self, tally: Tally) -> float:
-        total = self.args.sft_loss_weight * tally.total(metrics.SFT) + tally.total(metrics.CDPO)
-        return total / max(1.0, tally.total(metrics.SAMPLES) + tally.total(metrics.PAIRS))

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 @dataclass
 class FusionRouteArguments(TrainingArguments):
-    """What both phases share. Use :class:`FusionRouteSFTConfig` or :class:`FusionRouteCDPOConfig`."""
+    """Arguments of both phases. Use :class:`FusionRouteSFTConfig` or :class:`FusionRouteCDPOConfig`."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate (the paper's 1e-5)."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs to train (the paper's 1)."})

@@ -114,7 +114,7 @@ def _collect(
     rows: Iterable[Mapping[str, Any]], one: Callable[[Mapping[str, Any]], list[Row]], max_length: int | None
 ) -> TokenSequences:
     if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length={max_length}: two tokens are the least that a model can learn from")
+        raise ValueError(f"max_length={max_length}: give at least 2, a token and the one to predict")
     kept: list[Row] = []
     truncated = dropped = 0
     for index, row in enumerate(rows):
@@ -126,7 +126,9 @@ def _collect(
             if len(ids) != len(labels):
                 raise ValueError(f"row {index}: {len(ids)} input_ids and {len(labels)} labels: give one per token")
             if not _learnable(labels):
-                raise ValueError(f"row {index}: nothing to learn, every label after the first token is {IGNORE}")
+                raise ValueError(
+                    f"row {index}: nothing to learn, every label after the first token is {IGNORE}: leave it out"
+                )
         if max_length is not None and any(len(ids) > max_length for ids, _ in parts):
             truncated += sum(len(ids) > max_length for ids, _ in parts)
             parts = [(ids[:max_length], labels[:max_length]) for ids, labels in parts]
@@ -192,7 +194,7 @@ def _turns(prompt: Any, *completions: Any) -> tuple[Any, list[Any]]:
 def _messages(part: Any, role: str) -> Messages:
     messages = [{"role": role, "content": part}] if isinstance(part, str) else list(part)
     if not messages or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f'{part!r} is no list of messages: give [{{"role": ..., "content": ...}}, ...]')
+        raise ValueError(f'{part!r} is not a list of messages: give [{{"role": ..., "content": ...}}, ...]')
     return messages
 
 

@@ -1,174 +1,259 @@
-"""``ExpertCache``: what every frozen expert says about every label of a data set, computed once and kept on disk.
+"""Expert cache: what every frozen expert says about every label of a data set, computed once and kept on disk.
 
-A folder holds ``manifest.json`` and one safetensors file per ``shard_size`` sequences, in the data's order::
-
-    shard-00000.safetensors    offsets int64 [sequences + 1], argmax int32 [L, n], logprobs float32 [L, n]
-    part-00001-00.safetensors  of one expert, while a shard is being made: argmax int32 [L], logprobs float32 [L]
-
-L counts the labels of a shard's sequences, n the experts. Eight bytes per label and expert, so a million labels of four
-experts take 32 MB. Files are renamed into place when they are whole, so a build that was killed goes on where it was.
+An Arrow file per expert (see :mod:`.columns`) holds, at every label, its most likely token and its log-probability of
+the label: eight bytes, so a million labels of four experts take 32 MB. Informative positions, routing accuracy, CDPO's
+bias and ``routing_loss="softmax"`` need no more. ``"normalized"`` needs full distributions, which are too large to
+keep, and runs the experts again while it trains.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import safe_open
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
+from rich.console import Console
 
-from ebpo_core.files import write_json
+from ebpo_core.fusionroute.experts.tokenizers import fingerprint
+from ebpo_core.progress import bar
 
-from .annotation import Annotation, ExpertSource
-from .cache_build import (
-    MANIFEST_NAME,
-    OnChange,
-    Work,
-    changed,
-    missing_shards,
-    prepare,
-    read_manifest,
-    see,
-    shard_count,
-    shard_path,
-    wait,
-)
-from .cache_key import CacheKey, tokenizer_fingerprint
+from .columns import SHARD_ROWS, Compute, OnChange, StoredColumns, remove
+from .losses import CHUNK_VALUES, IGNORE, label_logprobs
 from .ranks import on_main, world
 from .sequences import TokenSequences
 
 if TYPE_CHECKING:
     import os
 
-_OPEN_FILES = 64
+# Logits of one batch, at most: 1 Gi values are 2 GiB in bfloat16.
+_BATCH_LOGITS = 1 << 30
 
 
-class ExpertCache:
-    """Per sequence, the experts' argmaxes and label log-probabilities. Make one with :meth:`build` or :meth:`open`.
-
-    ``cache[i]`` is an :class:`~.annotation.Annotation` of sequence ``i``: ``argmax`` int32 ``[L, n]`` over v < V and
-    ``logprobs`` float32 ``[L, n]`` of log-softmax over v < V, a row per label that is not -100, in their order. Reading
-    maps the files into memory and copies one sequence; a cache may be pickled and be used in data loading workers.
+class ExpertSource(NamedTuple):
+    """An expert that is loaded when its turn comes.
 
     Attributes:
-        folder: where it is.
-        key: what it was computed from.
-        names: the experts' names when it was computed.
+        name: shown in messages.
+        identity: a string that changes whenever the expert's outputs may: hash of its weights, dtype, quantisation.
+        load: returns the expert: callable with ``input_ids``, ``attention_mask``, ``use_cache`` and ``logits_to_keep``,
+            returning an object with ``logits``; its ``device`` is where inputs go.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
-        self.folder = Path(folder)
-        self.key = CacheKey.of(manifest["key"])
-        self.names: list[str] = list(manifest["names"])
-        self._length = int(manifest["sequences"])
-        self._shard_size = int(manifest["shard_size"])
-        self._files: OrderedDict[int, Any] = OrderedDict()
+    name: str
+    identity: str
+    load: Callable[[], Any]
 
-    def __len__(self) -> int:
-        return self._length
 
-    def __getitem__(self, i: int) -> Annotation:
-        if not 0 <= i < len(self):
-            raise IndexError(f"sequence {i} of {len(self)}")
-        shard, row = divmod(i, self._shard_size)
-        file = self._file(shard)
-        start, end = file.get_slice("offsets")[row : row + 2].tolist()
-        return Annotation(file.get_slice("argmax")[start:end], file.get_slice("logprobs")[start:end])
+class Annotation(NamedTuple):
+    """Argmaxes and label log-probabilities of a sequence with L labels: ``[L]`` each, or ``[L, n]`` of n experts."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": OrderedDict()}  # maps do not pickle; they are opened again where needed
+    argmax: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
 
-    def _file(self, shard: int) -> Any:
-        if shard not in self._files:
-            file: Any = safe_open(shard_path(self.folder, shard), framework="np")
-            if (file.metadata() or {}).get("key") != self.key.digest:
-                raise ValueError(
-                    f"{str(shard_path(self.folder, shard))!r} belongs to another cache than {MANIFEST_NAME} beside it: "
-                    "remove the folder and build it again"
-                )
-            self._files[shard] = file
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(shard)
-        return self._files[shard]
 
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str], *, key: CacheKey | None = None) -> ExpertCache:
-        """Open a finished cache.
+def expert_columns(
+    folder: str | os.PathLike[str],
+    sequences: TokenSequences,
+    experts: Sequence[ExpertSource],
+    *,
+    vocab_size: int,
+    tokenizer: Any = None,
+    on_change: OnChange = "raise",
+    shard_rows: int = SHARD_ROWS,
+    batch_tokens: int = 8192,
+    progress: bool = True,
+) -> Dataset:
+    """The expert cache in ``folder``, after computing what is missing of it; an expert without gaps is not loaded.
 
-        Args:
-            folder: where it is.
-            key: what it must have been computed from; None takes it as it is.
+    The experts run one after the other, so that only one needs memory. In a torch process group every rank must call
+    this, with the same arguments; they share the work.
 
-        Raises:
-            FileNotFoundError: no cache there, or one that is not finished.
-            ValueError: a damaged manifest, or another key, with what differs.
-        """
-        path = Path(folder)
-        manifest = read_manifest(path)
-        cache = cls(path, manifest)
-        if key is not None and key != cache.key:
-            raise ValueError(changed(path, cache.key.changes(key, cache.names)))
-        missing, total = missing_shards(path, len(cache), cache._shard_size), shard_count(len(cache), cache._shard_size)
-        if missing:
-            raise FileNotFoundError(
-                f"the expert cache in {str(path)!r} is not finished, {len(missing)} of its {total} shards are missing: "
-                "build it again, it goes on where it was"
+    Args:
+        folder: made if missing; all ranks must see the same one.
+        sequences: the data.
+        experts: n of them, in the order of the route head's rows.
+        vocab_size: V; argmax and log-softmax are over v < V.
+        tokenizer: the data's, so that another one is noticed; None if there is none.
+        on_change: what to do with columns of other experts, data, tokenizer or V: "raise" or "rebuild".
+        shard_rows: sequences per shard, the unit of work that a killed build has to repeat.
+        batch_tokens: tokens that an expert gets at once, padding included.
+        progress: show a bar on stderr (lines where that is no terminal).
+
+    Returns:
+        A row per sequence, in arrow format, with the columns ``argmax_<i>`` (list of int32) and ``logprobs_<i>`` (list
+        of float32) of expert ``i``, one value per label. :func:`annotation` reads a row.
+
+    Raises:
+        ValueError: data outside the vocabulary, columns of something else with ``on_change="raise"``, or a folder that
+            the ranks do not share.
+        FloatingPointError: an expert's log-probability that is not finite.
+    """
+    if on_change not in ("raise", "rebuild"):
+        raise ValueError(f"on_change={on_change!r}: use 'raise' or 'rebuild'")
+    if shard_rows < 1:
+        raise ValueError(f"shard_rows={shard_rows}: give at least 1")
+    if not experts:
+        raise ValueError("experts is empty: give the model's experts, in the order of the route head's rows")
+    sequences.check(vocab_size)
+    data = {
+        "tokenizer": "none" if tokenizer is None else fingerprint(tokenizer, vocab_size),
+        "data": sequences.fingerprint,
+        "vocab_size": str(vocab_size),
+    }
+    stored = [
+        StoredColumns(
+            Path(folder),
+            f"expert-{i:02d}",
+            len(sequences),
+            {f"argmax_{i}": pa.list_(pa.int32()), f"logprobs_{i}": pa.list_(pa.float32())},
+            {"weights": source.identity, **data},
+            {
+                "weights": f"expert {i} {source.name!r} (its weights, or how they are loaded)",
+                "tokenizer": "the tokenizer",
+                "data": "the data (token ids or labels)",
+            },
+        )
+        for i, source in enumerate(experts)
+    ]
+    # Before anything is computed, for all experts.
+    left = on_main(lambda: _settle(Path(folder), stored, on_change, shard_rows))
+    with _progress(left if progress and world()[0] == 0 else 0) as advance:
+        columns = [
+            each.compute(
+                partial(_loaded, source, i, sequences, vocab_size, batch_tokens),
+                shard_rows=shard_rows,
+                advance=partial(advance, source.name),
             )
-        return cache
+            for i, (source, each) in enumerate(zip(experts, stored, strict=True))
+        ]
+    return concatenate_datasets(columns, axis=1).with_format("arrow")
 
-    @classmethod
-    def build(
-        cls,
-        folder: str | os.PathLike[str],
-        sequences: TokenSequences,
-        experts: Sequence[ExpertSource],
-        *,
-        vocab_size: int,
-        tokenizer: Any = None,
-        on_change: OnChange = "raise",
-        shard_size: int = 512,
-        batch_tokens: int = 8192,
-        progress: bool = True,
-    ) -> ExpertCache:
-        """Compute what is missing in ``folder`` and open it; with nothing missing no expert is loaded.
 
-        The experts run one after the other, so that only one needs memory. In a torch process group every rank must
-        call this, with the same arguments: each computes a share of the shards and waits for the others.
+def annotation(columns: Dataset, i: int) -> Annotation:
+    """Annotation of sequence ``i`` by n experts, ``[L, n]`` arrays, from a row of :func:`expert_columns`."""
+    row = columns[i]  # a table of one row, each value of which is a list of L
+    lists = {name: row[name].combine_chunks().flatten().to_numpy() for name in row.column_names}
+    experts = len(lists) // 2
+    return Annotation(
+        np.stack([lists[f"argmax_{e}"] for e in range(experts)], axis=1),
+        np.stack([lists[f"logprobs_{e}"] for e in range(experts)], axis=1),
+    )
 
-        Args:
-            folder: made if missing; all ranks must see the same one.
-            sequences: the data.
-            experts: in the order of the route head's rows.
-            vocab_size: V.
-            tokenizer: the data's, for the key; None if there is none.
-            on_change: what to do with a cache of other experts, data, tokenizer or V: "raise" or "rebuild".
-            shard_size: sequences per file; a cache that is already begun keeps its own.
-            batch_tokens: tokens that an expert gets at once, padding included.
-            progress: show a bar on stderr (lines where that is no terminal).
 
-        Raises:
-            ValueError: data outside the vocabulary, a cache of another key with ``on_change="raise"``, or a folder
-                that the ranks do not share.
-            FloatingPointError: an expert's log-probability that is not finite.
-        """
-        if on_change not in ("raise", "rebuild"):
-            raise ValueError(f"on_change={on_change!r}: use 'raise' or 'rebuild'")
-        path = Path(folder)
-        sequences.check(vocab_size)
-        identities = tuple(expert.identity for expert in experts)
-        key = CacheKey(identities, tokenizer_fingerprint(tokenizer), sequences.fingerprint, vocab_size)
-        names = [expert.name for expert in experts]
-        size, missing = on_main(lambda: prepare(path, key, names, len(sequences), shard_size, on_change))
-        see(path)
-        rank, ranks = world()
-        work = Work(path, key, sequences, experts, size, batch_tokens)
-        try:
-            work.run(missing[rank::ranks], progress and rank == 0)
-        except Exception as error:
-            if ranks > 1:
-                write_json(path / f"failed-{rank}.json", {"error": f"{type(error).__name__}: {error}"})
-            raise
-        wait(path, [shard_path(path, shard) for shard in missing])
-        return cls.open(path, key=key)
+@torch.no_grad()
+def annotate(
+    model: Callable[..., Any],
+    sequences: TokenSequences,
+    indices: Sequence[int],
+    *,
+    name: str,
+    device: torch.device | str,
+    vocab_size: int,
+    batch_tokens: int = 8192,
+) -> list[Annotation]:
+    """Run ``model`` over the sequences ``indices``, in batches of similar length, without gradient.
+
+    Args:
+        model: called as :class:`ExpertSource` says of an expert.
+        sequences: the data.
+        indices: which sequences; the result has their order.
+        name: of the model, for messages.
+        device: where its inputs go.
+        vocab_size: V; argmax and log-softmax are over v < V, in float32.
+        batch_tokens: tokens of a batch, padding included.
+
+    Raises:
+        FloatingPointError: a log-probability that is not finite, with the sequence that has it.
+    """
+    found: dict[int, Annotation] = {}
+    for batch in sequences.batches(indices, min(batch_tokens, max(1, _BATCH_LOGITS // vocab_size))):
+        ids, mask, labels, keep = sequences.padded(batch)  # (B, T) three times
+        logits = model(
+            input_ids=torch.from_numpy(ids).to(device),
+            attention_mask=torch.from_numpy(mask).to(device),
+            use_cache=False,
+            logits_to_keep=keep,
+        ).logits[:, -keep:-1]  # (B, K - 1, V_i), of the positions that predict a label
+        wanted = torch.from_numpy(labels[:, 1 - keep :]).to(logits.device)  # (B, K - 1)
+        at = wanted != IGNORE
+        # From here on all labels of the batch in a row, P of them; in chunks, since float32 logits are wide.
+        chunk = max(1, CHUNK_VALUES // vocab_size)
+        best, logprobs = [], []
+        for z, y in zip(torch.split(logits[at], chunk), torch.split(wanted[at], chunk), strict=True):
+            wide = z[:, :vocab_size].float()
+            best.append(wide.argmax(dim=-1).int().cpu())
+            logprobs.append(label_logprobs(wide, y).cpu())
+        # And back to sequences.
+        ends = np.cumsum(at.sum(dim=1).cpu().numpy())[:-1]
+        argmax, chosen = (np.split(torch.cat(parts).numpy(), ends) for parts in (best, logprobs))
+        for i, one_argmax, one_logprobs in zip(batch, argmax, chosen, strict=True):
+            found[i] = Annotation(one_argmax, one_logprobs)
+            if not np.isfinite(found[i].logprobs).all():
+                raise FloatingPointError(
+                    f"{name}, sequence {i}: a label has log-probability {found[i].logprobs.min()}: its weights or its "
+                    "dtype are at fault, or the token is one it excludes"
+                )
+    return [found[i] for i in indices]
+
+
+@contextmanager
+def _loaded(
+    source: ExpertSource, i: int, sequences: TokenSequences, vocab_size: int, batch_tokens: int
+) -> Iterator[Compute]:
+    """Expert ``i``, for as long as it computes."""
+    expert = source.load()
+
+    def compute(rows: range) -> Mapping[str, Sequence[Any]]:
+        found = annotate(
+            expert,
+            sequences,
+            rows,
+            name=f"expert {source.name!r}",
+            device=expert.device,
+            vocab_size=vocab_size,
+            batch_tokens=batch_tokens,
+        )
+        return {f"argmax_{i}": [one.argmax for one in found], f"logprobs_{i}": [one.logprobs for one in found]}
+
+    yield compute
+
+
+def _settle(folder: Path, stored: Sequence[StoredColumns], on_change: OnChange, shard_rows: int) -> int:
+    """Number of rows that are left to compute, after refusing or removing what is of other experts or data."""
+    found = folder.glob("expert-[0-9][0-9]-*")
+    surplus = [path for path in found if int(path.name.split("-")[1]) >= len(stored)]
+    if surplus:
+        then = 1 + max(int(path.name.split("-")[1]) for path in surplus)
+        if on_change == "raise":
+            raise ValueError(
+                f"the expert cache in {str(folder)!r} was computed from something else; changed since: the number of "
+                f"experts ({then}, now {len(stored)}). Use another folder, or on_change='rebuild' to replace it"
+            )
+        remove(surplus)
+    for each in stored:
+        each.settle(on_change)
+    return sum(len(rows) for each in stored for rows in each.missing(shard_rows))
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr that is moved on by (expert, rows); nothing if there is nothing to do."""
+    if not total:
+        yield lambda name, rows: None  # noqa: ARG005
+        return
+    done = 0
+    with bar(Console(stderr=True), "expert cache", total) as shown:
+
+        def advance(name: str, rows: int) -> None:
+            nonlocal done
+            done += rows
+            shown.update(done, name)
+
+        yield advance

@@ -36,16 +36,6 @@ def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     return -flat.reshape(labels.shape)
 
 
-def informative_mask(argmax: Tensor, labels: Tensor) -> Tensor:
-    """S: ``[...]`` bool, where there is a label and some pair of experts' most likely tokens differ.
-
-    Args:
-        argmax: ``[..., n]``, the experts' argmaxes over v < V.
-        labels: ``[...]``.
-    """
-    return (argmax != argmax[..., :1]).any(dim=-1) & (labels != IGNORE)
-
-
 def routing_loss_softmax(weights: Tensor, expert_logprobs: Tensor) -> Tensor:
     """−Σ_i softmax(w)_i log π_i(y): ``[...]`` from weights ``[..., n]`` and label log-probabilities ``[..., n]``."""
     weights = _wide(weights)

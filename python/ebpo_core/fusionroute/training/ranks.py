@@ -1,4 +1,4 @@
-"""What the processes of one training run settle among themselves; in a single process every call is a plain one."""
+"""Work that the processes of one training run share; in a single process every call is a plain one."""
 
 from __future__ import annotations
 
@@ -17,29 +17,36 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def on_main(function: Callable[[], T]) -> T:
-    """Run ``function`` on rank 0 alone; every rank returns its result, or raises what it raised."""
+def everywhere(function: Callable[[], T]) -> list[T]:
+    """Results of ``function`` by rank, on every rank. Where one rank fails all do, so that none waits for it.
+
+    Raises:
+        Exception: what ``function`` raised on this rank.
+        RuntimeError: another rank failed; its error is quoted.
+    """
     rank, ranks = world()
     if ranks == 1:
-        return function()
-    outcome: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
+        return [function()]
+    result: T | None = None
+    failed: Exception | None = None
+    try:
+        result = function()
+    except Exception as error:
+        failed = error
+    outcomes: list[Any] = [None] * ranks
+    message = None if failed is None else f"rank {rank} failed: {type(failed).__name__}: {failed}"
+    dist.all_gather_object(outcomes, (result, message))
+    if failed is not None:
+        raise failed
+    for _, message in outcomes:
+        if message is not None:
+            raise RuntimeError(message)
+    return [result for result, _ in outcomes]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Result of ``function``, run on rank 0 alone, on every rank; errors as in :func:`everywhere`."""
+    rank, _ = world()
+    results: list[Any] = everywhere(lambda: function() if rank == 0 else None)
+    result: T = results[0]
     return result
-
-
-def gather(value: T) -> list[T]:
-    """Every rank's ``value``, by rank."""
-    _, ranks = world()
-    if ranks == 1:
-        return [value]
-    values: list[Any] = [None] * ranks
-    dist.all_gather_object(values, value)
-    return values

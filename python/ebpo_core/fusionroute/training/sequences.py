@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,8 +18,9 @@ class Padded(NamedTuple):
     """B sequences, padded on the right to T tokens: ``[B, T]`` int64 each.
 
     Attributes:
-        input_ids, attention_mask, labels: padding has id 0, mask 0 and label -100.
-        keep: how many of the last positions can predict a label; earlier logits are of no use.
+        input_ids, attention_mask, labels: padding has a given id, mask 0 and label -100.
+        keep: K, the last columns; all but the last of them predict a label in some row, logits of earlier ones are of
+            no use.
     """
 
     input_ids: NDArray[np.int64]
@@ -37,8 +38,8 @@ class TokenSequences:
     Attributes:
         input_ids, labels: ``[total]`` int32.
         offsets: ``[len + 1]`` int64; sequence ``i`` is ``offsets[i]:offsets[i + 1]``.
-        truncated: how many were cut to ``max_length``, the dropped ones among them.
-        dropped: how many rows are left out because nothing to learn was left of them after cutting.
+        truncated: number of sequences that were cut to ``max_length``, the dropped ones among them.
+        dropped: number of rows that are left out because cutting left them without a label.
     """
 
     input_ids: NDArray[np.int32]
@@ -83,7 +84,7 @@ class TokenSequences:
 
     @cached_property
     def label_counts(self) -> NDArray[np.int64]:
-        """``[len]``, how many labels of each sequence are to be learnt."""
+        """``[len]``, labels of each sequence that are not -100."""
         counted = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
         return np.asarray(counted[self.offsets[1:]] - counted[self.offsets[:-1]], dtype=np.int64)
 
@@ -112,16 +113,7 @@ class TokenSequences:
 
     def padded(self, batch: Sequence[int]) -> Padded:
         """The sequences ``batch``, at least one of which has a label."""
-        width = int(self.lengths[list(batch)].max())
-        ids = np.zeros((len(batch), width), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        labels = np.full_like(ids, IGNORE)
-        for row, i in enumerate(batch):
-            row_ids, row_labels = self[i]
-            ids[row, : len(row_ids)] = row_ids
-            mask[row, : len(row_ids)] = 1
-            labels[row, : len(row_ids)] = row_labels
-        return Padded(ids, mask, labels, width - int((labels != IGNORE).any(axis=0).argmax()) + 1)
+        return pad([self[i] for i in batch])
 
     def check(self, vocab_size: int) -> None:
         """Raise for ids that the models do not have and for sequences without a label.
@@ -153,7 +145,7 @@ class PreferencePairs:
         sequences: twice as many sequences as pairs: chosen ``2 i``, rejected ``2 i + 1``.
     """
 
-    sequences: TokenSequences = field()
+    sequences: TokenSequences
 
     def __post_init__(self) -> None:
         if len(self.sequences) % 2:
@@ -163,8 +155,22 @@ class PreferencePairs:
         return len(self.sequences) // 2
 
 
+def pad(rows: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], pad_token_id: int = 0) -> Padded:
+    """Rows of (input_ids, labels) as one batch; at least one of them has a label behind its first token."""
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+    mask = np.zeros_like(input_ids)
+    labels = np.full_like(input_ids, IGNORE)
+    for b, (row_ids, row_labels) in enumerate(rows):
+        real = slice(len(row_ids))
+        input_ids[b, real], mask[b, real], labels[b, real] = row_ids, 1, row_labels
+    # The position before the first label of any row is the first that predicts one.
+    first = int((labels != IGNORE).any(axis=0).argmax()) - 1
+    return Padded(input_ids, mask, labels, width - first)
+
+
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading ids two sequences share."""
+    """Number of leading ids that two sequences share."""
     for i, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return i

@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import metrics
 from .base import FusionRouteTrainer, Scores
 from .batches import MixDataset
 from .config import FusionRouteSFTConfig
-from .metrics import Tally
-from .preparation import (
-    check_experts,
-    check_head,
-    check_strategy,
-    evaluation,
-    expert_cache,
-    fusion_model,
-    sft_samples,
-    with_adapter,
-)
+from .losses import IGNORE
+from .metrics import Quotients
+from .preparation import fusion_model, prepared_data, prepared_model
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -70,31 +60,29 @@ class FusionRouteSFTTrainer(FusionRouteTrainer):
     ) -> None:
         if not isinstance(args, FusionRouteSFTConfig):
             raise TypeError(f"args is a {type(args).__name__}: pass a FusionRouteSFTConfig")
-        check_strategy(args)
         fusion = fusion_model(model)
-        check_experts(fusion, args)
-        model = with_adapter(model, peft_config)
-        check_head(model, args)
+        model = prepared_model(model, args, peft_config, samples=True, trains_head=True)
 
-        def prepare(rows: Any, name: str) -> MixDataset:
-            samples = sft_samples(rows, processing_class, args)
-            return MixDataset(samples, expert_cache(fusion, args, name, samples, processing_class))
+        def prepared(rows: Any, name: str) -> MixDataset | None:
+            return prepared_data(fusion, args, processing_class, name, samples=rows)
 
-        train = None if train_dataset is None else prepare(train_dataset, "sft-train")
-        super().__init__(model, args, train, evaluation(eval_dataset, "sft-eval", prepare), processing_class, **kwargs)
+        train = prepared(train_dataset, "train")
+        evaluation: Any
+        if isinstance(eval_dataset, Mapping):
+            evaluation = {key: prepared(rows, f"eval-{key}") for key, rows in eval_dataset.items()}
+        else:
+            evaluation = prepared(eval_dataset, "eval")
+        super().__init__(model, args, train, evaluation, processing_class, **kwargs)
 
-    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
-        losses = -scores.logprobs + self.args.routing_loss_weight * scores.routing
-        return losses.sum(), {
-            metrics.SAMPLES: torch.ones_like(scores.tokens),
-            metrics.TOKENS: scores.tokens,
-            metrics.LM: -scores.logprobs,
-            metrics.ROUTING: scores.routing,
+    def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, Quotients]:  # noqa: ARG002
+        lm, tokens = -scores.logprobs, scores.tokens
+        losses = lm + self.args.routing_loss_weight * scores.routing
+        quotients = {
+            "loss": (losses, tokens),
+            "loss_lm": (lm, tokens),
+            "loss_routing": (scores.routing, tokens),
         }
+        return losses.sum(), quotients
 
     def count_of_batch(self, inputs: dict[str, Tensor]) -> Tensor:
-        return (inputs["labels"] != -100).sum()
-
-    def mean_loss(self, tally: Tally) -> float:
-        total = tally.total(metrics.LM) + self.args.routing_loss_weight * tally.total(metrics.ROUTING)
-        return total / max(1.0, tally.total(metrics.TOKENS))
+        return (inputs["labels"] != IGNORE).sum()
