@@ -1,4 +1,4 @@
-"""Triton kernels: select + add, argmax and log-probabilities, in two launches.
+"""Triton kernels of argmax and of the sum itself; argmax with its log-probabilities is one pass, in two launches.
 
 The first launch cuts each row into tiles of ``BLOCK`` tokens and leaves one partial result per tile; the second
 combines a row's partials. Nothing is shared between launches but the scratch of this call, so any grid order gives the
@@ -6,248 +6,137 @@ same result, on any number of streams.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .triton_tiles import (
-    _GATHERED,
-    _NO_INDEX,
-    _OUTSIDE_KEY,
-    _RAGGED,
-    _STACKED,
-    best_of,
-    fuse,
-    fused_tile,
-    has_row,
-    key_score,
-    log_sum,
-    score_key,
-    shifted_sum,
-    tempered,
-)
+from . import launch
+from .arguments import Step
+from .launch import Launch, Tile
+from .logprob_triton import finish_logprobs_kernel, store_sums
+from .tiles import _OUTSIDE_KEY, best_of, finish, fused_tile, score_key, tempered
 
 
 @triton.jit(do_not_specialize=["batch"])
 def partial_kernel(
-    router_ptr,
-    router_stride,
-    expert_ptrs,
-    expert_strides,
-    expert_rows,
-    expert_stride,
-    selection_ptr,
-    selection_row_stride,
-    selection_column_stride,
+    inputs,
     batch,
-    alpha,
-    keys_ptr,  # [B, TILES] int32
-    indices_ptr,  # [B, TILES] int32
-    sums_ptr,  # [6, B, TILES] float32: m and s of router, expert, fused
+    keys_ptr,  # [B, TILES] int32, when ARGMAX
+    indices_ptr,  # [B, TILES] int32, when ARGMAX
+    sums_ptr,  # [6, B, TILES] float32, when LOGPROBS
     expert_ids_ptr,  # [B] int64
-    expert_rows_ptr,  # [B] int32, read by the finish for ragged experts
-    V: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FORM: tl.constexpr,
-    SELECTION: tl.constexpr,
-    ALIGN_ROUTER: tl.constexpr,
-    ALIGN_EXPERT: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    SUM: tl.constexpr,
+    expert_rows_ptr,  # [B] int32, when LOGPROBS: the row in the expert's tensor
+    PLAN: tl.constexpr,
     ARGMAX: tl.constexpr,
     LOGPROBS: tl.constexpr,
 ):
-    row, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    start = tile * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
-    inside = offsets < V
-    router, chosen, fused, expert, expert_row = fused_tile(
-        router_ptr,
-        router_stride,
-        expert_ptrs,
-        expert_strides,
-        expert_rows,
-        expert_stride,
-        selection_ptr,
-        selection_row_stride,
-        selection_column_stride,
-        alpha,
-        row,
-        offsets,
-        start,
-        V,
-        BLOCK,
-        N,
-        BLOCK_N,
-        FORM,
-        SELECTION,
-        ALIGN_ROUTER,
-        ALIGN_EXPERT,
-        PRODUCT,
-        SUM,
-    )
-    slot = row.to(tl.int64) * TILES + tile
+    """One tile of one row: its best (key, token), and the sums of its log-probabilities."""
+    row, tile = tl.program_id(0) // PLAN.TILES, tl.program_id(0) % PLAN.TILES
+    start = tile * PLAN.BLOCK
+    offsets = start + tl.arange(0, PLAN.BLOCK)
+    inside = offsets < PLAN.V
+    # [BLOCK] each
+    router, chosen, fused, expert, expert_row = fused_tile(inputs, row, offsets, start, PLAN)
+    slot = row.to(tl.int64) * PLAN.TILES + tile
     if ARGMAX:
         key, index = best_of(tl.where(inside, score_key(fused), _OUTSIDE_KEY), offsets)
         tl.store(keys_ptr + slot, key)
         tl.store(indices_ptr + slot, index)
     if LOGPROBS:
-        plane = batch.to(tl.int64) * TILES
-        m, s = shifted_sum(router, inside)
-        tl.store(sums_ptr + slot, m)
-        tl.store(sums_ptr + plane + slot, s)
-        m, s = shifted_sum(chosen, inside)
-        tl.store(sums_ptr + 2 * plane + slot, m)
-        tl.store(sums_ptr + 3 * plane + slot, s)
-        m, s = shifted_sum(fused, inside)
-        tl.store(sums_ptr + 4 * plane + slot, m)
-        tl.store(sums_ptr + 5 * plane + slot, s)
+        store_sums(sums_ptr + slot, batch.to(tl.int64) * PLAN.TILES, router, chosen, fused, inside)
     if tile == 0:
         tl.store(expert_ids_ptr + row, expert.to(tl.int64))
         if LOGPROBS:
             tl.store(expert_rows_ptr + row, expert_row)
 
 
-@triton.jit(do_not_specialize=["batch"])
-def finish_kernel(
-    router_ptr,
-    router_stride,
-    expert_ptrs,
-    expert_strides,
-    expert_rows,
-    expert_stride,
-    batch,
-    alpha,
-    keys_ptr,
-    indices_ptr,
-    sums_ptr,
-    expert_ids_ptr,
-    expert_rows_ptr,
-    tokens_ptr,  # [B] int64: written, or read when GIVEN
-    logits_ptr,  # [B] float32: the fused logit of the token
-    logprobs_ptr,  # [B] float32
-    scores_ptr,  # [B] float32
-    V: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-    N: tl.constexpr,
-    FORM: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    SUM: tl.constexpr,
-    GIVEN: tl.constexpr,
-    LOGPROBS: tl.constexpr,
-):
-    row = tl.program_id(0)
-    lane = tl.arange(0, BLOCK_TILES)
-    live = lane < TILES
-    slots = row.to(tl.int64) * TILES + lane
-    if GIVEN:
-        token = tl.load(tokens_ptr + row).to(tl.int64)
-    else:
-        keys = tl.load(keys_ptr + slots, mask=live, other=_OUTSIDE_KEY)
-        key, index = best_of(keys, tl.load(indices_ptr + slots, mask=live, other=_NO_INDEX))
-        token = tl.minimum(tl.maximum(index, 0), V - 1).to(tl.int64)  # whatever the scratch holds, a valid id
-        tl.store(tokens_ptr + row, token)
-        if logits_ptr is not None:
-            tl.store(logits_ptr + row, key_score(key))
-    if LOGPROBS:
-        plane = batch.to(tl.int64) * TILES
-        inside = (token >= 0) & (token < V)
-        column = tl.where(inside, token, 0)
-        expert = tl.load(expert_ids_ptr + row).to(tl.int32)
-        expert_row = tl.load(expert_rows_ptr + row)
-        router = tl.load(router_ptr + row.to(tl.int64) * router_stride + column).to(tl.float32)
-        chosen = router * 0.0 + float("nan")
-        if FORM == _GATHERED:
-            chosen = tl.load(expert_ptrs[0] + row.to(tl.int64) * expert_strides[0] + column).to(tl.float32)
-        elif FORM == _STACKED:
-            exists = (expert >= 0) & (expert < N)
-            slab = tl.where(exists, expert, 0).to(tl.int64) * expert_stride
-            x = tl.load(expert_ptrs[0] + slab + row.to(tl.int64) * expert_strides[0] + column).to(tl.float32)
-            chosen = tl.where(exists, x, float("nan"))
-        else:
-            for j in tl.static_range(len(expert_ptrs)):
-                exists = expert == j
-                if FORM == _RAGGED:
-                    exists = exists & has_row(expert_rows[j], expert_row)
-                if exists:
-                    at = expert_ptrs[j] + expert_row.to(tl.int64) * expert_strides[j] + column
-                    chosen = tl.load(at).to(tl.float32)
-        router_m = tl.load(sums_ptr + slots, mask=live, other=float("-inf"))
-        router_s = tl.load(sums_ptr + plane + slots, mask=live, other=0.0)
-        expert_m = tl.load(sums_ptr + 2 * plane + slots, mask=live, other=float("-inf"))
-        expert_s = tl.load(sums_ptr + 3 * plane + slots, mask=live, other=0.0)
-        fused_m = tl.load(sums_ptr + 4 * plane + slots, mask=live, other=float("-inf"))
-        fused_s = tl.load(sums_ptr + 5 * plane + slots, mask=live, other=0.0)
-        fused = fuse(router, chosen, alpha, PRODUCT, SUM)
-        policy = fused - log_sum(fused_m, fused_s)
-        score = (router - log_sum(router_m, router_s)) + (chosen - log_sum(expert_m, expert_s)) * alpha
-        tl.store(logprobs_ptr + row, tl.where(inside, policy, float("nan")))
-        tl.store(scores_ptr + row, tl.where(inside, score, float("nan")))
-
-
 @triton.jit
 def add_kernel(
-    router_ptr,
-    router_stride,
-    expert_ptrs,
-    expert_strides,
-    expert_rows,
-    expert_stride,
-    selection_ptr,
-    selection_row_stride,
-    selection_column_stride,
-    alpha,
+    inputs,
     temperature,  # float, or [B] float32 when PER_ROW_TEMPERATURE
     out_ptr,  # [B, V] float32
-    expert_ids_ptr,
-    V: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FORM: tl.constexpr,
-    SELECTION: tl.constexpr,
-    ALIGN_ROUTER: tl.constexpr,
-    ALIGN_EXPERT: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    SUM: tl.constexpr,
+    expert_ids_ptr,  # [B] int64
+    PLAN: tl.constexpr,
     DIVIDE: tl.constexpr,
     PER_ROW_TEMPERATURE: tl.constexpr,
 ):
-    """The fused logits themselves, divided by the temperature when sampling asks for it."""
-    row, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    start = tile * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
-    _, _, fused, expert, _ = fused_tile(
-        router_ptr,
-        router_stride,
-        expert_ptrs,
-        expert_strides,
-        expert_rows,
-        expert_stride,
-        selection_ptr,
-        selection_row_stride,
-        selection_column_stride,
-        alpha,
-        row,
-        offsets,
-        start,
-        V,
-        BLOCK,
-        N,
-        BLOCK_N,
-        FORM,
-        SELECTION,
-        ALIGN_ROUTER,
-        ALIGN_EXPERT,
-        PRODUCT,
-        SUM,
-    )
+    """One tile of the fused logits themselves, divided by the temperature when sampling asks for it."""
+    row, tile = tl.program_id(0) // PLAN.TILES, tl.program_id(0) % PLAN.TILES
+    start = tile * PLAN.BLOCK
+    offsets = start + tl.arange(0, PLAN.BLOCK)
+    _, _, fused, expert, _ = fused_tile(inputs, row, offsets, start, PLAN)
     if DIVIDE:
         fused = tempered(fused, temperature, row, PER_ROW_TEMPERATURE)
-    tl.store(out_ptr + row.to(tl.int64) * V + offsets, fused, mask=offsets < V)
+    tl.store(out_ptr + row.to(tl.int64) * PLAN.V + offsets, fused, mask=offsets < PLAN.V)
     if tile == 0:
         tl.store(expert_ids_ptr + row, expert.to(tl.int64))
+
+
+def tokens(
+    step: Step, given: Tensor | None, logprobs: bool, tile: Tile | None = None
+) -> tuple[tuple[Tensor | None, ...], list[Launch]]:
+    """Token ids, expert ids, fused logits, log-probabilities, scores, and the launches that write them.
+
+    Each is ``[B]``, None where not asked for; token ids and fused logits are asked for unless tokens are ``given``.
+    """
+    B, V, device = step.batch, step.vocab_size, step.router.device
+    tile = tile or launch.tile_for(B, V)
+    inputs, plan = launch.describe(step, tile.block)
+
+    def new(dtype: torch.dtype, wanted: bool) -> Tensor | None:
+        return torch.empty(B, dtype=dtype, device=device) if wanted else None
+
+    argmax = given is None
+    tokens, logits = new(torch.int64, argmax), new(torch.float32, argmax)
+    policy, score = new(torch.float32, logprobs), new(torch.float32, logprobs)
+    expert_ids = torch.empty(B, dtype=torch.int64, device=device)
+    # Scratch: what the first launch leaves to the second.
+    partials = torch.empty(2, B, plan.TILES, dtype=torch.int32, device=device) if argmax else None
+    scratch = {
+        "keys_ptr": partials[0] if partials is not None else None,
+        "indices_ptr": partials[1] if partials is not None else None,
+        "sums_ptr": torch.empty(6, B, plan.TILES, dtype=torch.float32, device=device) if logprobs else None,
+        "expert_ids_ptr": expert_ids,
+        "expert_rows_ptr": new(torch.int32, logprobs),
+    }
+    first = {"inputs": inputs, "batch": B, **scratch, "PLAN": plan, "ARGMAX": argmax, "LOGPROBS": logprobs}
+    launches = [Launch(partial_kernel, (B * plan.TILES,), first, tile.warps)]
+    if policy is not None and score is not None:
+        second = {
+            "inputs": inputs,
+            "batch": B,
+            **scratch,
+            "tokens_ptr": tokens if given is None else given.contiguous(),
+            "logits_ptr": logits,
+            "logprobs_ptr": policy,
+            "scores_ptr": score,
+            "PLAN": plan,
+            "BLOCK_TILES": launch.power_of_2(plan.TILES),
+            "GIVEN": not argmax,
+        }
+        launches.append(Launch(finish_logprobs_kernel, (B,), second, 1))
+    elif tokens is not None and partials is not None:
+        launches.append(finish(partials, tokens, logits, V))
+    return (tokens, expert_ids, logits, policy, score), launches
+
+
+def add(step: Step, tile: Tile | None = None, temperature: Any = None) -> tuple[Tensor, Tensor, list[Launch]]:
+    """Fused logits ``[B, V]`` float32 (over the temperature, if one is given), expert ids ``[B]``, the launches."""
+    B, V, device = step.batch, step.vocab_size, step.router.device
+    tile = tile or launch.tile_for(B, V)
+    inputs, plan = launch.describe(step, tile.block)
+    out = torch.empty(B, V, dtype=torch.float32, device=device)
+    ids = torch.empty(B, dtype=torch.int64, device=device)
+    arguments = {
+        "inputs": inputs,
+        "temperature": temperature,
+        "out_ptr": out,
+        "expert_ids_ptr": ids,
+        "PLAN": plan,
+        "DIVIDE": temperature is not None,
+        "PER_ROW_TEMPERATURE": isinstance(temperature, Tensor),
+    }
+    return out, ids, [Launch(add_kernel, (B * plan.TILES,), arguments, tile.warps)]

@@ -4,26 +4,26 @@ Without filters a draw is two launches and one read of the logits, like argmax. 
 are written once, one program per row finds the score below which every token is dropped, and the draw runs on the
 scores that are left.
 
-The threshold is found by a radix search over the order-preserving keys of triton_tiles: eight passes, each asking 16
+The threshold is found by a radix search over the order-preserving keys of tiles: eight passes, each asking 16
 pivots at once how many tokens (top-k), or how much mass (top-p), lie at or above them. Masses are integers in units of
 2^-40 of the best token's, so their sum is the same in any order and the result does not depend on the tile.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # ruff: noqa: SIM102, SIM108 (constants and values of the device do not mix in one condition or expression)
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .triton_tiles import (
-    _NO_EXPERT,
-    _OUTSIDE_KEY,
-    best_of,
-    fused_tile,
-    key_score,
-    load_parameter,
-    score_key,
-    tempered,
-)
+from . import launch
+from .argmax_triton import add
+from .arguments import Step
+from .launch import Launch, Tile
+from .reference import Draw
+from .tiles import _OUTSIDE_KEY, best_of, finish, fused_tile, key_score, load_parameter, score_key, tempered
 
 _POSITIVE_INFINITY_KEY = tl.constexpr(0x7F800000)
 _NEGATIVE_INFINITY_KEY = tl.constexpr(-0x7F800001)
@@ -54,90 +54,49 @@ def gumbel_tile(seed, step, start, BLOCK: tl.constexpr):
     return gumbel(tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["position"])
 def sample_kernel(
-    router_ptr,
-    router_stride,
-    expert_ptrs,
-    expert_strides,
-    expert_rows,
-    expert_stride,
-    selection_ptr,
-    selection_row_stride,
-    selection_column_stride,
-    alpha,
-    temperature,
+    inputs,
+    temperature,  # float, or [B] float32 when PER_ROW_TEMPERATURE
     seeds_ptr,  # [B] int64
-    step,  # int, or [B] int64 when PER_ROW_STEP
+    position,  # int, or [B] int64 when PER_ROW_POSITION
     thresholds_ptr,  # [B] int32 keys, when FILTERED
     noise_ptr,  # [B, V] float32, when NOISE
     noise_stride,
-    keys_ptr,
-    indices_ptr,
-    expert_ids_ptr,
-    V: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FORM: tl.constexpr,
-    SELECTION: tl.constexpr,
-    ALIGN_ROUTER: tl.constexpr,
-    ALIGN_EXPERT: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    SUM: tl.constexpr,
+    keys_ptr,  # [B, TILES] int32
+    indices_ptr,  # [B, TILES] int32
+    expert_ids_ptr,  # [B] int64
+    PLAN: tl.constexpr,
     PER_ROW_TEMPERATURE: tl.constexpr,
-    PER_ROW_STEP: tl.constexpr,
+    PER_ROW_POSITION: tl.constexpr,
     FILTERED: tl.constexpr,
     NOISE: tl.constexpr,
 ):
     """Partial argmax of scores plus noise. FILTERED reads finished scores: add_kernel has divided them already."""
-    row, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    start = tile * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
-    inside = offsets < V
-    _, _, fused, expert, _ = fused_tile(
-        router_ptr,
-        router_stride,
-        expert_ptrs,
-        expert_strides,
-        expert_rows,
-        expert_stride,
-        selection_ptr,
-        selection_row_stride,
-        selection_column_stride,
-        alpha,
-        row,
-        offsets,
-        start,
-        V,
-        BLOCK,
-        N,
-        BLOCK_N,
-        FORM,
-        SELECTION,
-        ALIGN_ROUTER,
-        ALIGN_EXPERT,
-        PRODUCT,
-        SUM,
-    )
-    t = load_parameter(temperature, row, PER_ROW_TEMPERATURE, tl.float32)
+    row, tile = tl.program_id(0) // PLAN.TILES, tl.program_id(0) % PLAN.TILES
+    start = tile * PLAN.BLOCK
+    offsets = start + tl.arange(0, PLAN.BLOCK)
+    inside = offsets < PLAN.V
+    # 1. Scores [BLOCK], -inf below the row's threshold.
+    _, _, fused, expert, _ = fused_tile(inputs, row, offsets, start, PLAN)
     if FILTERED:
         scores = tl.where(score_key(fused) >= tl.load(thresholds_ptr + row), fused, float("-inf"))
     else:
         scores = tempered(fused, temperature, row, PER_ROW_TEMPERATURE)
-    if t != 0.0:
+    # 2. Noise, given or drawn; none where the row is greedy.
+    if load_parameter(temperature, row, PER_ROW_TEMPERATURE, tl.float32) != 0.0:
         if NOISE:
             noise = tl.load(noise_ptr + row.to(tl.int64) * noise_stride + offsets, mask=inside, other=0.0)
         else:
-            position = load_parameter(step, row, PER_ROW_STEP, tl.int64).to(tl.int64)
-            noise = gumbel_tile(tl.load(seeds_ptr + row), position, start, BLOCK)
+            at = load_parameter(position, row, PER_ROW_POSITION, tl.int64).to(tl.int64)
+            noise = gumbel_tile(tl.load(seeds_ptr + row), at, start, PLAN.BLOCK)
         scores = scores + noise
+    # 3. The best of the tile.
     key, index = best_of(tl.where(inside, score_key(scores), _OUTSIDE_KEY), offsets)
-    slot = row.to(tl.int64) * TILES + tile
+    slot = row.to(tl.int64) * PLAN.TILES + tile
     tl.store(keys_ptr + slot, key)
     tl.store(indices_ptr + slot, index)
-    if FORM != _NO_EXPERT:
+    if not FILTERED:
         if tile == 0:
             tl.store(expert_ids_ptr + row, expert.to(tl.int64))
 
@@ -220,3 +179,62 @@ def threshold_kernel(
         if MIN_P > 0:
             threshold = tl.maximum(threshold, score_key(best + load_parameter(log_min_p, row, MIN_P == 2, tl.float32)))
     tl.store(thresholds_ptr + row, threshold)
+
+
+_ROW_TILE = Tile(1024, 16)  # of the threshold search, which walks a whole row
+
+
+def sample(step: Step, draw: Draw, tile: Tile | None = None) -> tuple[Tensor, Tensor, list[Launch]]:
+    """Token ids and expert ids ``[B]`` of a draw, and the launches that write them."""
+    B, V, device = step.batch, step.vocab_size, step.router.device
+    tile = tile or launch.tile_for(B, V)
+    launches: list[Launch] = []
+    thresholds = None
+    if draw.is_filtered:
+        # The scores are written, a threshold per row is found, and the draw reads what is left of them.
+        scores, expert_ids, launches = add(step, tile, draw.temperature)
+        thresholds = torch.empty(B, dtype=torch.int32, device=device)
+        threshold = {
+            "scores_ptr": scores,
+            "thresholds_ptr": thresholds,
+            "top_k": draw.top_k,
+            "top_p": draw.top_p,
+            "log_min_p": draw.log_min_p,
+            "V": V,
+            "BLOCK": _ROW_TILE.block,
+            "TOP_K": _kind(draw.top_k),
+            "TOP_P": _kind(draw.top_p),
+            "MIN_P": _kind(draw.log_min_p),
+        }
+        launches.append(Launch(threshold_kernel, (B,), threshold, _ROW_TILE.warps))
+        inputs, plan = launch.describe_fused(scores, tile.block)
+    else:
+        expert_ids = torch.empty(B, dtype=torch.int64, device=device)
+        inputs, plan = launch.describe(step, tile.block)
+    partials = torch.empty(2, B, plan.TILES, dtype=torch.int32, device=device)
+    arguments = {
+        "inputs": inputs,
+        "temperature": draw.temperature,
+        "seeds_ptr": draw.seed,
+        "position": draw.position,
+        "thresholds_ptr": thresholds,
+        "noise_ptr": draw.noise,
+        "noise_stride": draw.noise.stride(0) if draw.noise is not None else 0,
+        "keys_ptr": partials[0],
+        "indices_ptr": partials[1],
+        "expert_ids_ptr": expert_ids,
+        "PLAN": plan,
+        "PER_ROW_TEMPERATURE": isinstance(draw.temperature, Tensor),
+        "PER_ROW_POSITION": isinstance(draw.position, Tensor),
+        "FILTERED": draw.is_filtered,
+        "NOISE": draw.noise is not None,
+    }
+    launches.append(Launch(sample_kernel, (B * plan.TILES,), arguments, tile.warps))
+    tokens = torch.empty(B, dtype=torch.int64, device=device)
+    launches.append(finish(partials, tokens, None, V))
+    return tokens, expert_ids, launches
+
+
+def _kind(parameter: Any) -> int:
+    """0 where a filter is off, 1 for one value, 2 for one per row."""
+    return 0 if parameter is None else 2 if isinstance(parameter, Tensor) else 1

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: loading one tile of fused logits, and the order in which scores compare.
+"""Pieces that the Triton kernels share: one tile of fused logits, the order of scores, and the finish.
 
 Order of scores. A float32 score becomes a signed int32 key: NaN above everything, -0 equal to +0, the rest in numeric
 order. Comparing (largest key, lowest index) is a total order, which makes argmax equal to :func:`torch.argmax` (first
@@ -13,18 +13,17 @@ interpreter gets bfloat16 arithmetic wrong.
 # ruff: noqa: RET505 (a branch on a constant is compiled with its else, or not at all)
 import triton
 import triton.language as tl
+from torch import Tensor
 
-# arguments.Form, as kernels see it
-_LISTED = tl.constexpr(0)
-_STACKED = tl.constexpr(1)
-_GATHERED = tl.constexpr(2)
-_RAGGED = tl.constexpr(3)
-_NO_EXPERT = tl.constexpr(4)
+from . import launch
+from .arguments import Layout
 
-# where a row's expert id comes from
-_FROM_WEIGHTS = tl.constexpr(0)
-_FROM_IDS = tl.constexpr(1)
-_ZERO = tl.constexpr(2)
+_STACKED = tl.constexpr(int(Layout.STACKED))
+_GATHERED = tl.constexpr(int(Layout.GATHERED))
+_RAGGED = tl.constexpr(int(Layout.RAGGED))
+_FUSED = tl.constexpr(launch.FUSED)
+_FROM_IDS = tl.constexpr(launch.FROM_IDS)
+_ZERO = tl.constexpr(launch.ZERO)
 
 _NAN_KEY = tl.constexpr(0x7FFFFFFF)
 _OUTSIDE_KEY = tl.constexpr(-0x80000000)
@@ -66,9 +65,18 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def fuse(router, chosen, alpha, PRODUCT: tl.constexpr, SUM: tl.constexpr):
+    """Multiply, round, add, round. Launched with contraction off, which would skip the first rounding."""
+    return rounded(router + rounded(chosen * alpha, PRODUCT), SUM)
+
+
+# --------------------------------------------------------------------------------------------------------------- tiles
+
+
+@triton.jit
 def load_tile(row_ptr, offsets, start, V: tl.constexpr, BLOCK: tl.constexpr):
-    """One tile of a row as float32. Whole tiles are loaded without a mask: a mask whose bound is not a multiple of the
-    vector width would turn 16-byte loads into 2-byte ones."""
+    """``[BLOCK]`` float32: one tile of a row. Whole tiles are loaded without a mask: a mask whose bound is not a
+    multiple of the vector width would turn 16-byte loads into 2-byte ones."""
     if V % BLOCK == 0:
         x = tl.load(row_ptr + offsets)
     elif V % 8 == 0:
@@ -88,24 +96,23 @@ def row_start(row, stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def select_expert(
-    selection_ptr, row_stride, column_stride, row, N: tl.constexpr, BLOCK_N: tl.constexpr, SELECTION: tl.constexpr
-):
+def select_expert(inputs, row, PLAN: tl.constexpr):
     """The row's expert id: argmax of its weights (torch's order), or as given."""
-    if SELECTION == _ZERO:
+    if PLAN.SELECTION == _ZERO:
         return row.to(tl.int32) * 0
-    elif SELECTION == _FROM_IDS:
-        return tl.load(selection_ptr + row.to(tl.int64) * row_stride).to(tl.int32)
+    elif PLAN.SELECTION == _FROM_IDS:
+        return tl.load(inputs.selection + row.to(tl.int64) * inputs.selection_row_stride).to(tl.int32)
     else:
-        i = tl.arange(0, BLOCK_N)
-        w = tl.load(selection_ptr + row.to(tl.int64) * row_stride + i * column_stride, mask=i < N, other=float("-inf"))
+        # [BLOCK_N] weights, in their own precision, so not by keys: NaN first, then the largest, at its lowest index.
+        i = tl.arange(0, PLAN.BLOCK_N)
+        weights = inputs.selection + row.to(tl.int64) * inputs.selection_row_stride
+        w = tl.load(weights + i * inputs.selection_column_stride, mask=i < PLAN.N, other=float("-inf"))
         if w.dtype != tl.float64:
             w = w.to(tl.float32)
-        # In the weights' own precision, so not by keys: NaN first, then the largest, each at its lowest index.
-        nan = tl.min(tl.where(w != w, i, BLOCK_N), axis=0)
+        nan = tl.min(tl.where(w != w, i, PLAN.BLOCK_N), axis=0)
         largest = tl.max(tl.where(w != w, float("-inf"), w), axis=0)
-        first = tl.min(tl.where(w == largest, i, BLOCK_N), axis=0)
-        return tl.where(nan < BLOCK_N, nan, first)
+        first = tl.min(tl.where(w == largest, i, PLAN.BLOCK_N), axis=0)
+        return tl.where(nan < PLAN.BLOCK_N, nan, first)
 
 
 @triton.jit
@@ -114,6 +121,7 @@ def rank_among(ids_ptr, expert, row, BLOCK_B: tl.constexpr):
     count = row * 0
     first = row * 0
     while first < row:
+        # [BLOCK_B] ids
         other = first + tl.arange(0, BLOCK_B)
         ids = tl.load(ids_ptr + other, mask=other < row, other=-1).to(tl.int32)
         count += tl.sum(((ids == expert) & (other < row)).to(tl.int32), axis=0)
@@ -122,131 +130,51 @@ def rank_among(ids_ptr, expert, row, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def has_row(rows, row):
-    """Whether a ragged tensor holds the row; ``rows`` is 32 * count + 17 (see launch.py)."""
-    return 32 * row < rows - 17
+def load_expert(inputs, expert, row, offsets, start, BLOCK: tl.constexpr, PLAN: tl.constexpr):
+    """``[BLOCK]`` float32: logits ``start`` on of the row's expert, of which ``row`` is the row in its tensor.
 
-
-@triton.jit
-def load_expert(
-    expert_ptrs,
-    expert_strides,
-    expert_rows,
-    expert_stride,
-    expert,
-    row,
-    offsets,
-    start,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    N: tl.constexpr,
-    FORM: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """One tile of the row's expert; NaN where the expert id, or the row in a ragged tensor, does not exist."""
-    if FORM == _GATHERED:
-        x = load_tile(expert_ptrs[0] + row_start(row, expert_strides[0], ALIGN), offsets, start, V, BLOCK)
-    elif FORM == _STACKED:
-        exists = (expert >= 0) & (expert < N)
-        slab = row_start(tl.where(exists, expert, 0), expert_stride, ALIGN)
-        x = load_tile(expert_ptrs[0] + slab + row_start(row, expert_strides[0], ALIGN), offsets, start, V, BLOCK)
+    NaN where the expert id, or the row in a ragged tensor, does not exist.
+    """
+    V: tl.constexpr = PLAN.V
+    ALIGN: tl.constexpr = PLAN.ALIGN_EXPERT
+    if PLAN.LAYOUT == _GATHERED:
+        row_ptr = inputs.experts[0] + row_start(row, inputs.row_strides[0], ALIGN)
+        x = load_tile(row_ptr, offsets, start, V, BLOCK)
+    elif PLAN.LAYOUT == _STACKED:
+        exists = (expert >= 0) & (expert < PLAN.N)
+        slab_ptr = inputs.experts[0] + row_start(tl.where(exists, expert, 0), inputs.expert_stride, ALIGN)
+        x = load_tile(slab_ptr + row_start(row, inputs.row_strides[0], ALIGN), offsets, start, V, BLOCK)
         x = tl.where(exists, x, float("nan"))
     else:
         x = tl.full([BLOCK], float("nan"), tl.float32)
-        for j in tl.static_range(len(expert_ptrs)):
+        for j in tl.static_range(len(inputs.experts)):
             exists = expert == j
-            if FORM == _RAGGED:
-                exists = exists & has_row(expert_rows[j], row)
+            if PLAN.LAYOUT == _RAGGED:
+                exists = exists & (32 * row < inputs.rows[j] - 17)
             if exists:  # only the branch taken is read
-                x = load_tile(expert_ptrs[j] + row_start(row, expert_strides[j], ALIGN), offsets, start, V, BLOCK)
+                row_ptr = inputs.experts[j] + row_start(row, inputs.row_strides[j], ALIGN)
+                x = load_tile(row_ptr, offsets, start, V, BLOCK)
     return x
 
 
 @triton.jit
-def fuse(router, chosen, alpha, PRODUCT: tl.constexpr, SUM: tl.constexpr):
-    """Multiply, round, add, round. Launched with contraction off, which would skip the first rounding."""
-    return rounded(router + rounded(chosen * alpha, PRODUCT), SUM)
-
-
-@triton.jit
-def fused_tile(
-    router_ptr,
-    router_stride,
-    expert_ptrs,
-    expert_strides,
-    expert_rows,
-    expert_stride,
-    selection_ptr,
-    selection_row_stride,
-    selection_column_stride,
-    alpha,
-    row,
-    offsets,
-    start,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FORM: tl.constexpr,
-    SELECTION: tl.constexpr,
-    ALIGN_ROUTER: tl.constexpr,
-    ALIGN_EXPERT: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    SUM: tl.constexpr,
-):
-    """Router, expert and fused logits of one tile, the row's expert id, and its row in the expert's tensor."""
+def fused_tile(inputs, row, offsets, start, PLAN: tl.constexpr):
+    """Router, expert and fused logits of one tile, ``[BLOCK]`` float32 each, the expert's id, its row in its tensor."""
     # The router's load does not wait for the selection: it is on its way while the weights are compared.
-    router = load_tile(router_ptr + row_start(row, router_stride, ALIGN_ROUTER), offsets, start, V, BLOCK)
+    router_ptr = inputs.router + row_start(row, inputs.router_stride, PLAN.ALIGN_ROUTER)
+    router = load_tile(router_ptr, offsets, start, PLAN.V, PLAN.BLOCK)
     expert_row = row
-    if FORM == _NO_EXPERT:
+    if PLAN.LAYOUT == _FUSED:
         expert = row * 0
         chosen = router
         fused = router
     else:
-        expert = select_expert(selection_ptr, selection_row_stride, selection_column_stride, row, N, BLOCK_N, SELECTION)
-        if FORM == _RAGGED:
-            expert_row = rank_among(selection_ptr, expert, row, 256)
-        chosen = load_expert(
-            expert_ptrs,
-            expert_strides,
-            expert_rows,
-            expert_stride,
-            expert,
-            expert_row,
-            offsets,
-            start,
-            V,
-            BLOCK,
-            N,
-            FORM,
-            ALIGN_EXPERT,
-        )
-        fused = fuse(router, chosen, alpha, PRODUCT, SUM)
+        expert = select_expert(inputs, row, PLAN)
+        if PLAN.LAYOUT == _RAGGED:
+            expert_row = rank_among(inputs.selection, expert, row, 256)
+        chosen = load_expert(inputs, expert, expert_row, offsets, start, PLAN.BLOCK, PLAN)
+        fused = fuse(router, chosen, inputs.alpha, PLAN.PRODUCT, PLAN.SUM)
     return router, chosen, fused, expert, expert_row
-
-
-@triton.jit
-def shifted_sum(x, inside):
-    """(m, sum exp(x - m)) over a tile's tokens, m = 0 where every token is -inf; NaN and +inf come out as NaN."""
-    x = tl.where(inside, x, float("-inf"))
-    m = tl.max(tl.where(x != x, float("-inf"), x), axis=0)
-    m = tl.where(m == float("-inf"), 0.0, m)
-    return m, tl.sum(tl.exp(x - m), axis=0)
-
-
-@triton.jit
-def log_sum(m, s):
-    """Log of the sum over tiles of s * exp(m). Empty lanes hold m = -inf, s = 0."""
-    best = tl.max(tl.where(m != m, float("-inf"), m), axis=0)
-    best = tl.where(best == float("-inf"), 0.0, best)
-    return best + tl.log(tl.sum(s * tl.exp(m - best), axis=0))
-
-
-@triton.jit
-def tempered(fused, temperature, row, PER_ROW: tl.constexpr):
-    """Scores over temperature, rounded as torch's division is; a greedy row (temperature 0) keeps its scores."""
-    t = load_parameter(temperature, row, PER_ROW, tl.float32)
-    return tl.div_rn(fused, tl.zeros_like(fused) + tl.where(t == 0.0, 1.0, t))
 
 
 @triton.jit
@@ -256,3 +184,56 @@ def load_parameter(parameter, row, PER_ROW: tl.constexpr, DTYPE: tl.constexpr):
         return tl.load(parameter + row)
     else:
         return tl.full((), 0, DTYPE) + parameter  # the interpreter hands Python numbers through
+
+
+@triton.jit
+def tempered(fused, temperature, row, PER_ROW: tl.constexpr):
+    """Scores over temperature, rounded as torch's division is; a greedy row (temperature 0) keeps its scores."""
+    t = load_parameter(temperature, row, PER_ROW, tl.float32)
+    return tl.div_rn(fused, tl.zeros_like(fused) + tl.where(t == 0.0, 1.0, t))
+
+
+# -------------------------------------------------------------------------------------------------------------- finish
+
+
+@triton.jit
+def best_partial(keys_ptr, indices_ptr, row, V: tl.constexpr, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr):
+    """The best key of a row's tiles, and its token."""
+    lane = tl.arange(0, BLOCK_TILES)
+    slots = row.to(tl.int64) * TILES + lane
+    keys = tl.load(keys_ptr + slots, mask=lane < TILES, other=_OUTSIDE_KEY)
+    key, index = best_of(keys, tl.load(indices_ptr + slots, mask=lane < TILES, other=_NO_INDEX))
+    return key, tl.minimum(tl.maximum(index, 0), V - 1).to(tl.int64)  # whatever the scratch holds, a valid id
+
+
+@triton.jit
+def finish_kernel(
+    keys_ptr,  # [B, TILES] int32
+    indices_ptr,  # [B, TILES] int32
+    tokens_ptr,  # [B] int64
+    logits_ptr,  # [B] float32: the score of the token; or None
+    V: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """The token of each row, from the best of its tiles."""
+    row = tl.program_id(0)
+    key, token = best_partial(keys_ptr, indices_ptr, row, V, TILES, BLOCK_TILES)
+    tl.store(tokens_ptr + row, token)
+    if logits_ptr is not None:
+        tl.store(logits_ptr + row, key_score(key))
+
+
+def finish(partials: Tensor, tokens: Tensor, logits: Tensor | None, vocab_size: int) -> launch.Launch:
+    """The launch that ends an operation: ``partials`` ``[2, B, TILES]`` int32, keys and indices, to tokens ``[B]``."""
+    _, B, tiles = partials.shape
+    arguments = {
+        "keys_ptr": partials[0],
+        "indices_ptr": partials[1],
+        "tokens_ptr": tokens,
+        "logits_ptr": logits,
+        "V": vocab_size,
+        "TILES": tiles,
+        "BLOCK_TILES": launch.power_of_2(tiles),
+    }
+    return launch.Launch(finish_kernel, (B,), arguments, 1)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .ops import fuses_on
+from .argmax import select_add, select_add_argmax
+from .dispatch import fuses_on
 from .sample import select_add_sample
-from .select import select_add, select_add_argmax
 
 _OPERATIONS = ("argmax", "logprobs", "add", "sample", "filtered_sample")
 

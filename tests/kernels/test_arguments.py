@@ -136,11 +136,11 @@ def test_triton_is_imported_by_the_first_gpu_call_only():
 
 
 def test_without_triton_a_gpu_call_says_what_to_install(monkeypatch):
-    from ebpo_core.kernels import ops
+    from ebpo_core.kernels import dispatch
 
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in ("triton_select", "triton_tiles", "triton_sample"):
+    for name in ("argmax_triton", "logprob_triton", "tiles"):
         monkeypatch.delitem(sys.modules, f"ebpo_core.kernels.{name}", raising=False)
-    monkeypatch.setattr(ops, "fuses_on", lambda _: True)
+    monkeypatch.setattr(dispatch, "fuses_on", lambda _: True)
     with pytest.raises(ImportError, match=r'pip install "ebpo-core\[kernels\]"'):
         select_add_argmax(R, W, E)
