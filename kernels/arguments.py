@@ -33,7 +33,7 @@ class Layout(IntEnum):
         return self in (Layout.LISTED, Layout.RAGGED)
 
 
-_LAYOUTS = {
+LAYOUTS = {
     "listed": (Layout.LISTED, "a list of n tensors [B, V_i]"),
     "stacked": (Layout.STACKED, "one tensor [n, B, V]"),
     "gathered": (Layout.GATHERED, "one tensor [B, V]"),
@@ -198,9 +198,9 @@ def _layout_by_shape(experts: list[Tensor], is_list: bool, batch: int) -> Layout
 
 
 def _stated_layout(layout: str, experts: list[Tensor], is_list: bool, batch: int) -> Layout:
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout is {layout!r}: pass one of {list(_LAYOUTS)}, or None to go by the shapes")
-    stated, shapes = _LAYOUTS[layout]
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}: pass one of {list(LAYOUTS)}, or None to go by the shapes")
+    stated, shapes = LAYOUTS[layout]
     fits = is_list == stated.is_list and (is_list or experts[0].ndim == (3 if stated == Layout.STACKED else 2))
     if not fits or (stated == Layout.RAGGED and sum(expert.shape[0] for expert in experts) != batch):
         held = [list(expert.shape) for expert in experts] if is_list else list(experts[0].shape)

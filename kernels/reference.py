@@ -119,13 +119,13 @@ def tempered(fused: Tensor, temperature: Tensor) -> Tensor:
 
 
 def kept(scores: Tensor, top_k: Tensor | None, top_p: Tensor | None, log_min_p: Tensor | None) -> Tensor:
-    """Which tokens the filters leave, ``[B, V]`` bool, in transformers' order: top-k, top-p, min-p.
+    """Tokens that the filters leave, ``[B, V]`` bool, in transformers' order: top-k, top-p, min-p.
 
     Every filter keeps equal scores together, so that nothing depends on the order of a sort. A row whose best score is
     not finite is left whole: there is no distribution to cut.
     """
     keep = torch.ones_like(scores, dtype=torch.bool)
-    best = scores.amax(-1, keepdim=True)  # NaN where the row holds one
+    best = scores.amax(-1, keepdim=True)  # [B, 1]; NaN where the row holds one
     descending = scores.sort(-1, descending=True).values
     if top_k is not None:
         k = top_k.long()[:, None]
@@ -166,5 +166,5 @@ def sample(step: Step, draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 def _rank(ids: Tensor) -> Tensor:
-    """How many rows before this one selected the same expert, ``[B]`` int64."""
+    """Number of rows before this one that selected the same expert, ``[B]`` int64."""
     return (ids[None, :] == ids[:, None]).long().tril(-1).sum(-1)

@@ -36,7 +36,7 @@ _PASSES = tl.constexpr(8)
 
 @triton.jit
 def gumbel(word):
-    """As noise.gumbel: uint32 words to standard Gumbel float32."""
+    """Standard Gumbel float32 of uint32 words, as noise.gumbel."""
     u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, _LARGEST_U)
     w = 1.0 - u
     exponential = tl.where(w == 1.0, u, -tl.log(w) * (u / (1.0 - tl.where(w == 1.0, 0.0, w))))
@@ -45,7 +45,7 @@ def gumbel(word):
 
 @triton.jit
 def gumbel_tile(seed, step, start, BLOCK: tl.constexpr):
-    """As noise.gumbel_noise for tokens start .. start + BLOCK (start and BLOCK multiples of 4): one Philox per four."""
+    """Noise of tokens start .. start + BLOCK, multiples of 4, as noise.gumbel_noise: one Philox per four."""
     group = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = group * 0
     low = zero + (step & 0xFFFFFFFF).to(tl.uint32)
@@ -104,6 +104,7 @@ def sample_kernel(
 @triton.jit
 def search(scores_ptr, floor, best, target, V: tl.constexpr, BLOCK: tl.constexpr, MASS: tl.constexpr):
     """The largest key t such that the tokens with key >= max(t, floor) count, or weigh, at least ``target``."""
+    # Every pass settles four bits of t, from the highest on.
     pivot_index = tl.arange(0, _PIVOTS)
     base = floor * 0 + _OUTSIDE_KEY
     for digit in range(_PASSES):
@@ -114,18 +115,25 @@ def search(scores_ptr, floor, best, target, V: tl.constexpr, BLOCK: tl.constexpr
         else:
             total = tl.zeros([BLOCK, _PIVOTS], tl.int32)
         for start in range(0, V, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            score = tl.load(scores_ptr + offsets, mask=offsets < V, other=float("-inf"))
-            key = tl.where(offsets < V, score_key(score), _OUTSIDE_KEY)
+            # [BLOCK] weights, added to each of the [BLOCK, _PIVOTS] sums whose pivot they reach
+            score, key = score_tile(scores_ptr, start, V, BLOCK)
             if MASS:
                 weight = tl.where(key >= floor, mass(score, best), 0)
             else:
-                weight = (offsets < V).to(tl.int32)
+                weight = (key > _OUTSIDE_KEY).to(tl.int32)
             total += tl.where(key[:, None] >= pivots[None, :], weight[:, None], 0)
         reached = tl.sum(total, axis=0).to(tl.float64) >= target
         # The sums fall as pivots rise, so the pivots that reach the target are the first ones.
         base += (tl.maximum(tl.sum(reached.to(tl.int32), axis=0), 1) - 1) << shift
     return base
+
+
+@triton.jit
+def score_tile(scores_ptr, start, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Scores of one tile and their keys, ``[BLOCK]`` each."""
+    offsets = start + tl.arange(0, BLOCK)
+    score = tl.load(scores_ptr + offsets, mask=offsets < V, other=float("-inf"))
+    return score, tl.where(offsets < V, score_key(score), _OUTSIDE_KEY)
 
 
 @triton.jit
@@ -138,9 +146,9 @@ def mass(score, best):
 def threshold_kernel(
     scores_ptr,  # [B, V] float32, tempered
     thresholds_ptr,  # [B] int32
-    top_k,
-    top_p,
-    log_min_p,
+    top_k,  # int, or [B] int64
+    top_p,  # float, or [B] float32
+    log_min_p,  # float, or [B] float32
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     TOP_K: tl.constexpr,  # 0 off, 1 one value, 2 per row; so the others
@@ -150,32 +158,33 @@ def threshold_kernel(
     """The key below which the filters drop a token: top-k, then top-p of what is left, then min-p."""
     row = tl.program_id(0)
     scores_ptr += row.to(tl.int64) * V
+    # 1. The best score of the row, tile by tile.
     keys = tl.full([BLOCK], _OUTSIDE_KEY, tl.int32)
     for start in range(0, V, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        score = tl.load(scores_ptr + offsets, mask=offsets < V, other=0.0)
-        keys = tl.maximum(keys, tl.where(offsets < V, score_key(score), _OUTSIDE_KEY))
+        _, key = score_tile(scores_ptr, start, V, BLOCK)
+        keys = tl.maximum(keys, key)
     best_key = tl.max(keys, axis=0)
     threshold = best_key * 0 + _OUTSIDE_KEY
     # A row whose best score is NaN or infinite is no distribution: it is left whole, and the draw is greedy.
     if (best_key < _POSITIVE_INFINITY_KEY) & (best_key > _NEGATIVE_INFINITY_KEY):
         best = key_score(best_key)
+        # 2. Top-k: the k-th largest key.
         if TOP_K > 0:
             k = load_parameter(top_k, row, TOP_K == 2, tl.int64).to(tl.int64)
             if (k > 0) & (k < V):
                 threshold = search(scores_ptr, threshold, best, k.to(tl.float64), V, BLOCK, False)
+        # 3. Top-p: the key from which on p of the mass that top-k left lies.
         if TOP_P > 0:
             p = load_parameter(top_p, row, TOP_P == 2, tl.float32).to(tl.float64)
             if p < 1.0:
                 masses = tl.zeros([BLOCK], tl.int64)
                 for start in range(0, V, BLOCK):
-                    offsets = start + tl.arange(0, BLOCK)
-                    score = tl.load(scores_ptr + offsets, mask=offsets < V, other=float("-inf"))
-                    key = tl.where(offsets < V, score_key(score), _OUTSIDE_KEY)
+                    score, key = score_tile(scores_ptr, start, V, BLOCK)
                     masses += tl.where(key >= threshold, mass(score, best), 0)
                 target = tl.maximum(p * tl.sum(masses, axis=0).to(tl.float64), 1.0)
                 found = search(scores_ptr, threshold, best, target, V, BLOCK, True)
                 threshold = tl.maximum(threshold, found)
+        # 4. Min-p: a share of the best token's probability.
         if MIN_P > 0:
             threshold = tl.maximum(threshold, score_key(best + load_parameter(log_min_p, row, MIN_P == 2, tl.float32)))
     tl.store(thresholds_ptr + row, threshold)

@@ -117,7 +117,7 @@ def select_expert(inputs, row, PLAN: tl.constexpr):
 
 @triton.jit
 def rank_among(ids_ptr, expert, row, BLOCK_B: tl.constexpr):
-    """How many earlier rows selected the same expert: where the row lies in that expert's ragged tensor."""
+    """Number of earlier rows that selected the same expert: where the row lies in that expert's ragged tensor."""
     count = row * 0
     first = row * 0
     while first < row:
