@@ -32,9 +32,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import launch, reference
+from . import reference
 from .arguments import Step, check_step
-from .dispatch import Operator, Outputs, require_triton
+from .dispatch import Operator, Outputs, Planned
 
 
 class SelectedTokens(NamedTuple):
@@ -132,13 +132,10 @@ def _tokens_reference(step: Step, given: Tensor | None, logprobs: bool) -> Outpu
     return None, reference.expert_ids(step), None, *(reference.logprobs(step, given) if logprobs else (None, None))
 
 
-def _tokens_triton(step: Step, given: Tensor | None, logprobs: bool) -> Outputs:
-    require_triton()
+def _tokens_kernels(step: Step, given: Tensor | None, logprobs: bool) -> Planned:
     from .argmax_triton import tokens
 
-    outputs, launches = tokens(step, given, logprobs)
-    launch.run(launches, step.router.device)
-    return outputs
+    return tokens(step, given, logprobs)
 
 
 def _tokens_fake(step: Step, given: Tensor | None, logprobs: bool) -> Outputs:
@@ -155,13 +152,10 @@ def _add_reference(step: Step) -> Outputs:
     return reference.fused_logits(step, ids), ids
 
 
-def _add_triton(step: Step) -> Outputs:
-    require_triton()
+def _add_kernels(step: Step) -> Planned:
     from .argmax_triton import add
 
-    fused, ids, launches = add(step)
-    launch.run(launches, step.router.device)
-    return fused, ids
+    return add(step)
 
 
 def _add_fake(step: Step) -> Outputs:
@@ -175,8 +169,8 @@ TOKENS = Operator(
     "Tensor? tokens, bool logprobs",
     outputs=5,
     reference=_tokens_reference,
-    triton=_tokens_triton,
+    kernels=_tokens_kernels,
     fake=_tokens_fake,
 )
 # Fused logits [B, V], expert ids [B].
-ADD = Operator("select_add", "", outputs=2, reference=_add_reference, triton=_add_triton, fake=_add_fake)
+ADD = Operator("select_add", "", outputs=2, reference=_add_reference, kernels=_add_kernels, fake=_add_fake)

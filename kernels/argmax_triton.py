@@ -78,7 +78,7 @@ def add_kernel(
 def tokens(
     step: Step, given: Tensor | None, logprobs: bool, tile: Tile | None = None
 ) -> tuple[tuple[Tensor | None, ...], list[Launch]]:
-    """Token ids, expert ids, fused logits, log-probabilities, scores, and the launches that write them.
+    """(token ids, expert ids, fused logits, log-probabilities, scores), and the launches that write them.
 
     Each is ``[B]``, None where not asked for; token ids and fused logits are asked for unless tokens are ``given``.
     """
@@ -123,8 +123,8 @@ def tokens(
     return (tokens, expert_ids, logits, policy, score), launches
 
 
-def add(step: Step, tile: Tile | None = None, temperature: Any = None) -> tuple[Tensor, Tensor, list[Launch]]:
-    """Fused logits ``[B, V]`` float32 (over the temperature, if one is given), expert ids ``[B]``, the launches."""
+def add(step: Step, tile: Tile | None = None, temperature: Any = None) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """(fused logits ``[B, V]`` float32, over the temperature if one is given; expert ids ``[B]``), and the launch."""
     B, V, device = step.batch, step.vocab_size, step.router.device
     tile = tile or launch.tile_for(B, V)
     inputs, plan = launch.describe(step, tile.block)
@@ -139,4 +139,4 @@ def add(step: Step, tile: Tile | None = None, temperature: Any = None) -> tuple[
         "DIVIDE": temperature is not None,
         "PER_ROW_TEMPERATURE": isinstance(temperature, Tensor),
     }
-    return out, ids, [Launch(add_kernel, (B * plan.TILES,), arguments, tile.warps)]
+    return (out, ids), [Launch(add_kernel, (B * plan.TILES,), arguments, tile.warps)]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import launch
 from .arguments import Layout, Step
 
 NAMESPACE = "ebpo_core"
@@ -20,22 +21,22 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _STEP = "Tensor router, Tensor? selection, Tensor[] experts, int layout, float alpha, int vocab_size, bool round_sum"
 
 Outputs = tuple[Tensor | None, ...]  # None for what was not asked for
-Implementation = Callable[..., Outputs]
+Planned = tuple[Outputs, list[launch.Launch]]  # outputs, and the launches that write them
 
 
 class Operator:
     """One operation on a :class:`~.arguments.Step`: on the CPU, on a GPU, and as shapes alone.
 
-    Each implementation takes the step and the operation's own arguments, and returns a tuple of ``outputs`` tensors,
-    None for those that were not asked for. A schema knows no optional output: the registered operator returns an empty
-    tensor in place of None.
+    Each of the three functions takes the step and the operation's own arguments, and returns a tuple of ``outputs``
+    tensors, None for those that were not asked for. A schema knows no optional output: the registered operator returns
+    an empty tensor in place of None.
 
     Args:
         name: of the operator in the namespace.
         arguments: schema of the operation's own arguments, after the step's; may be empty.
         outputs: number of tensors returned. None of them may alias an argument.
         reference: runs on CPU tensors, and on devices that have no kernels.
-        triton: runs on tensors of a GPU; imports Triton when it is called.
+        kernels: allocates the outputs on a GPU and returns the launches beside them; may import Triton.
         fake: allocates the outputs.
     """
 
@@ -45,13 +46,13 @@ class Operator:
         arguments: str,
         outputs: int,
         *,
-        reference: Implementation,
-        triton: Implementation,
-        fake: Implementation,
+        reference: Callable[..., Outputs],
+        kernels: Callable[..., Planned],
+        fake: Callable[..., Outputs],
     ) -> None:
         self.name = name
         self._reference = reference
-        self._triton = triton
+        self._kernels = kernels
         # This folder has the name of Hugging Face's package `kernels`: where the root of the repository is on the
         # import path, transformers imports it under that name first. One definition serves both copies.
         if hasattr(getattr(torch.ops, NAMESPACE), name):
@@ -59,8 +60,8 @@ class Operator:
         inputs = ", ".join(filter(None, (_STEP, arguments)))
         _library.define(f"{name}({inputs}) -> ({', '.join(['Tensor'] * outputs)})")
         _library.impl(name, _registered(reference), "CompositeExplicitAutograd")
-        _library.impl(name, _registered(triton), "CUDA")
-        _library.impl(name, _registered(triton), "XPU")
+        _library.impl(name, _registered(self._launched), "CUDA")
+        _library.impl(name, _registered(self._launched), "XPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _registered(fake), lib=_library)
 
     def __call__(self, step: Step, *arguments: Any) -> Any:
@@ -68,11 +69,17 @@ class Operator:
 
     def eager(self, step: Step, *arguments: Any) -> Any:
         """The implementation for the step's device, called directly."""
-        return (self._triton if fuses_on(step.router.device) else self._reference)(step, *arguments)
+        return (self._launched if fuses_on(step.router.device) else self._reference)(step, *arguments)
 
     def traced(self, step: Step, *arguments: Any) -> Any:
         """The registered operator."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name)(*step[:3], int(step.layout), *step[4:], *arguments)
+
+    def _launched(self, step: Step, *arguments: Any) -> Outputs:
+        require_triton()
+        outputs, launches = self._kernels(step, *arguments)
+        launch.run(launches, step.router.device)
+        return outputs
 
 
 def fuses_on(device: torch.device) -> bool:
@@ -101,7 +108,7 @@ def are_plain(*tensors: Tensor) -> bool:
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
-def _registered(implementation: Implementation) -> Callable[..., tuple[Tensor, ...]]:
+def _registered(implementation: Callable[..., Outputs]) -> Callable[..., tuple[Tensor, ...]]:
     def call(router: Tensor, selection: Tensor | None, experts: list[Tensor], layout: int, *rest: Any) -> Any:
         step = Step(router, selection, list(experts), Layout(layout), *rest[:3])
         return tuple(router.new_empty(0) if x is None else x for x in implementation(step, *rest[3:]))

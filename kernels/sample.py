@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import launch, reference
+from . import reference
 from .argmax import SelectedTokens
 from .arguments import Step, check_device, check_ids, check_matrix, check_step
-from .dispatch import Operator, Outputs, is_eager, require_triton
+from .dispatch import Operator, Outputs, Planned, is_eager
 from .reference import Draw
 
 
@@ -143,13 +143,10 @@ def _reference(step: Step, *draw: Any) -> Outputs:
     return reference.sample(step, Draw(*draw))
 
 
-def _triton(step: Step, *draw: Any) -> Outputs:
-    require_triton()
+def _kernels(step: Step, *draw: Any) -> Planned:
     from .sample_triton import sample
 
-    tokens, ids, launches = sample(step, Draw(*draw))
-    launch.run(launches, step.router.device)
-    return tokens, ids
+    return sample(step, Draw(*draw))
 
 
 def _fake(step: Step, *_: Any) -> Outputs:
@@ -163,6 +160,6 @@ SAMPLE = Operator(
     "Tensor? noise",
     outputs=2,
     reference=_reference,
-    triton=_triton,
+    kernels=_kernels,
     fake=_fake,
 )

@@ -193,15 +193,15 @@ def threshold_kernel(
 _ROW_TILE = Tile(1024, 16)  # of the threshold search, which walks a whole row
 
 
-def sample(step: Step, draw: Draw, tile: Tile | None = None) -> tuple[Tensor, Tensor, list[Launch]]:
-    """Token ids and expert ids ``[B]`` of a draw, and the launches that write them."""
+def sample(step: Step, draw: Draw, tile: Tile | None = None) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """(token ids, expert ids), ``[B]`` each, of a draw, and the launches that write them."""
     B, V, device = step.batch, step.vocab_size, step.router.device
     tile = tile or launch.tile_for(B, V)
     launches: list[Launch] = []
     thresholds = None
     if draw.is_filtered:
         # The scores are written, a threshold per row is found, and the draw reads what is left of them.
-        scores, expert_ids, launches = add(step, tile, draw.temperature)
+        (scores, expert_ids), launches = add(step, tile, draw.temperature)
         thresholds = torch.empty(B, dtype=torch.int32, device=device)
         threshold = {
             "scores_ptr": scores,
@@ -241,7 +241,7 @@ def sample(step: Step, draw: Draw, tile: Tile | None = None) -> tuple[Tensor, Te
     launches.append(Launch(sample_kernel, (B * plan.TILES,), arguments, tile.warps))
     tokens = torch.empty(B, dtype=torch.int64, device=device)
     launches.append(finish(partials, tokens, None, V))
-    return tokens, expert_ids, launches
+    return (tokens, expert_ids), launches
 
 
 def _kind(parameter: Any) -> int:

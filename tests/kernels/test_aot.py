@@ -93,10 +93,10 @@ def test_the_other_kernels(target):
     number = matrix(64, dtype=torch.float32)
     chosen = tile(target, 64, V)
     partial, finish = compiled(target, tokens(checked, None, True, chosen)[1])
-    (summed,) = compiled(target, add(checked, chosen)[2])
-    plain, _ = compiled(target, sample(checked, Draw(0.8, seed=seed, position=3), chosen)[2])
+    (summed,) = compiled(target, add(checked, chosen)[1])
+    plain, _ = compiled(target, sample(checked, Draw(0.8, seed=seed, position=3), chosen)[1])
     filters = Draw(number, matrix(64, dtype=torch.int64), number, number, seed, seed)
-    divide, threshold, draw, _ = compiled(target, sample(checked, filters, chosen)[2])
+    divide, threshold, draw, _ = compiled(target, sample(checked, filters, chosen)[1])
     for machine in (partial, summed, plain, divide, draw):
         assert machine.wide >= 2
         assert machine.narrow == 0
