@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, Tile
-from .tiles import _NO_INDEX, _OUTSIDE_KEY, finish, fuse, score_key
+from .tiles import _NO_INDEX, _OUTSIDE_KEY, finish, score_key
 
 _TILE = Tile(64, 4)  # tokens per program: two float32 accumulators leave room for no more
 _ROWS = 16  # the smallest side of a matrix unit
@@ -95,7 +95,7 @@ def lm_head_kernel(
         for j in tl.static_range(N):
             if expert == j:
                 right = head_tile(experts, j, rows, live, vocab, V, D_EXPERT, BLOCK, ROWS, BLOCK_D)
-        key = score_key(fuse(left, right, alpha, "fp32", "fp32"))
+        key = score_key(left + right * alpha)
         key = tl.where((vocab < V)[:, None], key, _OUTSIDE_KEY)
         # [ROWS] largest key, lowest token among equals
         best = tl.max(key, axis=0)

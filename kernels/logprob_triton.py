@@ -67,7 +67,7 @@ def finish_logprobs_kernel(
     expert, expert_row = tl.load(expert_ids_ptr + row).to(tl.int32), tl.load(expert_rows_ptr + row)
     chosen = load_expert(inputs, expert, expert_row, column + tl.arange(0, 1), column, 1, PLAN)
     chosen = tl.sum(chosen, axis=0)
-    fused = fuse(router, chosen, inputs.alpha, PLAN.PRODUCT, PLAN.SUM)
+    fused = fuse(router, chosen, inputs.alpha, PLAN)
     # 3. The normalisers, from [BLOCK_TILES] partial sums each.
     plane = batch.to(tl.int64) * PLAN.TILES
     lane = tl.arange(0, BLOCK_TILES)

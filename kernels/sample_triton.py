@@ -116,11 +116,11 @@ def search(scores_ptr, floor, best, target, V: tl.constexpr, BLOCK: tl.constexpr
             total = tl.zeros([BLOCK, _PIVOTS], tl.int32)
         for start in range(0, V, BLOCK):
             # [BLOCK] weights, added to each of the [BLOCK, _PIVOTS] sums whose pivot they reach
-            score, key = score_tile(scores_ptr, start, V, BLOCK)
+            score, key, inside = score_tile(scores_ptr, start, V, BLOCK)
             if MASS:
                 weight = tl.where(key >= floor, mass(score, best), 0)
             else:
-                weight = (key > _OUTSIDE_KEY).to(tl.int32)
+                weight = inside.to(tl.int32)
             total += tl.where(key[:, None] >= pivots[None, :], weight[:, None], 0)
         reached = tl.sum(total, axis=0).to(tl.float64) >= target
         # The sums fall as pivots rise, so the pivots that reach the target are the first ones.
@@ -130,10 +130,11 @@ def search(scores_ptr, floor, best, target, V: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def score_tile(scores_ptr, start, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Scores of one tile and their keys, ``[BLOCK]`` each."""
+    """Scores of one tile, their keys, and which of them lie in the vocabulary, ``[BLOCK]`` each."""
     offsets = start + tl.arange(0, BLOCK)
-    score = tl.load(scores_ptr + offsets, mask=offsets < V, other=float("-inf"))
-    return score, tl.where(offsets < V, score_key(score), _OUTSIDE_KEY)
+    inside = offsets < V
+    score = tl.load(scores_ptr + offsets, mask=inside, other=float("-inf"))
+    return score, tl.where(inside, score_key(score), _OUTSIDE_KEY), inside
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def threshold_kernel(
     # 1. The best score of the row, tile by tile.
     keys = tl.full([BLOCK], _OUTSIDE_KEY, tl.int32)
     for start in range(0, V, BLOCK):
-        _, key = score_tile(scores_ptr, start, V, BLOCK)
+        _, key, _ = score_tile(scores_ptr, start, V, BLOCK)
         keys = tl.maximum(keys, key)
     best_key = tl.max(keys, axis=0)
     threshold = best_key * 0 + _OUTSIDE_KEY
@@ -179,7 +180,7 @@ def threshold_kernel(
             if p < 1.0:
                 masses = tl.zeros([BLOCK], tl.int64)
                 for start in range(0, V, BLOCK):
-                    score, key = score_tile(scores_ptr, start, V, BLOCK)
+                    score, key, _ = score_tile(scores_ptr, start, V, BLOCK)
                     masses += tl.where(key >= threshold, mass(score, best), 0)
                 target = tl.maximum(p * tl.sum(masses, axis=0).to(tl.float64), 1.0)
                 found = search(scores_ptr, threshold, best, target, V, BLOCK, True)

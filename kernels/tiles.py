@@ -65,8 +65,10 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def fuse(router, chosen, alpha, PRODUCT: tl.constexpr, SUM: tl.constexpr):
+def fuse(router, chosen, alpha, PLAN: tl.constexpr):
     """Multiply, round, add, round. Launched with contraction off, which would skip the first rounding."""
+    PRODUCT: tl.constexpr = PLAN.PRODUCT  # Triton 3.6 takes no string straight from a tuple
+    SUM: tl.constexpr = PLAN.SUM
     return rounded(router + rounded(chosen * alpha, PRODUCT), SUM)
 
 
@@ -173,7 +175,7 @@ def fused_tile(inputs, row, offsets, start, PLAN: tl.constexpr):
         if PLAN.LAYOUT == _RAGGED:
             expert_row = rank_among(inputs.selection, expert, row, 256)
         chosen = load_expert(inputs, expert, expert_row, offsets, start, PLAN.BLOCK, PLAN)
-        fused = fuse(router, chosen, inputs.alpha, PLAN.PRODUCT, PLAN.SUM)
+        fused = fuse(router, chosen, inputs.alpha, PLAN)
     return router, chosen, fused, expert, expert_row
 
 
