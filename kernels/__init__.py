@@ -14,9 +14,10 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError('ebpo_core.kernels needs PyTorch: pip install "ebpo-core[torch]"') from error
 
+from .argmax import SelectedTokens, select_add, select_add_argmax
 from .lm_head import lm_head_select_add_argmax
+from .logprob import TokenLogprobs, select_add_logprob
 from .sample import select_add_sample
-from .select import SelectedTokens, TokenLogprobs, select_add, select_add_argmax, select_add_logprob
 from .warmup import warmup
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The arguments every operation shares: the forms an expert's logits come in, and the checks of shapes and dtypes.
+"""Arguments that every operation shares: layouts of the experts' logits, and the checks of shapes and dtypes.
 
 No check reads a tensor's values: that would wait for the device. What only values can tell (an expert id out of range,
 fewer rows than the ids ask for) is therefore defined, not refused: such a row is NaN throughout.
@@ -20,26 +20,38 @@ _ID_DTYPES = (torch.int64, torch.int32)
 _WEIGHT_DTYPES = (*LOGIT_DTYPES, torch.float64)
 
 
-class Form(IntEnum):
-    """How the experts' logits lie in memory."""
+class Layout(IntEnum):
+    """Memory layout of the experts' logits; callers write the name in lower case."""
 
     LISTED = 0  # n tensors [B, V_i]
     STACKED = 1  # one tensor [n, B, V]
     GATHERED = 2  # one tensor [B, V]: row b already belongs to row b's expert
     RAGGED = 3  # n tensors [k_i, V_i]: the rows that selected expert i, in ascending batch order
 
+    @property
+    def is_list(self) -> bool:
+        return self in (Layout.LISTED, Layout.RAGGED)
+
+
+LAYOUTS = {
+    "listed": (Layout.LISTED, "a list of n tensors [B, V_i]"),
+    "stacked": (Layout.STACKED, "one tensor [n, B, V]"),
+    "gathered": (Layout.GATHERED, "one tensor [B, V]"),
+    "ragged": (Layout.RAGGED, "a list of n tensors [k_i, V_i] with B rows in all"),
+}
+
 
 class Step(NamedTuple):
     """One decode step, checked.
 
     ``selection`` holds weights ``[B, n]``, expert ids ``[B]``, or None (gathered logits only: every id is 0).
-    ``experts`` holds what ``form`` says; a stacked or gathered tensor is the list's only element.
+    ``experts`` holds what ``layout`` says; a stacked or gathered tensor is the list's only element.
     """
 
     router: Tensor
     selection: Tensor | None
     experts: list[Tensor]
-    form: Form
+    layout: Layout
     alpha: float
     vocab_size: int
     round_sum: bool
@@ -51,9 +63,9 @@ class Step(NamedTuple):
     @property
     def num_experts(self) -> int:
         """n, or 0 where only the ids know it."""
-        if self.form == Form.STACKED:
+        if self.layout == Layout.STACKED:
             return self.experts[0].shape[0]
-        return 0 if self.form == Form.GATHERED else len(self.experts)
+        return 0 if self.layout == Layout.GATHERED else len(self.experts)
 
     @property
     def requires_grad(self) -> bool:
@@ -67,19 +79,24 @@ def check_step(
     alpha: float,
     vocab_size: int | None,
     round_sum: bool = False,
+    layout: str | None = None,
 ) -> Step:
     """Check the arguments all operations have in common. Errors name the argument, its value and the remedy."""
     check_logits("router_logits", router_logits)
-    experts, form = _experts(expert_logits, router_logits.shape[0])
+    experts, is_list, batch = _as_list(expert_logits), not isinstance(expert_logits, Tensor), router_logits.shape[0]
+    if layout is None:
+        found = _layout_by_shape(experts, is_list, batch)
+    else:
+        found = _stated_layout(layout, experts, is_list, batch)
     for i, expert in enumerate(experts):
-        name = "expert_logits" if form in (Form.STACKED, Form.GATHERED) else f"expert_logits[{i}]"
+        name = f"expert_logits[{i}]" if is_list else "expert_logits"
         check_memory(name, expert)
         check_device(name, expert, router_logits)
     step = Step(
         router_logits,
         weights,
         experts,
-        form,
+        found,
         check_alpha(alpha),
         check_vocab_size(vocab_size, [router_logits.shape[-1], *(expert.shape[-1] for expert in experts)]),
         bool(round_sum),
@@ -87,7 +104,7 @@ def check_step(
     _check_rows(step)
     if weights is not None:
         check_selection(weights, step.num_experts, router_logits)
-    elif form != Form.GATHERED:
+    elif found != Layout.GATHERED:
         raise TypeError(
             "weights is None: pass routing weights [B, n] or expert ids [B]; only expert_logits that are one gathered "
             "tensor [B, V] need none"
@@ -150,16 +167,15 @@ def check_memory(name: str, tensor: Tensor) -> None:
         )
 
 
-def _experts(expert_logits: object, batch: int) -> tuple[list[Tensor], Form]:
+def _as_list(expert_logits: object) -> list[Tensor]:
+    """The tensors that hold the experts' logits; one that holds them all is the only element."""
     if isinstance(expert_logits, Tensor):
-        if expert_logits.ndim == 2:
-            return [expert_logits], Form.GATHERED
-        if expert_logits.ndim == 3:
-            return [expert_logits], Form.STACKED
-        raise ValueError(
-            f"expert_logits has shape {list(expert_logits.shape)}: pass one tensor [n, B, V] or [B, V], "
-            "or a list of n tensors [B, V_i]"
-        )
+        if expert_logits.ndim not in (2, 3):
+            raise ValueError(
+                f"expert_logits has shape {list(expert_logits.shape)}: pass one tensor [n, B, V] or [B, V], "
+                "or a list of n tensors [B, V_i]"
+            )
+        return [expert_logits]
     if not isinstance(expert_logits, Sequence) or isinstance(expert_logits, str):
         raise TypeError(
             f"expert_logits is a {type(expert_logits).__name__}: pass a torch.Tensor [n, B, V] or [B, V], "
@@ -170,25 +186,43 @@ def _experts(expert_logits: object, batch: int) -> tuple[list[Tensor], Form]:
         raise ValueError("expert_logits is an empty list: pass at least one expert")
     for i, expert in enumerate(experts):
         check_matrix(f"expert_logits[{i}]", "[B, V]", expert)
-    # With two experts or more, n·B rows cannot be B rows, so the two forms of a list never look alike (B > 0).
+    return experts
+
+
+def _layout_by_shape(experts: list[Tensor], is_list: bool, batch: int) -> Layout:
+    if not is_list:
+        return Layout.GATHERED if experts[0].ndim == 2 else Layout.STACKED
+    # With two experts or more, n·B rows cannot be B rows, so the two layouts of a list never look alike (B > 0).
     rows = [expert.shape[0] for expert in experts]
-    if any(k != batch for k in rows) and sum(rows) == batch:
-        return experts, Form.RAGGED
-    return experts, Form.LISTED
+    return Layout.RAGGED if any(k != batch for k in rows) and sum(rows) == batch else Layout.LISTED
+
+
+def _stated_layout(layout: str, experts: list[Tensor], is_list: bool, batch: int) -> Layout:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}: pass one of {list(LAYOUTS)}, or None to go by the shapes")
+    stated, shapes = LAYOUTS[layout]
+    fits = is_list == stated.is_list and (is_list or experts[0].ndim == (3 if stated == Layout.STACKED else 2))
+    if not fits or (stated == Layout.RAGGED and sum(expert.shape[0] for expert in experts) != batch):
+        held = [list(expert.shape) for expert in experts] if is_list else list(experts[0].shape)
+        raise ValueError(
+            f"layout is {layout!r} and expert_logits has shape {held} for a batch of {batch}: pass {shapes}, or "
+            "another layout"
+        )
+    return stated
 
 
 def _check_rows(step: Step) -> None:
-    if step.form == Form.RAGGED:
+    if step.layout == Layout.RAGGED:
         return
     for i, expert in enumerate(step.experts):
         if expert.shape[-2] != step.batch:
-            name = f"expert_logits[{i}]" if step.form == Form.LISTED else "expert_logits"
+            name = f"expert_logits[{i}]" if step.layout == Layout.LISTED else "expert_logits"
             raise ValueError(
                 f"{name} has {expert.shape[-2]} rows, router_logits has {step.batch}: every tensor needs one row per "
                 "sequence of the batch, or the experts' rows together as many as the batch (only the rows that "
                 "selected each)"
             )
-    if step.form == Form.STACKED and step.num_experts < 1:
+    if step.layout == Layout.STACKED and step.num_experts < 1:
         raise ValueError("expert_logits holds 0 experts: pass at least one")
 
 

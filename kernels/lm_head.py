@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import launch, ops
+from . import dispatch, launch
+from .argmax import SelectedTokens, select_add_argmax
 from .arguments import check_alpha, check_device, check_logits, check_matrix, check_selection, check_vocab_size
-from .select import SelectedTokens, select_add_argmax
 
 
 def lm_head_select_add_argmax(
@@ -22,7 +22,7 @@ def lm_head_select_add_argmax(
     alpha: float = 1.0,
     vocab_size: int | None = None,
 ) -> SelectedTokens:
-    """Experimental. The tokens of :func:`~.select.select_add_argmax` from hidden states and LM heads.
+    """Experimental. The tokens of :func:`~.argmax.select_add_argmax` from hidden states and LM heads.
 
     Logits live in registers only, as float32 sums: they are never rounded to bfloat16, so that tokens can differ from
     those of separate heads where two scores are that close, and from device to device in the last bits of a sum. What
@@ -39,7 +39,7 @@ def lm_head_select_add_argmax(
         vocab_size: V; by default the smallest head given.
 
     Raises:
-        TypeError, ValueError: as :func:`~.select.select_add_argmax`. There are no biases and no soft caps.
+        TypeError, ValueError: as :func:`~.argmax.select_add_argmax`. There are no biases and no soft caps.
     """
     heads = list(expert_heads)
     if not heads:
@@ -68,14 +68,15 @@ def lm_head_select_add_argmax(
     alpha = check_alpha(alpha)
 
     tensors = (router_hidden, router_head, expert_hidden, *heads)
-    if not ops.fuses_on(router_hidden.device):
+    if not dispatch.fuses_on(router_hidden.device):
         experts = [expert_hidden.float() @ head[:V].float().T for head in heads]
         return select_add_argmax(router_hidden.float() @ router_head[:V].float().T, weights, experts, alpha=alpha)
-    if torch.compiler.is_compiling() or not ops.plain(*tensors):
+    if torch.compiler.is_compiling() or not dispatch.are_plain(*tensors):
         raise TypeError("lm_head_select_add_argmax is not a registered operator yet: call it outside of torch.compile")
-    ops.require_triton()
+    dispatch.require_triton()
+    from .lm_head_triton import lm_head
+
     ids = weights.argmax(dim=-1) if weights.ndim == 2 else weights.long()
-    tokens, launches = launch.lm_heads(router_hidden, router_head, ids, expert_hidden, heads, alpha, V)
-    if router_hidden.shape[0]:
-        launch.run(launches, router_hidden.device)
+    tokens, launches = lm_head(router_hidden, router_head, ids, expert_hidden, heads, alpha, V)
+    launch.run(launches, router_hidden.device)
     return SelectedTokens(tokens, ids)

@@ -10,25 +10,52 @@ Both log-softmax normalisers of the paper's ``log pi_router + log pi_expert`` ar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import Form, Step
+from .arguments import Layout, Step
 from .noise import gumbel_noise
 
 # Masses of top-p are integers in units of 2^-40 of the row's best token: a sum of integers is the same in any order.
 MASS_SCALE = float(2**40)
 
 
-class Filters(NamedTuple):
-    """Parameters of sampling: ``[B]``, one number for all rows, or None (not applied); ``log_min_p`` = log(min_p)."""
+class Draw(NamedTuple):
+    """Parameters of one draw per row: each ``[B]`` or one number for all rows; None where it does not apply.
+
+    ``log_min_p`` is log(min_p). ``seed`` ``[B]`` int64 and ``position`` key the noise, unless ``noise`` ``[B, >=V]``
+    float32 stands in for it.
+    """
 
     temperature: Tensor | float
-    top_k: Tensor | int | None
-    top_p: Tensor | float | None
-    log_min_p: Tensor | float | None
+    top_k: Tensor | int | None = None
+    top_p: Tensor | float | None = None
+    log_min_p: Tensor | float | None = None
+    seed: Tensor | None = None
+    position: Tensor | int | None = None
+    noise: Tensor | None = None
+
+    @property
+    def is_filtered(self) -> bool:
+        return any(x is not None for x in self[1:4])
+
+    def per_row(self, step: Step) -> _Rows:
+        """The parameters as ``[B]`` tensors: float32, int64 for ``top_k`` and ``position``; the noise as it is."""
+
+        def spread(value: Tensor | float | None, dtype: torch.dtype = torch.float32) -> Any:
+            if value is None or isinstance(value, Tensor):
+                return value
+            return torch.full((step.batch,), value, dtype=dtype, device=step.router.device)
+
+        whole = torch.int64
+        filters = spread(self.top_k, whole), spread(self.top_p), spread(self.log_min_p)
+        return spread(self.temperature), *filters, self.seed, spread(self.position, whole), self.noise
+
+
+_Optional = Tensor | None
+_Rows = tuple[Tensor, _Optional, _Optional, _Optional, _Optional, _Optional, _Optional]
 
 
 def expert_ids(step: Step) -> Tensor:
@@ -43,12 +70,12 @@ def expert_ids(step: Step) -> Tensor:
 def chosen_logits(step: Step, ids: Tensor) -> Tensor:
     """Each row's expert logits, ``[B, V]`` in the experts' dtype (float32 if they differ); NaN where there is none."""
     V = step.vocab_size
-    if step.form == Form.GATHERED:
+    if step.layout == Layout.GATHERED:
         return step.experts[0][:, :V]
-    experts = list(step.experts[0].unbind(0)) if step.form == Form.STACKED else step.experts
+    experts = list(step.experts[0].unbind(0)) if step.layout == Layout.STACKED else step.experts
     dtypes = {expert.dtype for expert in experts}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    rows = _rank(ids) if step.form == Form.RAGGED else torch.arange(step.batch, device=ids.device)
+    rows = _rank(ids) if step.layout == Layout.RAGGED else torch.arange(step.batch, device=ids.device)
     chosen = torch.full((step.batch, V), float("nan"), dtype=dtype, device=ids.device)
     for i, expert in enumerate(experts):
         held = expert.shape[0]
@@ -92,13 +119,13 @@ def tempered(fused: Tensor, temperature: Tensor) -> Tensor:
 
 
 def kept(scores: Tensor, top_k: Tensor | None, top_p: Tensor | None, log_min_p: Tensor | None) -> Tensor:
-    """Which tokens the filters leave, ``[B, V]`` bool, in transformers' order: top-k, top-p, min-p.
+    """Tokens that the filters leave, ``[B, V]`` bool, in transformers' order: top-k, top-p, min-p.
 
     Every filter keeps equal scores together, so that nothing depends on the order of a sort. A row whose best score is
     not finite is left whole: there is no distribution to cut.
     """
     keep = torch.ones_like(scores, dtype=torch.bool)
-    best = scores.amax(-1, keepdim=True)  # NaN where the row holds one
+    best = scores.amax(-1, keepdim=True)  # [B, 1]; NaN where the row holds one
     descending = scores.sort(-1, descending=True).values
     if top_k is not None:
         k = top_k.long()[:, None]
@@ -122,37 +149,22 @@ def kept(scores: Tensor, top_k: Tensor | None, top_p: Tensor | None, log_min_p: 
     return keep | ~best.isfinite()
 
 
-def sample(
-    step: Step, filters: Filters, seed: Tensor | None, position: Tensor | int | None, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Token ids and expert ids of the Gumbel-max draw; ``noise`` ``[B, V]`` stands in for the keyed draw."""
+def sample(step: Step, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Token ids and expert ids of the Gumbel-max draw."""
     ids = expert_ids(step)
     fused = fused_logits(step, ids)
-    temperature = per_row(filters.temperature, step, torch.float32)
+    temperature, top_k, top_p, log_min_p, seed, position, noise = draw.per_row(step)
     scores = tempered(fused, temperature)
     if noise is None:
         if seed is None or position is None:
             raise TypeError("a draw needs seed and position, or the noise itself")
-        noise = gumbel_noise(seed, per_row(position, step, torch.int64), step.vocab_size)
+        noise = gumbel_noise(seed, position, step.vocab_size)
     noisy = scores + noise[:, : step.vocab_size]
-    if filters[1:] != (None, None, None):
-        keep = kept(
-            scores,
-            None if filters.top_k is None else per_row(filters.top_k, step, torch.int64),
-            None if filters.top_p is None else per_row(filters.top_p, step, torch.float32),
-            None if filters.log_min_p is None else per_row(filters.log_min_p, step, torch.float32),
-        )
-        noisy = torch.where(keep, noisy, torch.full_like(noisy, float("-inf")))
+    if draw.is_filtered:
+        noisy = torch.where(kept(scores, top_k, top_p, log_min_p), noisy, torch.full_like(noisy, float("-inf")))
     return torch.where((temperature == 0)[:, None], fused, noisy).argmax(-1), ids
 
 
-def per_row(value: Tensor | float, step: Step, dtype: torch.dtype) -> Tensor:
-    """A parameter of sampling as ``[B]``."""
-    if isinstance(value, Tensor):
-        return value
-    return torch.full((step.batch,), value, dtype=dtype, device=step.router.device)
-
-
 def _rank(ids: Tensor) -> Tensor:
-    """How many rows before this one selected the same expert, ``[B]`` int64."""
+    """Number of rows before this one that selected the same expert, ``[B]`` int64."""
     return (ids[None, :] == ids[:, None]).long().tril(-1).sum(-1)

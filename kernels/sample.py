@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import reference
+from .argmax import SelectedTokens
 from .arguments import Step, check_device, check_ids, check_matrix, check_step
-from .reference import Filters
-from .select import SelectedTokens
+from .dispatch import Operator, Outputs, Planned, is_eager
+from .reference import Draw
 
 
 def select_add_sample(
@@ -29,6 +31,7 @@ def select_add_sample(
     alpha: float = 1.0,
     vocab_size: int | None = None,
     noise: Tensor | None = None,
+    layout: str | None = None,
 ) -> SelectedTokens:
     """Draw one token per row from ``softmax((z_router + alpha z_expert) / temperature)`` after the usual filters.
 
@@ -42,7 +45,7 @@ def select_add_sample(
     request its seed, and each position its step. Under a CUDA graph pass ``step`` as a tensor and update it in place.
 
     Args:
-        router_logits, weights, expert_logits, alpha, vocab_size: as in :func:`~.select.select_add_argmax`.
+        router_logits, weights, expert_logits, alpha, vocab_size, layout: as in :func:`~.argmax.select_add_argmax`.
         seed: ``[B]`` int64. Required unless ``noise`` is given.
         step: position of the token in its sequence: an int, or ``[B]`` int64.
         temperature: a number or ``[B]`` float32, not negative. Rows at 0 are greedy: argmax, filters and noise aside.
@@ -53,14 +56,14 @@ def select_add_sample(
         noise: ``[B, >=V]`` float32, added to the tempered scores in place of the keyed draw.
 
     Returns:
-        :class:`~.select.SelectedTokens` with token ids and expert ids. For the log-probability of a drawn token call
-        :func:`~.select.select_add_logprob`, which is at temperature 1 and unfiltered by definition.
+        :class:`~.argmax.SelectedTokens` with token ids and expert ids. For the log-probability of a drawn token call
+        :func:`~.logprob.select_add_logprob`, which is at temperature 1 and unfiltered by definition.
 
     Raises:
-        TypeError, ValueError: as :func:`~.select.select_add_argmax`; values inside tensors are not checked. A row whose
+        TypeError, ValueError: as :func:`~.argmax.select_add_argmax`; values inside tensors are not checked. A row whose
         best score is NaN or infinite is no distribution: it is drawn greedily.
     """
-    checked = check_step(router_logits, weights, expert_logits, alpha, vocab_size)
+    checked = check_step(router_logits, weights, expert_logits, alpha, vocab_size, layout=layout)
     B = checked.batch
     if noise is None:
         if seed is None:
@@ -77,14 +80,20 @@ def select_add_sample(
                 f"pass float32 [{B}, {checked.vocab_size}] or wider"
             )
         noise = noise if noise.stride(1) == 1 else noise.contiguous()
-    parameters = (
+    draw = Draw(
         _number("temperature", temperature, checked, low=0.0),
         None if top_k is None else _count("top_k", top_k, checked, 0),
         None if top_p is None else _number("top_p", top_p, checked, low=0.0, high=1.0),
         None if min_p is None else _logarithm(_number("min_p", min_p, checked, low=0.0, high=1.0)),
+        seed,
+        _count("step", step, checked, None) if noise is None else None,
+        noise,
     )
-    position = None if noise is not None else _count("step", step, checked, None)
-    tokens, ids = ops.select_add_sample(checked, Filters(*parameters), seed, position, noise)
+    if is_eager(checked):
+        tokens, ids = SAMPLE.eager(checked, *draw)
+    else:
+        # The operator takes tensors only: one schema, and no new graph for a new number.
+        tokens, ids = SAMPLE.traced(checked, *draw.per_row(checked))
     return SelectedTokens(tokens, ids)
 
 
@@ -125,3 +134,32 @@ def _check_parameter(name: str, value: Tensor, step: Step, fits: bool, dtypes: s
     if value.shape != (step.batch,):
         raise ValueError(f"{name} has shape {list(value.shape)}: pass [{step.batch}], one per row of router_logits")
     check_device(name, value, step.router)
+
+
+# ------------------------------------------------------------------------------------------------------------ operator
+
+
+def _reference(step: Step, *draw: Any) -> Outputs:
+    return reference.sample(step, Draw(*draw))
+
+
+def _kernels(step: Step, *draw: Any) -> Planned:
+    from .sample_triton import sample
+
+    return sample(step, Draw(*draw))
+
+
+def _fake(step: Step, *_: Any) -> Outputs:
+    return step.router.new_empty(step.batch, dtype=torch.int64), step.router.new_empty(step.batch, dtype=torch.int64)
+
+
+# Token ids and expert ids, [B].
+SAMPLE = Operator(
+    "select_add_sample",
+    "Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? log_min_p, Tensor? seed, Tensor? position, "
+    "Tensor? noise",
+    outputs=2,
+    reference=_reference,
+    kernels=_kernels,
+    fake=_fake,
+)

@@ -1,4 +1,4 @@
-"""Compile and load the kernels before the first request needs them."""
+"""Compilation of the kernels before the first request needs them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .ops import fuses_on
+from .argmax import select_add, select_add_argmax
+from .arguments import LAYOUTS
+from .dispatch import fuses_on
 from .sample import select_add_sample
-from .select import select_add, select_add_argmax
 
 _OPERATIONS = ("argmax", "logprobs", "add", "sample", "filtered_sample")
 
@@ -35,7 +36,7 @@ def warmup(
         vocab_size: V, also the width of the logits.
         dtypes: dtypes of the logits (router and experts alike).
         num_experts: n.
-        layout: "listed" (n tensors ``[B, V]``), "stacked" (one ``[n, B, V]``) or "gathered" (one ``[B, V]``).
+        layout: of the experts' logits, as in :func:`~.argmax.select_add_argmax`.
         weights_dtype: of the routing weights; an integer dtype stands for expert ids.
         operations: of "argmax", "logprobs", "add", "sample" and "filtered_sample".
         device: by default the current CUDA device, or the CPU if there is none.
@@ -49,8 +50,8 @@ def warmup(
     unknown = [name for name in operations if name not in _OPERATIONS]
     if unknown:
         raise ValueError(f"operations holds {unknown}: pass some of {list(_OPERATIONS)}")
-    if layout not in ("listed", "stacked", "gathered"):
-        raise ValueError(f"layout is {layout!r}: pass 'listed', 'stacked' or 'gathered'")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}: pass one of {list(LAYOUTS)}")
     where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not fuses_on(where):
         return 0
@@ -59,7 +60,7 @@ def warmup(
         for dtype in dtypes:
             inputs = _zeros(batch, vocab_size, dtype, num_experts, layout, weights_dtype, where)
             for name in operations:
-                _run(name, inputs, batch, where)
+                _run(name, inputs, layout)
                 calls += 1
     torch.accelerator.synchronize(where)
     return calls
@@ -79,16 +80,20 @@ def _zeros(
         return router, weights, router
     if layout == "listed":
         return router, weights, [router] * n
+    if layout == "ragged":
+        return router, weights, [router, *[router[:0]] * (n - 1)]
     return router, weights, torch.zeros(n, batch, V, dtype=dtype, device=device)
 
 
-def _run(name: str, inputs: _Inputs, batch: int, device: torch.device) -> None:
+def _run(name: str, inputs: _Inputs, layout: str) -> None:
+    seed = torch.zeros(len(inputs[0]), dtype=torch.int64, device=inputs[0].device)
     if name == "argmax":
-        select_add_argmax(*inputs)
+        select_add_argmax(*inputs, layout=layout)
     elif name == "logprobs":
-        select_add_argmax(*inputs, return_logprobs=True)
+        select_add_argmax(*inputs, return_logprobs=True, layout=layout)
     elif name == "add":
-        select_add(*inputs)
+        select_add(*inputs, layout=layout)
+    elif name == "sample":
+        select_add_sample(*inputs, seed=seed, layout=layout)
     else:
-        filters: dict[str, float] = {"top_p": 0.95, "top_k": 50, "min_p": 0.05} if name == "filtered_sample" else {}
-        select_add_sample(*inputs, seed=torch.zeros(batch, dtype=torch.int64, device=device), **filters)  # type: ignore[arg-type]
+        select_add_sample(*inputs, seed=seed, top_k=50, top_p=0.95, min_p=0.05, layout=layout)

@@ -10,8 +10,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from ebpo_core.kernels import launch  # noqa: E402
+from ebpo_core.kernels.argmax_triton import add, tokens  # noqa: E402
 from ebpo_core.kernels.arguments import check_step  # noqa: E402
-from ebpo_core.kernels.reference import Filters  # noqa: E402
+from ebpo_core.kernels.lm_head_triton import lm_head  # noqa: E402
+from ebpo_core.kernels.reference import Draw  # noqa: E402
+from ebpo_core.kernels.sample_triton import sample  # noqa: E402
 
 aot = pytest.importorskip("kernels_aot")
 
@@ -74,9 +77,7 @@ CASES = {
 def test_argmax(target, case):
     options = CASES[case]
     checked = step(**options)
-    partial, finish = compiled(
-        target, launch.tokens(checked, None, False, tile(target, checked.batch, checked.vocab_size))[1]
-    )
+    partial, finish = compiled(target, tokens(checked, None, False, tile(target, checked.batch, checked.vocab_size))[1])
     # Router and each listed expert are read 16 bytes at a time; the odd vocabulary's last tile alone is not.
     assert partial.wide >= (2 if options.get("form") in ("stacked", "gathered") else 4)
     if case != "odd vocabulary":
@@ -91,18 +92,18 @@ def test_the_other_kernels(target):
     checked, seed = step(B=64), matrix(64, dtype=torch.int64)
     number = matrix(64, dtype=torch.float32)
     chosen = tile(target, 64, V)
-    partial, finish = compiled(target, launch.tokens(checked, None, True, chosen)[1])
-    (add,) = compiled(target, launch.add(checked, chosen)[2])
-    plain, _ = compiled(target, launch.sample(checked, Filters(0.8, None, None, None), seed, 3, None, chosen)[2])
-    filters = Filters(number, matrix(64, dtype=torch.int64), number, number)
-    divide, threshold, draw, _ = compiled(target, launch.sample(checked, filters, seed, seed, None, chosen)[2])
-    for machine in (partial, add, plain, divide, draw):
+    partial, finish = compiled(target, tokens(checked, None, True, chosen)[1])
+    (summed,) = compiled(target, add(checked, chosen)[1])
+    plain, _ = compiled(target, sample(checked, Draw(0.8, seed=seed, position=3), chosen)[1])
+    filters = Draw(number, matrix(64, dtype=torch.int64), number, number, seed, seed)
+    divide, threshold, draw, _ = compiled(target, sample(checked, filters, chosen)[1])
+    for machine in (partial, summed, plain, divide, draw):
         assert machine.wide >= 2
         assert machine.narrow == 0
     for machine, registers in (
         (partial, 128),
         (finish, 64),
-        (add, 80),
+        (summed, 80),
         (plain, 96),
         (divide, 80),
         (threshold, 128),
@@ -111,7 +112,7 @@ def test_the_other_kernels(target):
         assert machine.registers <= registers
         assert machine.spilled == 0
     assert partial.contracted() == []  # the exponentials are not polynomials here
-    assert add.contracted() == []
+    assert summed.contracted() == []
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
@@ -119,7 +120,7 @@ def test_the_other_kernels(target):
 def test_lm_heads(target, dtype):
     hidden, heads = matrix(32, 2048, dtype=dtype), [matrix(V, 2048, dtype=dtype) for _ in range(3)]
     kernel, finish = compiled(
-        target, launch.lm_heads(hidden, heads[0], matrix(32, dtype=torch.int64), hidden, heads, 1.0, V)[1]
+        target, lm_head(hidden, heads[0], matrix(32, dtype=torch.int64), hidden, heads, 1.0, V)[1]
     )
     assert (kernel.spilled, finish.spilled) == (0, 0)
     assert kernel.registers <= 255
@@ -127,10 +128,10 @@ def test_lm_heads(target, dtype):
 
 def test_the_checks_can_fail():
     """An odd row stride forbids wide loads; contraction shows when it is allowed."""
-    (partial, _) = compiled("sm_90", launch.tokens(step(V=V - 3, form="gathered"), None, False)[1])
+    (partial, _) = compiled("sm_90", tokens(step(V=V - 3, form="gathered"), None, False)[1])
     assert partial.wide == 0
     assert partial.narrow > 0
-    launches = launch.tokens(step(form="gathered"), None, False)[1]
+    launches = tokens(step(form="gathered"), None, False)[1]
     fused = type("Fused", (launch.Launch,), {"options": {"num_warps": 4, "enable_fp_fusion": True}})(*launches[0])
     assert aot.compile_for("sm_90", fused).contracted()
     assert aot.compile_for("gfx942", fused).contracted()
@@ -142,7 +143,5 @@ def test_one_binary_serves_every_batch_and_ragged_split():
     for B in (16, 17, 18):
         checked = step("ragged", B=B)
         given = matrix(B, dtype=torch.int64)
-        seen.append(
-            [aot.specialized("sm_90", x)[1:] for x in launch.tokens(checked, given, True, launch.Tile(1024, 4))[1]]
-        )
+        seen.append([aot.specialized("sm_90", x)[1:] for x in tokens(checked, given, True, launch.Tile(1024, 4))[1]])
     assert seen[0] == seen[1] == seen[2]

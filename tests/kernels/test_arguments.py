@@ -56,6 +56,12 @@ NAN = float("nan")
         ((R, W, E), {"vocab_size": 2.0}, TypeError, r"vocab_size is 2.0"),
         ((R, W, E), {"alpha": NAN}, ValueError, r"alpha is nan: pass a finite number"),
         ((R, W, E), {"alpha": "1"}, TypeError, r"alpha is '1': pass a real number"),
+        ((R, W, E), {"layout": "dense"}, ValueError, r"layout is 'dense': pass one of \['listed', 'stacked'"),
+        ((R, W, E), {"layout": "gathered"}, ValueError, r"is 'gathered' and expert_logits has shape \[3, 2, 4\]"),
+        ((R, W, E), {"layout": "listed"}, ValueError, r"is 'listed' and .*: pass a list of n tensors \[B, V_i\]"),
+        ((R, W, [R] * 3), {"layout": "stacked"}, ValueError, r"is 'stacked' and .*: pass one tensor \[n, B, V\]"),
+        ((R, W, [R] * 3), {"layout": "ragged"}, ValueError, r"is 'ragged' and .*\[2, 4\]\] for a batch of 2"),
+        ((R, IDS, [R[:1], R[:1], R[:0]]), {"layout": "listed"}, ValueError, r"expert_logits\[0\] has 1 rows"),
     ],
 )
 def test_shared_arguments(function, args, options, error, message):
@@ -126,6 +132,17 @@ def test_warmup_arguments():
         warmup([1], 100, layout="sparse")
 
 
+@pytest.mark.parametrize("layout", ["listed", "stacked", "gathered", "ragged"])
+def test_warmup_calls_every_operation_on_inputs_of_the_layout(layout, monkeypatch):
+    module = sys.modules[warmup.__module__]
+    monkeypatch.setattr(module, "fuses_on", lambda _: True)  # the operations themselves take the reference
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: None)
+    operations = ["argmax", "logprobs", "add", "sample", "filtered_sample"]
+    for weights in (torch.float32, torch.int64):
+        done = warmup([1, 2], 30, layout=layout, weights_dtype=weights, operations=operations, device="cpu")
+        assert done == 10
+
+
 def test_triton_is_imported_by_the_first_gpu_call_only():
     code = (
         "import sys, torch, ebpo_core.kernels as k;"
@@ -136,11 +153,11 @@ def test_triton_is_imported_by_the_first_gpu_call_only():
 
 
 def test_without_triton_a_gpu_call_says_what_to_install(monkeypatch):
-    from ebpo_core.kernels import ops
+    from ebpo_core.kernels import dispatch
 
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in ("triton_select", "triton_tiles", "triton_sample"):
+    for name in ("argmax_triton", "logprob_triton", "tiles"):
         monkeypatch.delitem(sys.modules, f"ebpo_core.kernels.{name}", raising=False)
-    monkeypatch.setattr(ops, "fuses_on", lambda _: True)
+    monkeypatch.setattr(dispatch, "fuses_on", lambda _: True)
     with pytest.raises(ImportError, match=r'pip install "ebpo-core\[kernels\]"'):
         select_add_argmax(R, W, E)

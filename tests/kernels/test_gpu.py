@@ -1,7 +1,7 @@
 """What only a GPU can show: real shapes, CUDA graphs replayed on mutated inputs, streams, Inductor, launch counts.
 
-The exactness suite itself (test_kernels_exact, test_kernels_logprob, test_kernels_sample, test_kernels_lm_head) runs on
-the GPU's kernels too when there is one. To look for illegal accesses run this file once under ``compute-sanitizer``.
+The exactness suite itself (test_exact, test_logprob, test_sample, test_lm_head) runs on the GPU's kernels too when
+there is one. To look for illegal accesses run this file once under ``compute-sanitizer``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 from kernels_cases import ragged, random_step  # noqa: E402
 
-from ebpo_core.kernels import ops, select_add, select_add_argmax, select_add_logprob, select_add_sample  # noqa: E402
+from ebpo_core.kernels import dispatch, select_add, select_add_argmax, select_add_logprob, select_add_sample  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTER, WEIGHTS, EXPERTS = random_step(4, 2, 30)
@@ -111,5 +111,5 @@ def test_operators_do_not_return_their_arguments():
 
 
 def test_the_dispatch_table_of_devices():
-    assert not ops.fuses_on(torch.device("cpu"))
-    assert ops.fuses_on(torch.device("cuda", 0))
+    assert not dispatch.fuses_on(torch.device("cpu"))
+    assert dispatch.fuses_on(torch.device("cuda", 0))

@@ -140,6 +140,23 @@ def test_every_form_of_the_experts_gives_the_same():
     assert out.expert_ids.tolist() == [0] * 5
 
 
+def test_a_stated_layout_gives_what_the_shapes_give():
+    router, weights, experts = random_step(5, 3, 40)
+    ids, stacked = weights.argmax(-1), torch.stack(experts)
+    rows = ragged(experts, ids)
+    layouts = {"listed": experts, "stacked": stacked, "gathered": stacked[ids, torch.arange(5)], "ragged": rows}
+    for layout, form in layouts.items():
+        out = select_add_argmax(router, ids, form, layout=layout)
+        assert torch.equal(out.token_ids, check(router, weights, experts).token_ids)
+        assert torch.equal(select_add(router, ids, form, layout=layout), select_add(router, ids, form))
+    # Shapes alone cannot tell one expert's list from the rows that selected it, nor anything about an empty batch.
+    zeros = torch.zeros(5, dtype=torch.int64)
+    alone = select_add_argmax(router, zeros, experts[:1], layout="ragged")
+    assert torch.equal(alone.token_ids, select_add_argmax(router, zeros, experts[:1], layout="listed").token_ids)
+    empty = select_add_argmax(router[:0], ids[:0], [x[:0] for x in experts], layout="ragged")
+    assert empty.token_ids.shape == (0,)
+
+
 def test_ids_out_of_range_and_missing_rows_are_nan():
     router, _, experts = random_step(4, 2, 9)
     fused = select_add(router, torch.tensor([0, 2, -1, 1]), experts)

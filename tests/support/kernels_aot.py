@@ -26,7 +26,7 @@ TARGETS = {
 
 
 class Machine(NamedTuple):
-    """What the machine code says. ``wide`` and ``narrow``: global loads of 16 bytes, and of 2 bytes or fewer."""
+    """Facts of the machine code. ``wide`` and ``narrow``: global loads of 16 bytes, and of 2 bytes or fewer."""
 
     assembly: str
     registers: int

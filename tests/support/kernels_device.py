@@ -53,19 +53,17 @@ kernels = Kernels()
 
 def _serve(request: bytes) -> bytes:
     from ebpo_core import kernels
-    from ebpo_core.kernels import launch, ops
+    from ebpo_core.kernels import argmax_triton, dispatch, launch, lm_head_triton, sample_triton
 
     name, args, kwargs, block, row_block = pickle.loads(request)
-    small, small_rows = launch.Tile(block, 4), launch.Tile(row_block, 4)
-    before = launch.tile_for, launch._ROW_TILE, launch.torch, ops.fuses_on
-    launch.tile_for = lambda *_: small
-    launch._ROW_TILE = small_rows
-    launch.torch = _Poisoning()
-    ops.fuses_on = lambda _: True
-    try:
+    small = launch.Tile(block, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "tile_for", lambda *_: small)
+        patch.setattr(sample_triton, "_ROW_TILE", launch.Tile(row_block, 4))
+        for module in (argmax_triton, sample_triton, lm_head_triton):
+            patch.setattr(module, "torch", _Poisoning())
+        patch.setattr(dispatch, "fuses_on", lambda _: True)
         out = getattr(kernels, name)(*_to_device(args), **_to_device(kwargs))
-    finally:
-        launch.tile_for, launch._ROW_TILE, launch.torch, ops.fuses_on = before
     return pickle.dumps(_to_device(out, "cpu"))
 
 

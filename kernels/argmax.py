@@ -1,6 +1,6 @@
-"""Select an expert per row, add its logits to the router's: the best token, log-probabilities, or the sum itself.
+"""Argmax, and the sum itself, of the router's logits and those of one expert per row.
 
-Every function takes the same three tensors.
+Every operation of this package takes the same three tensors.
 
 ``router_logits``
     ``[B, V_r]``, bfloat16, float16 or float32; rows at any stride, logits of a row side by side.
@@ -11,7 +11,7 @@ Every function takes the same three tensors.
     One of: a list of n tensors ``[B, V_i]``; one tensor ``[n, B, V]``; one tensor ``[B, V]`` whose row b already
     belongs to row b's expert; a list of n tensors that hold only the rows that selected each expert, in ascending batch
     order (what lazy decoding has: their rows add up to B). Dtypes may differ from the router's and, in a list, from
-    each other.
+    each other. ``layout`` states which: "listed", "stacked", "gathered" or "ragged"; None goes by the shapes.
 
 Exactness. ``fused = router + alpha * expert`` in float32: the product is rounded, then the sum; never contracted to one
 fused multiply-add, on any device. ``round_sum=True`` instead gives, bit for bit, what eager
@@ -29,17 +29,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from . import ops, reference
-from .arguments import check_ids, check_step
+from . import reference
+from .arguments import Step, check_step
+from .dispatch import Operator, Outputs, Planned
 
 
 class SelectedTokens(NamedTuple):
-    """What a decode step chose: ``token_ids`` and ``expert_ids``, ``[B]`` int64.
+    """Choices of a decode step: ``token_ids`` and ``expert_ids``, ``[B]`` int64.
 
     The others are ``[B]`` float32, None unless asked for: ``fused_logits``, the winning ``z_router + alpha z_expert``;
-    ``logprobs`` and ``scores`` as in :class:`TokenLogprobs`.
+    ``logprobs`` and ``scores`` as in :class:`~.logprob.TokenLogprobs`.
     """
 
     token_ids: Tensor
@@ -47,20 +49,6 @@ class SelectedTokens(NamedTuple):
     fused_logits: Tensor | None = None
     logprobs: Tensor | None = None
     scores: Tensor | None = None
-
-
-class TokenLogprobs(NamedTuple):
-    """Both meanings of a token's log-probability, ``[B]`` float32, and the expert ids ``[B]`` int64.
-
-    ``logprobs``
-        of the policy that is sampled from: ``log softmax(z_router + alpha z_expert)``, normalised.
-    ``scores``
-        the paper's fused score ``log pi_router + alpha log pi_expert``: two log-softmaxes, their sum not normalised.
-    """
-
-    logprobs: Tensor
-    scores: Tensor
-    expert_ids: Tensor
 
 
 def select_add_argmax(
@@ -73,6 +61,7 @@ def select_add_argmax(
     round_sum: bool = False,
     return_logits: bool = False,
     return_logprobs: bool = False,
+    layout: str | None = None,
 ) -> SelectedTokens:
     """Select one expert per row, add its logits to the router's, return the best token.
 
@@ -81,26 +70,27 @@ def select_add_argmax(
     Args:
         router_logits: ``[B, V_r]``.
         weights: routing weights ``[B, n]``, or expert ids ``[B]``, or None with gathered logits.
-        expert_logits: see the module's docstring for the four forms.
+        expert_logits: see the module's docstring for the four layouts.
         alpha: weight of the expert's logits. At 0 an expert's infinity still gives NaN, as IEEE arithmetic has it.
         vocab_size: V, the number of leading columns that take part; by default the smallest width given.
         round_sum: round as eager arithmetic in the inputs' dtypes does (see the module's docstring).
         return_logits: also return the winning fused logits.
         return_logprobs: also return the token's log-probability and score (three more sums in the same pass).
+        layout: of ``expert_logits``; by default what the shapes say.
 
     Returns:
         :class:`SelectedTokens`.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype is none of those above.
-        ValueError: shapes, strides, devices, ``alpha`` or ``vocab_size`` do not fit together.
+        ValueError: shapes, strides, devices, ``alpha``, ``vocab_size`` or ``layout`` do not fit together.
     """
-    step = check_step(router_logits, weights, expert_logits, alpha, vocab_size, round_sum)
+    step = check_step(router_logits, weights, expert_logits, alpha, vocab_size, round_sum, layout)
     if return_logprobs and step.requires_grad:
         tokens, ids, logits = reference.argmax(step)
         logprobs, scores = reference.logprobs(step, tokens)
     else:
-        tokens, ids, logits, logprobs, scores = ops.select_add_tokens(step, None, return_logprobs)
+        tokens, ids, logits, logprobs, scores = TOKENS(step, None, return_logprobs)
     return SelectedTokens(
         tokens,
         ids,
@@ -108,38 +98,6 @@ def select_add_argmax(
         logprobs if return_logprobs else None,
         scores if return_logprobs else None,
     )
-
-
-def select_add_logprob(
-    router_logits: Tensor,
-    weights: Tensor | None,
-    expert_logits: Tensor | Sequence[Tensor],
-    token_ids: Tensor,
-    *,
-    alpha: float = 1.0,
-    vocab_size: int | None = None,
-) -> TokenLogprobs:
-    """Log-probabilities of given tokens, in both meanings, at temperature 1 and before any filter.
-
-    Differentiable in the logits: with gradients enabled and required, the PyTorch reference runs on any device.
-
-    Args:
-        router_logits, weights, expert_logits, alpha, vocab_size: as in :func:`select_add_argmax`.
-        token_ids: ``[B]`` int64 or int32. An id outside of ``0 .. V - 1`` (a padding label, say) gives NaN.
-
-    Returns:
-        :class:`TokenLogprobs`.
-
-    Raises:
-        TypeError, ValueError: as :func:`select_add_argmax`.
-    """
-    step = check_step(router_logits, weights, expert_logits, alpha, vocab_size)
-    check_ids("token_ids", token_ids, step.batch, step.router)
-    if step.requires_grad:
-        logprobs, scores = reference.logprobs(step, token_ids)
-        return TokenLogprobs(logprobs, scores, reference.expert_ids(step))
-    _, ids, _, logprobs, scores = ops.select_add_tokens(step, token_ids, True)
-    return TokenLogprobs(logprobs, scores, ids)
 
 
 def select_add(
@@ -150,13 +108,69 @@ def select_add(
     alpha: float = 1.0,
     vocab_size: int | None = None,
     round_sum: bool = False,
+    layout: str | None = None,
 ) -> Tensor:
     """The fused logits ``[B, V]`` float32, for callers that must see them (logits processors, other samplers).
 
     Whoever needs only tokens should call :func:`select_add_argmax` or :func:`select_add_sample`: they write none of
     this. Arguments and errors as in :func:`select_add_argmax`; differentiable in the logits through the reference.
     """
-    step = check_step(router_logits, weights, expert_logits, alpha, vocab_size, round_sum)
+    step = check_step(router_logits, weights, expert_logits, alpha, vocab_size, round_sum, layout)
     if step.requires_grad:
         return reference.fused_logits(step, reference.expert_ids(step))
-    return ops.select_add(step)[0]
+    fused: Tensor = ADD(step)[0]
+    return fused
+
+
+# ----------------------------------------------------------------------------------------------------------- operators
+
+
+def _tokens_reference(step: Step, given: Tensor | None, logprobs: bool) -> Outputs:
+    if given is None:
+        tokens, ids, logits = reference.argmax(step)
+        return tokens, ids, logits, *(reference.logprobs(step, tokens) if logprobs else (None, None))
+    return None, reference.expert_ids(step), None, *(reference.logprobs(step, given) if logprobs else (None, None))
+
+
+def _tokens_kernels(step: Step, given: Tensor | None, logprobs: bool) -> Planned:
+    from .argmax_triton import tokens
+
+    return tokens(step, given, logprobs)
+
+
+def _tokens_fake(step: Step, given: Tensor | None, logprobs: bool) -> Outputs:
+    def new(dtype: torch.dtype, wanted: bool) -> Tensor | None:
+        return step.router.new_empty(step.batch, dtype=dtype) if wanted else None
+
+    argmax = given is None
+    tokens, ids, logits = new(torch.int64, argmax), new(torch.int64, True), new(torch.float32, argmax)
+    return tokens, ids, logits, new(torch.float32, logprobs), new(torch.float32, logprobs)
+
+
+def _add_reference(step: Step) -> Outputs:
+    ids = reference.expert_ids(step)
+    return reference.fused_logits(step, ids), ids
+
+
+def _add_kernels(step: Step) -> Planned:
+    from .argmax_triton import add
+
+    return add(step)
+
+
+def _add_fake(step: Step) -> Outputs:
+    new = step.router.new_empty
+    return new(step.batch, step.vocab_size, dtype=torch.float32), new(step.batch, dtype=torch.int64)
+
+
+# Token ids (unless given), expert ids, fused logits (unless given), log-probabilities and scores (if asked for), [B].
+TOKENS = Operator(
+    "select_add_tokens",
+    "Tensor? tokens, bool logprobs",
+    outputs=5,
+    reference=_tokens_reference,
+    kernels=_tokens_kernels,
+    fake=_tokens_fake,
+)
+# Fused logits [B, V], expert ids [B].
+ADD = Operator("select_add", "", outputs=2, reference=_add_reference, kernels=_add_kernels, fake=_add_fake)
