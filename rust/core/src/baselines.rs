@@ -2,7 +2,8 @@
 
 use crate::estimator::inverse_scale;
 use crate::options::check_eps;
-use crate::{Affine, Error, GroupStats, Normalize, Options, Prior, james_stein};
+use crate::james_stein::james_stein;
+use crate::{Affine, Error, GroupStats, Normalize, Options, Prior};
 
 /// A method other than EBPO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +16,7 @@ pub enum Method {
     Rloo,
     /// `(r - mean) / (std + eps)` over the batch, std with n - 1.
     ReinforcePp,
-    /// See [`james_stein()`].
+    /// See the module `james_stein`.
     JamesStein,
 }
 
