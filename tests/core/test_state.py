@@ -354,6 +354,19 @@ def run(script: str, *args: str) -> str:
     return result.stdout
 
 
+def test_nothing_is_left_to_be_made_at_the_first_call() -> None:
+    """A child forked while another thread makes it would wait for ever; so it is made when the package is imported."""
+    script = """
+import sys, numpy as np, ebpo_core
+multiarray = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
+assert hasattr(multiarray, "_RUST_NUMPY_BORROW_CHECKING_API")
+del multiarray._ARRAY_API, np.empty  # what the first call would look up
+ebpo_core.EBPO()([[1.0, 0.0]])
+print(ebpo_core.advantages(np.zeros((1 << 15, 2), dtype=np.float32)).shape)
+"""
+    assert run(script).strip() == "(32768, 2)"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_a_forked_child_can_go_on() -> None:
     """Fork while other threads are inside calls: the child must neither hang on a lock nor see a torn state."""

@@ -1,4 +1,4 @@
-"""The parts that framework adapters share: options out of a mapping, the prior's file, checks of rewards and filters."""
+"""Parts that framework adapters share: options out of a mapping, the prior's file, checks of rewards and filters."""
 
 from __future__ import annotations
 

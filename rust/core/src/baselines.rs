@@ -1,8 +1,8 @@
 //! The stateless methods that users compare EBPO with, in one enum.
 
 use crate::estimator::inverse_scale;
-use crate::options::check_eps;
 use crate::james_stein::james_stein;
+use crate::options::check_eps;
 use crate::{Affine, Error, GroupStats, Normalize, Options, Prior};
 
 /// A method other than EBPO.

@@ -134,16 +134,34 @@ fn equal<'py, T: Float + Element>(rewards: &Bound<'py, PyArray2<T>>) -> Result<O
     Ok(done.then(|| out.into_any()))
 }
 
+/// Make now what a first call would otherwise make once: NumPy's tables of functions, and the number of threads.
+///
+/// The making runs Python code, in which another thread may fork; its child would wait for ever for a first call that goes
+/// on in the parent alone.
+pub(crate) fn prepare(py: Python<'_>) -> PyResult<()> {
+    numpy_empty(py)?;
+    threads();
+    let matrix = PyArray2::<f32>::zeros(py, [1, 1], false);
+    equal_advantages(matrix.as_any())?;
+    matrix.reshape([1])?.extract::<Rewards<'_>>()?;
+    Ok(())
+}
+
+/// `numpy.empty`.
+fn numpy_empty(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
+    static EMPTY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let empty = EMPTY.get_or_try_init(py, || PyResult::Ok(py.import("numpy")?.getattr("empty")?.unbind()))?;
+    Ok(empty.bind(py))
+}
+
 /// A new array of the same shape and dtype, of unspecified content.
 fn new_like<'py, T: Element>(array: &Bound<'py, PyArray2<T>>) -> Result<Bound<'py, PyArray2<T>>> {
-    static EMPTY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = array.py();
     if array.len() * size_of::<T>() < LARGE {
         return Ok(PyArray2::zeros(py, array.dims(), false));
     }
-    let empty = EMPTY.get_or_try_init(py, || PyResult::Ok(py.import("numpy")?.getattr("empty")?.unbind()))?;
     let dtype = [("dtype", array.as_any().cast::<PyUntypedArray>().map_err(PyErr::from)?.dtype())].into_py_dict(py)?;
-    let new = empty.bind(py).call(((array.shape()[0], array.shape()[1]),), Some(&dtype))?;
+    let new = numpy_empty(py)?.call(((array.shape()[0], array.shape()[1]),), Some(&dtype))?;
     let wrong = |_| PyTypeError::new_err("numpy.empty returned no array of the dtype asked for");
     Ok(new.cast_into::<PyArray2<T>>().map_err(wrong)?)
 }

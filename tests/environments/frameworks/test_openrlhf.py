@@ -130,7 +130,7 @@ def test_length_penalties_come_before_the_baseline() -> None:
 
 
 class Actors:
-    """In the place of OpenRLHF's group of model actors: keeps the client states, and makes folders as DeepSpeed does."""
+    """In the place of OpenRLHF's group of model actors: keeps client states, makes folders as DeepSpeed does."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
