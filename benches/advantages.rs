@@ -1,7 +1,7 @@
 //! Criterion benchmarks of the core, without Python: `cargo bench -p ebpo-core`.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ebpo_core::{Batch, EqualGroups, GroupStats, Layout, Options, State, apply};
+use ebpo_core::{Batch, GroupStats, Keys, Layout, Options, State, apply, equal_advantages};
 
 fn rewards(len: usize) -> Vec<f32> {
     // A fixed linear congruential sequence of zeros and ones: verifiable rewards, without a dependency.
@@ -20,21 +20,21 @@ fn advantages(c: &mut Criterion) {
         let mut out = vec![0.0_f32; rewards.len()];
         let name = format!("{groups}x{size}");
         group.throughput(Throughput::Elements(rewards.len() as u64));
-        let equal = EqualGroups::new(&rewards, size).expect("the sizes above divide");
-        group.bench_with_input(BenchmarkId::new("equal", &name), &equal, |b, equal| {
-            b.iter(|| equal.advantages(1e-6, 1, &mut out));
+        group.bench_with_input(BenchmarkId::new("equal", &name), &size, |b, &size| {
+            b.iter(|| equal_advantages(&rewards, size, 1e-6, 1, &mut out));
         });
         if rewards.len() > 1 << 19 {
             // Whether a second core helps, or shares the vector units of the first, is the machine's own.
-            group.bench_with_input(BenchmarkId::new("equal, 2 threads", &name), &equal, |b, equal| {
-                b.iter(|| equal.advantages(1e-6, 2, &mut out));
+            group.bench_with_input(BenchmarkId::new("equal, 2 threads", &name), &size, |b, &size| {
+                b.iter(|| equal_advantages(&rewards, size, 1e-6, 2, &mut out));
             });
         }
         let batch = Batch::new(&rewards, Layout::Equal { size }, None).expect("the sizes above divide");
         group.bench_with_input(BenchmarkId::new("general", &name), &batch, |b, batch| {
             b.iter(|| {
                 let stats = GroupStats::collect(batch).expect("zeros and ones are in range");
-                let scored = State::default().advance(&Options::default(), &stats, true, None);
+                let scored = State::default().advance(&Options::default(), &stats, &Keys::ROOT, true, None);
+                let scored = scored.expect("the root needs no room");
                 apply(batch, &scored.affine, &mut out);
             });
         });

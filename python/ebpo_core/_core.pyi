@@ -6,21 +6,17 @@ from numpy.typing import NDArray
 
 __all__ = [
     "DEBUG_BUILD",
-    "MAX_REWARD",
     "Options",
     "State",
     "__version__",
-    "apply_affine",
     "baseline_advantages",
     "codes_of_bytes",
     "codes_of_ints",
     "codes_of_objects",
     "equal_advantages",
-    "group_statistics",
 ]
 
 __version__: Final[str]
-MAX_REWARD: Final[float]
 DEBUG_BUILD: Final[bool]
 
 _Rewards: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
@@ -30,7 +26,6 @@ _Vector: TypeAlias = NDArray[np.float64]
 _Parts: TypeAlias = tuple[float, float, float, float, float, float, float, float, float]
 _Path: TypeAlias = list[str]
 _Tree: TypeAlias = tuple[_Parts, list[tuple[_Path, _Parts]]]
-_Share: TypeAlias = tuple[_Tree, int, int | None]
 _Keys: TypeAlias = tuple[list[_Path], NDArray[np.uint32]] | None
 _Vectors: TypeAlias = tuple[_Vector, _Vector, _Vector, tuple[_Vector, _Vector, _Vector] | None]
 _Scalars: TypeAlias = tuple[float, float, float, float, float, float]
@@ -73,29 +68,12 @@ class State:
     def parts(self) -> tuple[_Parts, int | None]: ...
     def tree(self) -> tuple[_Tree, int | None]: ...
     def load(self, root: _Parts, keys: list[tuple[_Path, _Parts]], step: int | None, max_keys: int) -> None: ...
-    def share(self) -> tuple[_Tree, _Share, int]: ...
-    def exchange(self, options: Options, shares: list[_Share], changes: int) -> None: ...
-    def together(
-        self,
-        options: Options,
-        shares: list[_Share],
-        changes: int,
-        statistics: tuple[list[float], list[float], list[float]],
-        extremes: tuple[float, float],
-        update: bool,
-        step: int | None,
-        keys: _Keys,
-    ) -> tuple[_Vector, _Vector, _Vectors, _Scalars]: ...
     def shrunken(self, options: Options, path: _Path) -> tuple[float, float, float]: ...
     def sigma2(self, kind: str, ddof: int) -> float: ...
     def tau2(self, kind: str, ddof: int) -> float: ...
 
 def equal_advantages(rewards: object, /) -> NDArray[Any] | None: ...
 def baseline_advantages(method: str, eps: float, rewards: _Rewards, groups: _Groups, mask: _Mask) -> NDArray[Any]: ...
-def group_statistics(rewards: _Rewards, groups: _Groups, mask: _Mask) -> tuple[_Vector, _Vector, _Vector]: ...
-def apply_affine(
-    rewards: _Rewards, groups: _Groups, mask: _Mask, offset: list[float], scale: list[float]
-) -> NDArray[Any]: ...
 def codes_of_ints(ids: NDArray[np.int64], /) -> tuple[NDArray[np.uint32], int]: ...
 def codes_of_bytes(ids: NDArray[np.uint8], /) -> tuple[NDArray[np.uint32], int]: ...
 def codes_of_objects(ids: Sequence[object], /) -> tuple[NDArray[np.uint32], int]: ...

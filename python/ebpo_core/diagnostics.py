@@ -1,7 +1,8 @@
-"""What the last call of an estimator computed, for logs and plots."""
+"""Shrinkage, baselines and the prior of an estimator's last call, for logs and plots."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,7 +17,7 @@ Blended: TypeAlias = tuple[Vector, Vector, Vector]
 
 @dataclass(frozen=True, eq=False)
 class Diagnostics:
-    """What the last call of an estimator computed, M groups in order of their rows or of first appearance.
+    """Results of an estimator's last call beside the advantages, for M groups in order of first appearance.
 
     After a call with ``process_group`` the vectors are of this rank's groups and the numbers of the whole batch.
     """
@@ -42,7 +43,7 @@ class Diagnostics:
     keys: tuple[Key, ...] | None = None
     """Key of each group, ``()`` for the root; None if the call had no keys."""
     blended: Blended | None = None
-    """With keys, what :attr:`prior_mean`, :attr:`prior_sigma2` and :attr:`prior_tau2` give."""
+    """With keys, the three vectors that :attr:`prior_mean`, :attr:`prior_sigma2` and :attr:`prior_tau2` give."""
 
     @property
     def saturated(self) -> float:
@@ -63,6 +64,26 @@ class Diagnostics:
     def prior_tau2(self) -> Vector:
         """Variance of group means of the prior of each group, shape (M,)."""
         return self._of_group(2, self.tau2)
+
+    def metrics(self, prefix: str = "ebpo/") -> dict[str, float]:
+        """The numbers to log of a batch. One that is undefined (NaN: an empty prior) is left out.
+
+        Names, each after ``prefix``: ``shrinkage`` (mean S over groups), ``prior_mean``, ``sigma2``, ``tau2`` (of the
+        prior the batch was scored with), ``saturated_fail``, ``saturated_pass`` (shares of groups), ``outlier`` (the
+        largest distance of a reward from the prior before this batch, in its standard deviations: one bad value poisons
+        a running variance).
+        """
+        shrinkage = self.shrinkage[~np.isnan(self.shrinkage)]
+        values = {
+            "shrinkage": float(shrinkage.mean()) if shrinkage.size else math.nan,
+            "prior_mean": self.mu_glob,
+            "sigma2": self.sigma2,
+            "tau2": self.tau2,
+            "saturated_fail": self.saturated_fail,
+            "saturated_pass": self.saturated_pass,
+            "outlier": self.outlier,
+        }
+        return {prefix + name: float(value) for name, value in values.items() if not math.isnan(value)}
 
     def _of_group(self, field: int, of_root: float) -> Vector:
         if self.blended is None or np.isnan(of_root):  # no key knows anything while the root does not

@@ -17,6 +17,7 @@ has seen no group, so that it starts as its parent)::
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
@@ -25,7 +26,7 @@ import numpy as np
 from ebpo_core import _core
 from ebpo_core.arguments import count, flag, real, step_id, text, zero_or_one
 from ebpo_core.diagnostics import Diagnostics
-from ebpo_core.inputs import Batch, read_batch, read_group
+from ebpo_core.inputs import read_batch, read_group, round_to
 from ebpo_core.keys import Key, Keys, key_of, path_of, read_keys
 from ebpo_core.prior import Prior
 from ebpo_core.state import check_options, read_state, write_state
@@ -50,7 +51,7 @@ class Options(TypedDict):
 
 
 class ShrunkenPrior(NamedTuple):
-    """What a group is shrunk with: ``theta~`` of its key. All 0 while nothing has been seen."""
+    """The numbers that a group is shrunk with: ``theta~`` of its key. All 0 while nothing has been seen."""
 
     mean: float
     sigma2: float
@@ -149,8 +150,8 @@ class EBPO:
                 blend of them (see the module). Without ``keys`` there is only the root's.
             process_group: A torch.distributed process group. This batch is then one rank's shard, and every rank must
                 make the call: the shards are scored and taken in as one process would that sees all of them, in the
-                order of the ranks. A group must be whole on one rank; its id need not differ from other ranks'. What
-                is new since the last :meth:`sync` is exchanged at the same time.
+                order of the ranks. A group must be whole on one rank; its id need not differ from other ranks'. The
+                ranks' options and priors must be equal, and after the call their priors are, to the bit.
 
         Returns:
             Advantages in the container, shape, device and float dtype of ``rewards``.
@@ -164,7 +165,7 @@ class EBPO:
             together: Rewards = self._together(rewards, groups, mask, update, step, keys, process_group)
             return together
         batch = read_batch(rewards, groups, mask)
-        read = None if keys is None else read_keys(keys, batch.groups, batch.rewards.size)
+        read = read_keys(keys, batch.groups, batch.rewards.size)
         flat, vectors, scalars = self._state.advance(
             self._checked, batch.rewards, batch.groups, batch.mask, flag("update", update), step_id(step), read, False
         )
@@ -203,55 +204,47 @@ class EBPO:
         result: Rewards = batch.restore(flat)
         return result
 
-    def sync(self, process_group: Any = None) -> None:
-        """Bring the priors of several ranks together, each of which has seen its own shard of every batch.
-
-        Every rank must make the call. It exchanges what each rank has seen since the last exchange, and that alone;
-        afterwards every rank's priors are, to the bit, the same, and equal (up to rounding) those of one process that
-        has seen every shard. Between two calls a rank scores with what it knows: the common priors and its own shards.
-        To score with all shards, call the estimator with ``process_group`` instead.
-
-        With ``decay`` below 1 an update is one step of time on every rank, also where its shard has no valid row, so
-        the ranks must have made equally many. (One process does not count a batch in which no shard has a valid row.)
-        What a loaded, copied or unpickled estimator holds, and what :meth:`merge` adds, counts as known to every rank:
-        do it on each of them, and call this before a state is saved for all.
-
-        Args:
-            process_group: A torch.distributed process group; None is the default group.
-
-        Raises:
-            ValueError, on every rank and with the priors untouched: ranks that differ in options, in the priors they
-                started from, or with ``decay`` in their number of updates; more than ``max_keys`` keys in all.
-            RuntimeError: there is no process group, or another thread called the estimator meanwhile.
-        """
-        from ebpo_core.sync import synchronise
-
-        synchronise(self._state, self._checked, dict(self._options), process_group)
-
     def _together(
         self, rewards: Any, groups: Any, mask: Any, update: bool, step: int | None, keys: Any, process_group: Any
     ) -> Any:
-        from ebpo_core.sync import Scoring, score_together
+        """A call with ``process_group``: as one process would that passes the shards of all ranks."""
+        from ebpo_core.shards import Shard, gather
 
-        batch: Batch | Exception
-        read = None
+        # This rank's rows, scored by an empty estimator first: what cannot be scored must be told to the other ranks.
+        shard: Shard | Exception
         try:
             update, step = flag("update", update), step_id(step)
             batch = read_batch(rewards, groups, mask)
-            read = read_keys(keys, batch.groups, batch.rewards.size)
+            own = read_keys(keys, batch.groups, batch.rewards.size)
+            shard = Shard(batch.rewards, batch.groups, batch.mask, own)
+            _core.State().advance(self._checked, *shard[:3], False, None, own, False)
         except (TypeError, ValueError) as error:
-            batch = error
-        scoring = Scoring(self._checked, dict(self._options), update, step)
+            shard = error
+        common = {
+            "arguments update= and step=": ((update, step), "pass the same ones on every rank"),
+            "options": (dict(self._options), "build the estimator alike on every rank"),
+            "priors": (
+                hashlib.sha256(repr(self._state.tree()).encode()).hexdigest(),  # repr writes every bit of a float
+                "load one state on every rank, and pass process_group= in every call that updates",
+            ),
+        }
         try:
-            flat, vectors, scalars = score_together(self._state, scoring, batch, read, process_group)
-            self._last = vectors, scalars, read
-            return batch.restore(flat)  # type: ignore[union-attr]  # an error was raised again in between
+            whole, rows, mine = gather(shard, common, process_group)
         finally:
-            del batch  # an error must not hold this frame, which holds the process group, while the frame holds it
+            del shard  # an error must not hold this frame, which holds the process group, while the frame holds it
+
+        # The batch of all ranks, and this rank's slice of what came out.
+        flat, vectors, scalars = self._state.advance(
+            self._checked, whole.rewards, whole.groups, whole.mask, update, step, whole.keys, False
+        )
+        shrinkage, baseline, counts, blended = vectors
+        of_mine = None if blended is None else (blended[0][mine], blended[1][mine], blended[2][mine])
+        self._last = (shrinkage[mine], baseline[mine], counts[mine], of_mine), scalars, own
+        return batch.restore(round_to(flat[rows], batch.rewards.dtype))  # float64 where another rank's rewards are
 
     @property
     def diagnostics(self) -> Diagnostics | None:
-        """What the last call computed; None before the first."""
+        """Shrinkage, baselines and the prior of the last call; None before the first."""
         last = self._last
         if last is None:
             return None

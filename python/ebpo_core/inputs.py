@@ -22,7 +22,7 @@ Groups: TypeAlias = "int | tuple[NDArray[np.uint32], int]"
 
 
 class Batch(NamedTuple):
-    """What the core reads, and how to give its flat result the caller's container, shape, device and dtype."""
+    """A call's arrays as the core reads them, and how to give its flat result the caller's container and dtype."""
 
     rewards: NDArray[Any]
     groups: Groups
@@ -68,7 +68,7 @@ def _flat(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
-    """Whether ``value`` is a torch tensor, without importing torch."""
+    """True for a torch tensor; torch is not imported for it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -101,7 +101,7 @@ def _read_rewards(rewards: Any) -> tuple[NDArray[Any], Callable[[NDArray[Any]], 
         shaped = flat.reshape(array.shape)
         if as_list:
             return shaped.tolist()
-        return shaped if shaped.dtype == dtype and dtype.isnative else _round_to(shaped, dtype)
+        return shaped if shaped.dtype == dtype and dtype.isnative else round_to(shaped, dtype)
 
     return _finite_cast(array, work), restore
 
@@ -113,8 +113,9 @@ def _finite_cast(array: NDArray[Any], work: type[np.floating[Any]]) -> NDArray[A
         return array.astype(work)
 
 
-def _round_to(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if dtype.itemsize < 4:  # only float16 is narrower than what the core writes; a value beyond its range saturates
+def round_to(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A copy in another float dtype; a value beyond the range of a narrower one saturates."""
+    if dtype.itemsize < values.dtype.itemsize:
         bound = float(np.finfo(dtype).max)
         values = np.clip(values, -bound, bound)
     return values.astype(dtype)

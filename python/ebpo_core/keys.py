@@ -1,4 +1,4 @@
-"""Keys of groups: topics, levels, environments. What a caller passes, what the core reads, what JSON holds.
+"""Keys of groups (topics, levels, environments): as a caller passes them, as the core reads them, and out of columns.
 
 A key is a string or an integer, or a tuple of them, whose prefixes are its parents: ``("algebra", 3)`` is under
 ``"algebra"``, which is under the root ``()``. None stands for the root. A key of one part and its tuple are one key,
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -120,3 +120,51 @@ def _of_group(codes: NDArray[np.uint32], keys: list[Any], groups: NDArray[np.uin
             "give every completion of a prompt the key of the prompt"
         )
     return of_group
+
+
+def read_columns(value: Any, name: str) -> tuple[str, ...]:
+    """Names of the columns that make up a key, from general to special: one name or a list of them; ``()`` for None.
+
+    Raises:
+        TypeError: anything else; names the argument.
+    """
+    columns = [] if value is None else [value] if isinstance(value, str) else value
+    if (
+        not isinstance(columns, Sequence)
+        or isinstance(columns, bytes)
+        or not all(isinstance(column, str) and column for column in columns)
+    ):
+        raise TypeError(
+            f"{name}={value!r}: expected the name of a column of the data set, or a list of names, from general to "
+            "special"
+        )
+    return tuple(columns)
+
+
+def key_of_row(columns: Sequence[str], row: Mapping[str, Any], name: str) -> Any:
+    """The key that the values of ``columns`` make up, from general to special, up to the first None.
+
+    Args:
+        columns: Names of columns. A dot reaches into a column of mappings (``extra_info.level``), unless a column has
+            that very name. A single column may hold lists, each of which is a path.
+        row: Columns to values.
+        name: The option that named the columns, for the errors.
+
+    Raises:
+        ValueError: the row lacks a column.
+    """
+    values = [_reach(row, column, name) for column in columns]
+    if len(values) == 1 and not isinstance(values[0], (list, tuple)):
+        return values[0]
+    parts = list(values[0]) if len(values) == 1 else values
+    end = next((depth for depth, part in enumerate(parts) if part is None), len(parts))
+    return tuple(parts[:end])
+
+
+def _reach(row: Any, column: str, name: str) -> Any:
+    for part in [column] if column in row else column.split("."):
+        if not isinstance(row, Mapping) or part not in row:
+            has = f", only {sorted(map(str, row))}" if isinstance(row, Mapping) else f" in {row!r}"
+            raise ValueError(f"{name} names {column!r}, and a row has no {part!r}{has}")
+        row = row[part]
+    return row.item() if isinstance(row, np.generic) else row

@@ -134,8 +134,8 @@ def parts_of(state: Mapping[str, Any], where: str = "") -> Parts:
     return cast("Parts", tuple(parts))
 
 
-def check_version(state: Mapping[str, Any], what: str, newest: int) -> int:
-    """Refuse what is no state, and states written by a newer release."""
+def check_version(state: Mapping[str, Any], what: str, newest: int) -> None:
+    """Refuse anything but a state of this kind, and states written by a newer release."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state is of type {type(state).__name__}: expected the dict that state_dict() returned")
     version = state.get("version")
@@ -143,7 +143,6 @@ def check_version(state: Mapping[str, Any], what: str, newest: int) -> int:
         raise ValueError(f"state has version={version!r}, so it is not {what}: pass what state_dict() returned")
     if version > newest:
         raise ValueError(f"state has version={version}, this release reads up to {newest}: upgrade ebpo-core")
-    return version
 
 
 def _number(state: Mapping[str, Any], where: str, *path: str) -> float:

@@ -2,11 +2,9 @@
 
 ::
 
-    {"version": 2, "options": {...}, "step": 40,
+    {"version": 1, "options": {...}, "step": 40,
      "prior": {"rewards": {count, mean, m2}, "group_means": {...}, "ssw": ..., "dof": ..., "inv_n": ...},
      "keys": [{"key": ["algebra"], ...the same nine numbers}, {"key": ["algebra", 3], ...}]}
-
-Version 1, of the first release, has no ``keys`` and no options ``kappa`` and ``max_keys``.
 """
 
 from __future__ import annotations
@@ -21,14 +19,12 @@ from ebpo_core.prior import check_version, parts_of, statistics_of
 if TYPE_CHECKING:
     from ebpo_core import _core
 
-VERSION = 2
-"""Version of the state written here; older ones are read, newer ones refused."""
-
-_SINCE_2 = ("kappa", "max_keys")
+VERSION = 1
+"""Version of the state written here; newer ones are refused."""
 
 
 def write_state(options: Mapping[str, Any], state: _core.State) -> dict[str, Any]:
-    """Everything that :func:`read_state` needs, exact to the bit."""
+    """The state of an estimator, exact to the bit."""
     (root, keys), step = state.tree()  # at once: a step newer than its prior would lose a batch on resume
     return {
         "version": VERSION,
@@ -41,15 +37,13 @@ def write_state(options: Mapping[str, Any], state: _core.State) -> dict[str, Any
 
 def read_state(options: Mapping[str, Any], target: _core.State, state: Mapping[str, Any]) -> None:
     """Check ``state`` and put it into ``target``, which stays as it was where the check fails."""
-    version = check_version(state, "an EBPO state", VERSION)
-    stored, prior, keys = state.get("options"), state.get("prior"), state.get("keys", [] if version == 1 else None)
+    check_version(state, "an EBPO state", VERSION)
+    stored, prior, keys = state.get("options"), state.get("prior"), state.get("keys")
     if not isinstance(stored, Mapping) or not isinstance(prior, Mapping):
         raise ValueError("state has no fields 'options' and 'prior': pass what EBPO.state_dict() returned")
     if not isinstance(keys, list):
         raise ValueError(f"state field 'keys' is {keys!r}: expected a list; pass what EBPO.state_dict() returned")
-    check_options(
-        options, {name: options[name] for name in _SINCE_2} | dict(stored) if version == 1 else stored, "state"
-    )
+    check_options(options, stored, "state")
     listed = [(_path(entry, index), parts_of(entry, f"keys[{index}].")) for index, entry in enumerate(keys)]
     target.load(parts_of(prior, "prior."), listed, step_id(state.get("step")), options["max_keys"])
 

@@ -110,6 +110,14 @@ def test_prior_show_json_equals_the_prior(checkpoint: Path, capsys: pytest.Captu
     assert summary["shrinkage"]["4"] == pytest.approx((sigma2 / 4) / (sigma2 / 4 + tau2))
 
 
+def test_prior_show_takes_the_newest_checkpoint_of_a_run(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 7}')
+    write_prior(checkpoint.with_name("checkpoint-9"), ebpo_core.EBPO().state_dict(), global_step=9)  # cut short
+    assert main(["prior", "show", str(checkpoint.parent), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["global_step"], shown["file"]) == (7, str(checkpoint / PRIOR_NAME))
+
+
 def test_prior_show_table(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
     assert main(["prior", "show", str(checkpoint)]) == 0

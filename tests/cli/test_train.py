@@ -16,11 +16,12 @@ from rich.console import Console
 from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
+from ebpo_core.checkpoint import resolve_resume
 from ebpo_core.cli import main
 from ebpo_core.cli.arguments import parse
 from ebpo_core.cli.plot import read_log
 from ebpo_core.cli.report import JsonlCallback
-from ebpo_core.cli.train import build_trainer, resolve_resume
+from ebpo_core.cli.train import build_trainer
 from ebpo_core.models import load_model
 from ebpo_core.progress import bar
 from ebpo_core.tasks.loading import load_task

@@ -280,7 +280,7 @@ def test_methods_refuse_what_they_do_not_take() -> None:
 
 def test_narrow_dtypes_saturate_instead_of_overflowing() -> None:
     top16, top32 = float(np.finfo("f2").max), float(np.finfo("f4").max)
-    for top, dtype in ((top16, "f2"), (top32, "f4")):
+    for top, dtype in ((top16, "f2"), (top32, "f4"), (top32, ">f4")):
         r = np.array([[top, top, top, -top]], dtype=dtype)
         for got in (
             ebpo_core.advantages(r, normalize="none"),

@@ -275,24 +275,6 @@ def test_round_trips_are_exact() -> None:
     assert ebpo == ebpo_core.EBPO(decay=0.9)
 
 
-def test_the_state_of_the_first_release_is_read() -> None:
-    state = ebpo_core.EBPO().state_dict() | {"version": 1}
-    ebpo = ebpo_core.EBPO()
-    ebpo(R)
-    state["prior"] = ebpo.state_dict()["prior"]
-    del state["keys"]
-    state["options"] = {k: v for k, v in state["options"].items() if k not in ("kappa", "max_keys")}
-    for chosen in ({}, {"kappa": 2.0, "max_keys": 5}):
-        old = ebpo_core.EBPO(**chosen)  # type: ignore[arg-type]
-        old.load_state_dict(state)
-        assert old.prior == ebpo.prior
-    unpickled = ebpo_core.EBPO.__new__(ebpo_core.EBPO)
-    unpickled.__setstate__(state)
-    assert unpickled == ebpo
-    with pytest.raises(ValueError, match="normalize"):
-        ebpo_core.EBPO(normalize="none").load_state_dict(state)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

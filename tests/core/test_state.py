@@ -80,7 +80,7 @@ def corrupt(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("version", 3, "version=3.*upgrade"),
+        ("version", 2, "version=2.*upgrade"),
         ("version", "1", "version='1'"),
         ("version", None, "version=None"),
         ("prior.rewards.count", -1.0, "count=-1"),
@@ -352,6 +352,19 @@ def run(script: str, *args: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_nothing_is_left_to_be_made_at_the_first_call() -> None:
+    """A child forked while another thread makes it would wait for ever; so it is made when the package is imported."""
+    script = """
+import sys, numpy as np, ebpo_core
+multiarray = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
+assert hasattr(multiarray, "_RUST_NUMPY_BORROW_CHECKING_API")
+del multiarray._ARRAY_API, np.empty  # what the first call would look up
+ebpo_core.EBPO()([[1.0, 0.0]])
+print(ebpo_core.advantages(np.zeros((1 << 15, 2), dtype=np.float32)).shape)
+"""
+    assert run(script).strip() == "(32768, 2)"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")

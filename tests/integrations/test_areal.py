@@ -132,6 +132,6 @@ def test_checkpoints_with_the_optimizer_hold_the_prior(tmp_path: Path, monkeypat
     second.load(weights)
     second.load(recover)
     assert second.actor.reward_norm.ebpo == first.actor.reward_norm.ebpo
-    (tmp_path / "recover" / "ebpo_state.json").unlink()
+    (tmp_path / "recover" / "ebpo_prior.json").unlink()
     with pytest.raises(FileNotFoundError, match="allow_missing_prior"):
         second.load(recover)

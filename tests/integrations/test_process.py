@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from ebpo_core import EBPO
-from ebpo_core.integrations import process, sidecar
+from ebpo_core.checkpoint import PRIOR_NAME, write_prior
+from ebpo_core.cli.prior import summarize
+from ebpo_core.integrations import process
 
 REWARDS = np.array([[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
 
@@ -43,10 +44,10 @@ def test_options_of_the_framework_win_over_the_environment(monkeypatch: pytest.M
     assert process.ProcessEstimator().get({}, "x").options["normalize"] == "batch"
 
 
-def test_defaults_give_way_to_options() -> None:
-    soft = {"normalize": "none"}
-    assert process.ProcessEstimator().get({}, "x", defaults=soft).options["normalize"] == "none"
-    assert process.ProcessEstimator().get({"normalize": "batch"}, "x", defaults=soft).options["normalize"] == "batch"
+def test_a_framework_that_does_not_scale_gives_way_to_options() -> None:
+    assert process.ProcessEstimator().get({}, "x", scaled=False).options["normalize"] == "none"
+    assert process.ProcessEstimator().get({"normalize": "batch"}, "x", scaled=False).options["normalize"] == "batch"
+    assert process.ProcessEstimator().get({}, "x").options["normalize"] == "batch"
 
 
 def test_a_misspelt_option_names_the_nearest() -> None:
@@ -55,16 +56,21 @@ def test_a_misspelt_option_names_the_nearest() -> None:
 
 
 def test_a_process_has_one_estimator_and_one_setting() -> None:
-    held = process.ProcessEstimator("keys")
+    held = process.ProcessEstimator(keyed=True)
     first = held.get({"eps": 1e-4, "keys": "topic"}, "x")
     assert held.get({"eps": 1e-4, "keys": "topic"}, "x") is first
-    assert held.option("keys") == "topic"
+    assert held.columns == ("topic",)
     for other in ({"eps": 1e-5, "keys": "topic"}, {"eps": 1e-4}):
         with pytest.raises(ValueError, match="one setting a process"):
             held.get(other, "x")
     held.reset()
     assert held.get({}, "x") is not first
-    assert held.option("keys", "none") == "none"
+    assert held.columns == ()
+    with pytest.raises(ValueError, match="unknown option 'keys'"):
+        process.ProcessEstimator().get({"keys": "topic"}, "x")
+    for keys in (3, {"topic": 1}, ["topic", ""], b"topic"):
+        with pytest.raises(TypeError, match=r"x\.keys=.*name of a column"):
+            process.ProcessEstimator(keyed=True).get({"keys": keys}, "x")
 
 
 def test_threads_get_the_same_estimator() -> None:
@@ -88,23 +94,63 @@ def test_allow_missing_prior_must_be_a_bool() -> None:
         process.ProcessEstimator().get({"allow_missing_prior": "yes"}, "x")
 
 
-def test_restore_reads_what_the_sidecar_wrote(tmp_path: Path) -> None:
-    written, read = EBPO(), EBPO()
-    written(REWARDS)
-    sidecar.save(tmp_path, written)
-    process.restore(tmp_path, read, allow_missing=False)
+@pytest.mark.parametrize("name", ["", "folder", "here.json"])
+def test_the_prior_survives_its_file_to_the_bit(tmp_path: Path, name: str) -> None:
+    written, held = EBPO(decay=0.9), process.ProcessEstimator()
+    written(REWARDS / 3)
+    file = write_prior(tmp_path / name, written.state_dict(), global_step=7)
+    assert file == (tmp_path / name if name.endswith(".json") else tmp_path / name / PRIOR_NAME)
+    read = held.get({"decay": 0.9}, "x")
+    held.restore(tmp_path / name)
     assert read == written
+    assert json.loads(file.read_text())["global_step"] == 7
+    assert summarize(str(file))["rewards_seen"] == read.prior.count
 
 
 @pytest.mark.parametrize("allow", [False, True])
 def test_a_missing_prior_is_an_error_unless_allowed(tmp_path: Path, allow: bool) -> None:
-    ebpo: Any = EBPO()
+    held = process.ProcessEstimator()
+    ebpo = held.get({"allow_missing_prior": allow}, "x")
     ebpo(REWARDS)
     seen = ebpo.state_dict()
     if allow:
-        process.restore(tmp_path, ebpo, allow_missing=True)
+        held.restore(tmp_path)
         assert ebpo.state_dict() == EBPO().state_dict()
         return
-    with pytest.raises(FileNotFoundError, match="allow_missing_prior"):
-        process.restore(tmp_path, ebpo, allow_missing=False)
+    with pytest.raises(FileNotFoundError, match=r"ebpo_prior\.json.*resume from another one.*allow_missing_prior"):
+        held.restore(tmp_path)
     assert ebpo.state_dict() == seen
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": "other"}'])
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_damaged_prior_raises_and_leaves_the_estimator(tmp_path: Path, damage: str, allow: bool) -> None:
+    held = process.ProcessEstimator()
+    ebpo = held.get({"allow_missing_prior": allow}, "x")
+    ebpo(REWARDS)
+    before = ebpo.state_dict()
+    (tmp_path / PRIOR_NAME).write_text(damage)
+    with pytest.raises(ValueError, match=r"cannot resume from.*ebpo_prior\.json"):
+        held.restore(tmp_path)
+    assert ebpo.state_dict() == before
+
+
+def test_a_prior_of_other_options_is_refused(tmp_path: Path) -> None:
+    write_prior(tmp_path, EBPO(normalize="scale").state_dict())
+    held = process.ProcessEstimator()
+    held.get({}, "x")
+    with pytest.raises(ValueError, match=r"cannot resume from.*normalize"):
+        held.restore(tmp_path)
+
+
+def test_priors_of_single_reward_functions_are_refused(tmp_path: Path) -> None:
+    write_prior(tmp_path, [{"reward": "accuracy", "ebpo": EBPO().state_dict()}])
+    held = process.ProcessEstimator()
+    held.get({}, "x")
+    with pytest.raises(ValueError, match=r"cannot resume from.*one prior per reward function"):
+        held.restore(tmp_path)
+
+
+def test_restoring_before_the_options_are_known_is_a_bug_of_the_adapter(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"restore\(\) before get\(\)"):
+        process.ProcessEstimator().restore(tmp_path)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ebpo_core import reference
-from ebpo_core.integrations import saturation, slime
+from ebpo_core.integrations import checks, slime
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Sample:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EBPO_OPTIONS", raising=False)
-    monkeypatch.setattr(saturation, "_warned", set())
+    monkeypatch.setattr(checks, "_warned", set())
     slime.estimator.reset()
 
 

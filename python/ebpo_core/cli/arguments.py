@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 Method = Literal["ebpo", "grpo"]
-AUTO = "auto"
 
 
 @dataclass

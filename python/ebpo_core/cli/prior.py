@@ -1,4 +1,4 @@
-"""``ebpo prior show PATH``: what the estimator remembers, from a checkpoint directory or the prior's own file."""
+"""``ebpo prior show PATH``: the memory of the estimator in a checkpoint of any framework, or in a run's newest one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import ebpo_core
-from ebpo_core.checkpoint import read_prior
+from ebpo_core.checkpoint import find_prior, read_prior
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,16 +18,19 @@ if TYPE_CHECKING:
 def summarize(path: str) -> dict[str, Any]:
     """The prior at ``path`` as plain numbers: mean, sigma2 and tau2 as its options compute them, counts, options, keys.
 
-    ``shrinkage`` maps a group size to S = (sigma2 / G) / (sigma2 / G + tau2), paper section 3.2. Each entry of ``keys``
-    has the key's own numbers, those it is blended to, and the weight of its parent in them. What an empty prior cannot
-    say is None. With one prior per reward function there is a list of such summaries under ``per_reward``.
+    ``file`` is where it was found (see :func:`ebpo_core.checkpoint.find_prior`). ``shrinkage`` maps a
+    group size to S = (sigma2 / G) / (sigma2 / G + tau2), paper section 3.2. Each entry of ``keys`` has the key's own
+    numbers, those it is blended to, and the weight of its parent in them. What an empty prior cannot say is None.
+    With one prior per reward function there is a list of such summaries under ``per_reward``.
     """
-    content = read_prior(path)
-    about = {"path": str(path), "global_step": content.get("global_step")}
+    file = find_prior(path)
+    content = read_prior(file)
+    about = {"path": str(path), "file": str(file), "global_step": content.get("global_step")}
     if "ebpo_per_reward" in content:
         entries = content["ebpo_per_reward"]
-        return about | {"per_reward": [{"reward": one.get("reward")} | _summary(path, one["ebpo"]) for one in entries]}
-    return about | _summary(path, content["ebpo"])
+        each = [{"reward": one.get("reward")} | _summary(str(file), one["ebpo"]) for one in entries]
+        return about | {"per_reward": each}
+    return about | _summary(str(file), content["ebpo"])
 
 
 def _summary(path: str, state: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="ebpo prior", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print a checkpoint's prior, and that of each key")
-    show.add_argument("path", help="a checkpoint directory of an EBPO run, or its ebpo_prior.json")
+    show.add_argument("path", help="a checkpoint folder of an EBPO run, a folder of several, or an ebpo_prior.json")
     show.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = parser.parse_args(argv)
     summary = summarize(arguments.path)
@@ -88,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     for one in summary.get("per_reward", [summary]):
         of_reward = f", reward function {one['reward']}" if "reward" in one else ""
-        console.print(Text(f"EBPO prior, {summary['path']}{of_reward}", style="bold"))
+        console.print(Text(f"EBPO prior, {summary['file']}{of_reward}", style="bold"))
         _show_root(console, summary["global_step"], one)
         if one["keys"]:
             _show_keys(console, one)

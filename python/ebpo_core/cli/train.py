@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from ebpo_core.cli.arguments import AUTO, TrainArguments, parse
+from ebpo_core.checkpoint import resolve_resume
+from ebpo_core.cli.arguments import TrainArguments, parse
 from ebpo_core.cli.report import ProgressCallback, print_pass_at_1, train_shown
 from ebpo_core.models import load_model
 from ebpo_core.progress import bar
 from ebpo_core.tasks.evaluation import Evaluation, evaluate
 from ebpo_core.tasks.loading import Task, load_task
-from ebpo_core.trainer import last_complete_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,17 +85,6 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
     )
-
-
-def resolve_resume(resume: str | None, output_dir: str) -> str | None:
-    """The checkpoint to resume from; "auto" is the last complete one in ``output_dir``, or a fresh start."""
-    if resume is None or resume.lower() in ("false", "no", "none"):
-        return None
-    if resume.lower() in (AUTO, "true", "yes"):
-        return last_complete_checkpoint(output_dir)
-    if not Path(resume).is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint={resume!r}: no such directory; give one, or auto")
-    return resume
 
 
 def run(arguments: TrainArguments, config: Any, model_config: Any, console: Console) -> Run:

@@ -17,15 +17,15 @@ so that advantages and prior are those of the whole batch, and the same on all. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from ebpo_core.checkpoint import write_prior
 from ebpo_core.estimator import EBPO
-from ebpo_core.integrations import process, sidecar
+from ebpo_core.integrations import process
 
 
 class EBPONorm:
@@ -125,15 +125,15 @@ class PriorCheckpoints:
         install(self.actor, self.prior.get())  # type: ignore[attr-defined]
 
     def save(self, meta: Any) -> Any:
-        """AReaL's own, and ``ebpo_state.json`` in the same folder where the optimizer is saved too."""
+        """AReaL's own, and ``ebpo_prior.json`` in the same folder where the optimizer is saved too."""
         result = super().save(meta)  # type: ignore[misc]
         if meta.with_optim and (not dist.is_initialized() or dist.get_rank() == 0):
-            sidecar.save(Path(meta.path), self.prior.get())
+            write_prior(meta.path, self.prior.get().state_dict())
         return result
 
     def load(self, meta: Any) -> Any:
         """AReaL's own, and the prior, on every worker, where the optimizer is loaded too (a resumed run)."""
         result = super().load(meta)  # type: ignore[misc]
         if meta.with_optim:
-            process.restore(Path(meta.path), self.prior.get(), self.prior.option("allow_missing_prior", False))
+            self.prior.restore(meta.path)
         return result

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from rllm.trainer.algorithms.advantage import register_rllm_adv_estimator
 from rllm.trainer.algorithms.config import rLLMAdvantageEstimator
 
+from ebpo_core.checkpoint import write_prior
 from ebpo_core.estimator import EBPO
-from ebpo_core.integrations import process, sidecar
+from ebpo_core.integrations import checks, process
 
 NAME = "ebpo"
 
@@ -34,7 +35,7 @@ estimator = process.ProcessEstimator()
 def compute_ebpo_advantages(
     rewards: Sequence[Array], algorithm_config: Any = None, **kwargs: Any
 ) -> tuple[list[Array], list[Array]]:
-    """What rLLM calls with the groups of one role: they enter the prior, then are scored.
+    """The estimator as rLLM calls it with the groups of one role: they enter the prior, then are scored.
 
     Args:
         rewards: One ``(n_m,)`` array a group, of any sizes.
@@ -52,8 +53,7 @@ def compute_ebpo_advantages(
         return [], []
     ebpo = running(algorithm_config)
     flat = np.concatenate([np.asarray(group, dtype=np.float64) for group in rewards])
-    if not np.isfinite(flat).all():
-        raise ValueError(f"a trajectory's reward is {flat[~np.isfinite(flat)][0]}: return finite rewards")
+    checks.check_finite(flat)
     roles = {str(group.group_role) for group in kwargs.get("traj_groups") or ()}
     key = roles.pop() if len(roles) == 1 else None
     if len(rewards) == 1:
@@ -68,19 +68,18 @@ def compute_ebpo_advantages(
 
 def running(algorithm_config: Any = None) -> EBPO:
     """The estimator of this process, with the options in ``EBPO_OPTIONS``."""
-    scaled = getattr(algorithm_config, "norm_adv_by_std_in_grpo", True)
-    return estimator.get(defaults={} if scaled else {"normalize": "none"})
+    return estimator.get(scaled=getattr(algorithm_config, "norm_adv_by_std_in_grpo", True))
 
 
 def save(path: Path | str, algorithm_config: Any = None) -> None:
-    """Write the prior as ``ebpo_state.json`` in the folder ``path`` (a checkpoint of rLLM's back end, say)."""
-    sidecar.save(path, running(algorithm_config))
+    """Write the prior as ``ebpo_prior.json`` in the folder ``path`` (a checkpoint of rLLM's back end, say)."""
+    write_prior(path, running(algorithm_config).state_dict())
 
 
 def load(path: Path | str, algorithm_config: Any = None) -> None:
     """Restore what :func:`save` wrote, before training goes on. A missing file raises FileNotFoundError."""
-    ebpo = running(algorithm_config)
-    process.restore(path, ebpo, estimator.option("allow_missing_prior", False))
+    running(algorithm_config)
+    estimator.restore(path)
 
 
 # `AlgorithmConfig.from_config` turns every name it does not know into OTHER ("other") and looks that up; a name in

@@ -12,12 +12,12 @@ SkyRL computes advantages in one CPU process over the whole batch, and that proc
 registry sends estimators to other processes by cloudpickle, so that state inside a callable would be copied.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: SkyRL builds nested dataclasses from the types of their fields.
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,17 @@ import ray
 import torch
 from skyrl.backends.skyrl_train.utils.io import io
 from skyrl.backends.skyrl_train.utils.ppo_utils import AdvantageEstimatorRegistry
+from skyrl.train.config import AlgorithmConfig, SkyRLTrainConfig, TrainerConfig
 from skyrl.train.entrypoints.main_base import BasePPOExp
 from skyrl.train.trainer import RayPPOTrainer
 from skyrl.train.utils import initialize_ray
 from skyrl.train.utils.utils import validate_cfg
 
+from ebpo_core.checkpoint import PRIOR_NAME, write_prior
 from ebpo_core.estimator import EBPO
-from ebpo_core.integrations import process, saturation, sidecar
-from ebpo_core.integrations.skyrl_config import NAME, EBPOTrainConfig
-from ebpo_core.trainer.metrics import prior_metrics
+from ebpo_core.integrations import checks, process
 
+NAME = "ebpo"
 WHERE = "trainer.algorithm.ebpo"
 
 # `pad_training_input_batch` fills the batch up with copies of its first row, whose uids it replaces by these.
@@ -43,10 +44,33 @@ _PADDING = re.compile(r"pad\d+")
 estimator = process.ProcessEstimator()
 
 
+@dataclass
+class EBPOAlgorithmConfig(AlgorithmConfig):  # type: ignore[misc]
+    """SkyRL's ``trainer.algorithm`` with the estimator's options."""
+
+    advantage_estimator: str = NAME
+    ebpo: dict[str, Any] = field(default_factory=dict)
+    """Options of :class:`ebpo_core.EBPO`, and ``allow_missing_prior``."""
+
+
+@dataclass
+class EBPOTrainerConfig(TrainerConfig):  # type: ignore[misc]
+    """SkyRL's ``trainer`` with :class:`EBPOAlgorithmConfig`."""
+
+    algorithm: EBPOAlgorithmConfig = field(default_factory=EBPOAlgorithmConfig)
+
+
+@dataclass
+class EBPOTrainConfig(SkyRLTrainConfig):  # type: ignore[misc]
+    """SkyRL's whole configuration with :class:`EBPOAlgorithmConfig`."""
+
+    trainer: EBPOTrainerConfig = field(default_factory=EBPOTrainerConfig)
+
+
 def compute_ebpo_advantage(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Sequence[Any], config: Any = None, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What SkyRL calls with a batch: the batch enters the prior, then is scored (paper, Algorithm 1).
+    """The estimator as SkyRL calls it with a batch: the batch enters the prior, then is scored (paper, Algorithm 1).
 
     Args:
         token_level_rewards: ``(B, T)`` float.
@@ -66,9 +90,7 @@ def compute_ebpo_advantage(
     uids = [str(uid) for uid in index]
     real = np.array([_PADDING.fullmatch(uid) is None for uid in uids], dtype=bool)
     rewards = token_level_rewards.detach().sum(-1, dtype=torch.float64).cpu().numpy()
-    if not np.isfinite(rewards[real]).all():
-        row = int(np.flatnonzero(real & ~np.isfinite(rewards))[0])
-        raise ValueError(f"the reward of row {row} (uid {uids[row]!r}) is {rewards[row]}: return finite rewards")
+    checks.check_finite(np.where(real, rewards, 0.0), uids)
     advantages = torch.from_numpy(running(config)(rewards, uids, mask=real))
     advantages = advantages.to(token_level_rewards.device, token_level_rewards.dtype).unsqueeze(-1) * response_mask
     return advantages, advantages
@@ -76,11 +98,7 @@ def compute_ebpo_advantage(
 
 def running(config: Any) -> EBPO:
     """The estimator of this process, with the options in ``config`` (``trainer.algorithm``), else ``EBPO_OPTIONS``."""
-    options = getattr(config, "ebpo", None)
-    defaults = {} if getattr(config, "grpo_norm_by_std", True) else {"normalize": "none"}
-    if isinstance(options, Mapping):
-        return estimator.get(options, WHERE, defaults=defaults)
-    return estimator.get(defaults=defaults)
+    return estimator.get(getattr(config, "ebpo", None), WHERE, scaled=getattr(config, "grpo_norm_by_std", True))
 
 
 def check(config: Any) -> None:
@@ -91,29 +109,31 @@ def check(config: Any) -> None:
             "set it to false"
         )
     if getattr(config, "zero_variance_filter", False):
-        saturation.warn_once("SkyRL", "trainer.algorithm.zero_variance_filter")
+        checks.warn_once("SkyRL", "trainer.algorithm.zero_variance_filter")
     if getattr(getattr(config, "dynamic_sampling", None), "type", None) is not None:
-        saturation.warn_once("SkyRL", "trainer.algorithm.dynamic_sampling.type")
+        checks.warn_once("SkyRL", "trainer.algorithm.dynamic_sampling.type")
 
 
 class PriorCheckpoints:
-    """Put before a SkyRL trainer: its checkpoints hold the prior, ``global_step_N/ebpo_state.json``, and it logs it."""
+    """Put before a SkyRL trainer: its checkpoints hold the prior, ``global_step_N/ebpo_prior.json``, and it logs it."""
 
     def save_checkpoints(self) -> Any:
         """The prior first: SkyRL names a checkpoint its latest when all else is written, and a run may be killed."""
         if self._uses_ebpo():
             folder = f"{self.cfg.trainer.ckpt_path}/global_step_{self.global_step}"  # type: ignore[attr-defined]
             with io.local_work_dir(folder) as local:
-                sidecar.save(Path(local), running(self.cfg.trainer.algorithm))  # type: ignore[attr-defined]
+                state = running(self.cfg.trainer.algorithm).state_dict()  # type: ignore[attr-defined]
+                step = self.global_step  # type: ignore[attr-defined]
+                write_prior(local, state, global_step=step, written_after=["trainer_state.pt"])
         return super().save_checkpoints()  # type: ignore[misc]
 
     def load_checkpoints(self) -> Any:
         """Restore the prior of the checkpoint that SkyRL resumed from, if it did."""
         step, folder = super().load_checkpoints()  # type: ignore[misc]
         if folder is not None and self._uses_ebpo():
-            ebpo = running(self.cfg.trainer.algorithm)  # type: ignore[attr-defined]
-            with io.local_read_files(folder, [sidecar.NAME]) as local:
-                process.restore(Path(local), ebpo, estimator.option("allow_missing_prior", False))
+            running(self.cfg.trainer.algorithm)  # type: ignore[attr-defined]
+            with io.local_read_files(folder, [PRIOR_NAME]) as local:
+                estimator.restore(local)
         return step, folder
 
     def compute_advantages_and_returns(self, data: Any) -> Any:
@@ -122,7 +142,7 @@ class PriorCheckpoints:
         if self._uses_ebpo():
             diagnostics = running(self.cfg.trainer.algorithm).diagnostics  # type: ignore[attr-defined]
             if diagnostics is not None:
-                self.all_metrics.update(prior_metrics(diagnostics))  # type: ignore[attr-defined]
+                self.all_metrics.update(diagnostics.metrics())  # type: ignore[attr-defined]
         return data
 
     def _uses_ebpo(self) -> bool:

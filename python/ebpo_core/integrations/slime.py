@@ -15,14 +15,16 @@ of ``sample.metadata`` whose values choose a prior, outermost first.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ebpo_core.checkpoint import write_prior
 from ebpo_core.estimator import EBPO
-from ebpo_core.integrations import process, saturation, sidecar
+from ebpo_core.integrations import checks, process
+from ebpo_core.keys import key_of_row
 
 if TYPE_CHECKING:
 
@@ -34,11 +36,11 @@ WHERE = "ebpo (--custom-config-path)"
 # With these slime's advantages are the rewards that the post-processing returns.
 _ESTIMATORS = ("grpo", "gspo", "cispo")
 
-estimator = process.ProcessEstimator("keys")
+estimator = process.ProcessEstimator(keyed=True)
 
 
 def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[Any], list[float]]:
-    """What slime calls with a rollout batch: the batch enters the prior, then is scored (paper, Algorithm 1).
+    """The function that slime calls with a rollout batch, which enters the prior, then is scored (Algorithm 1).
 
     Groups are told apart by ``sample.group_index`` and may differ in size. Samples cut from one rollout (equal
     ``rollout_id``, as agents with compaction or sub-agents make) count once for each distinct reward, and share its
@@ -58,7 +60,6 @@ def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[Any], l
     check(args)
     raw = [sample.get_reward_value(args) for sample in samples]
     ebpo = running(args)
-    keys = _columns(estimator.option("keys"))
     groups, counts, twin = [], [], []
     first: dict[tuple[Any, ...], int] = {}
     for row, (sample, reward) in enumerate(zip(samples, raw, strict=True)):
@@ -72,8 +73,9 @@ def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[Any], l
         twin.append(first.setdefault(cut, row))
         counts.append(twin[row] == row)
     rewards = np.array([np.nan if reward is None else reward for reward in raw], dtype=np.float64)
-    keyed = [_key(sample.metadata, keys) for sample in samples] if keys else None
-    advantages = ebpo(rewards, groups, mask=np.array(counts, dtype=bool), keys=keyed)
+    columns = estimator.columns
+    keys = [key_of_row(columns, sample.metadata, f"{WHERE}: keys") for sample in samples] if columns else None
+    advantages = ebpo(rewards, groups, mask=np.array(counts, dtype=bool), keys=keys)
     return raw, [float(advantages[row]) for row in twin]
 
 
@@ -83,11 +85,7 @@ def running(args: Any) -> EBPO:
     As for slime's own estimators, ``--disable-grpo-std-normalization`` means ``normalize="none"``, where that option is
     unset.
     """
-    options = getattr(args, "ebpo", None)
-    defaults = {} if getattr(args, "grpo_std_normalization", True) else {"normalize": "none"}
-    if isinstance(options, Mapping):
-        return estimator.get(options, WHERE, defaults=defaults)
-    return estimator.get(defaults=defaults)
+    return estimator.get(getattr(args, "ebpo", None), WHERE, scaled=getattr(args, "grpo_std_normalization", True))
 
 
 def check(args: Any) -> None:
@@ -100,21 +98,7 @@ def check(args: Any) -> None:
     if getattr(args, "normalize_advantages", False):
         raise ValueError("--normalize-advantages would standardise EBPO's advantages a second time: leave it out")
     if getattr(args, "dynamic_sampling_filter_path", None):
-        saturation.warn_once("slime", "--dynamic-sampling-filter-path")
-
-
-def _columns(keys: Any) -> tuple[str, ...]:
-    columns = () if keys is None else (keys,) if isinstance(keys, str) else tuple(keys)
-    if not all(isinstance(column, str) for column in columns):
-        raise TypeError(f"{WHERE}: keys={keys!r}: expected the name of a field of sample.metadata, or a list of names")
-    return columns
-
-
-def _key(metadata: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[Any, ...]:
-    for column in columns:
-        if column not in metadata:
-            raise ValueError(f"{WHERE}: keys names {column!r}, and a sample's metadata has only {sorted(metadata)}")
-    return tuple(metadata[column] for column in columns)
+        checks.warn_once("slime", "--dynamic-sampling-filter-path")
 
 
 def _data_source() -> type:
@@ -123,7 +107,7 @@ def _data_source() -> type:
     class PriorDataSource(base):  # type: ignore[misc, valid-type]
         """slime's data source with a buffer, which also saves and loads the prior.
 
-        The prior is in ``{args.save}/rollout/ebpo_state_{rollout_id}.json``, beside the state of slime's data source.
+        The prior is in the folder ``{args.save}/rollout/{rollout_id}``, beside the state of slime's data source.
 
         Raises:
             ValueError: ``--disable-rollout-global-dataset``, with which slime never saves its data source.
@@ -140,22 +124,22 @@ def _data_source() -> type:
         def save(self, rollout_id: int) -> None:
             """Called by slime after each checkpoint."""
             super().save(rollout_id)
-            sidecar.save(_path(self.args.save, rollout_id), running(self.args), rollout_id=rollout_id)
+            write_prior(_folder(self.args.save, rollout_id), running(self.args).state_dict(), global_step=rollout_id)
 
         def load(self, rollout_id: int | None = None) -> None:
             """Called by slime at the start, with the last rollout trained (-1 or None for a fresh run)."""
             super().load(rollout_id)
             if self.args.load is None or rollout_id is None or rollout_id < 0:
                 return
-            ebpo = running(self.args)
-            process.restore(_path(self.args.load, rollout_id), ebpo, estimator.option("allow_missing_prior", False))
+            running(self.args)
+            estimator.restore(_folder(self.args.load, rollout_id))
 
     PriorDataSource.__module__, PriorDataSource.__qualname__ = __name__, "PriorDataSource"
     return PriorDataSource
 
 
-def _path(folder: str, rollout_id: int) -> Path:
-    return Path(folder) / "rollout" / f"ebpo_state_{rollout_id}.json"
+def _folder(checkpoints: str, rollout_id: int) -> Path:
+    return Path(checkpoints) / "rollout" / str(rollout_id)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,6 @@ import numpy as np
 
 from ebpo_core import EBPO
 
-from .metrics import prior_metrics
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -57,11 +55,11 @@ class Estimators:
         metrics: dict[str, float] = {}
         for ebpo, name in zip(self.all, self.functions or [""], strict=True):
             if ebpo.diagnostics is not None:
-                metrics |= prior_metrics(ebpo.diagnostics, f"ebpo/{name}/" if name else "ebpo/")
+                metrics |= ebpo.diagnostics.metrics(f"ebpo/{name}/" if name else "ebpo/")
         return metrics
 
     def state(self) -> dict[str, Any] | list[dict[str, Any]]:
-        """What :func:`ebpo_core.trainer.write_prior` takes."""
+        """The states, as :func:`ebpo_core.trainer.write_prior` takes them."""
         if self.functions is None:
             return self.all[0].state_dict()
         pairs = zip(self.functions, self.all, strict=True)

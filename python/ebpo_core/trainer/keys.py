@@ -1,8 +1,8 @@
-"""Keys of prompts from columns of the dataset, the same ones on every rank."""
+"""Checks of the keys that come from columns of the dataset: the columns exist, and rows of a prompt agree."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -13,20 +13,6 @@ def check_columns(columns: Sequence[str], present: Sequence[str] | None) -> None
         raise ValueError(
             f"ebpo_keys={list(columns)!r}: the dataset has no column {missing[0]!r}; it has {sorted(present or [])}"
         )
-
-
-def keys_of_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """One key per row: the value of one column, where a list is a path, or of several, up to the first None."""
-    if rows:
-        check_columns(columns, list(rows[0]))
-    return [_key([row[column] for column in columns]) for row in rows]
-
-
-def _key(values: list[Any]) -> Any:
-    if len(values) == 1 and not isinstance(values[0], (list, tuple)):
-        return values[0]
-    parts = list(values[0]) if len(values) == 1 else values
-    return tuple(parts[: parts.index(None)] if None in parts else parts)
 
 
 def keys_of_groups(keys: Sequence[Any], size: int, columns: Sequence[str]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What the trainer computes from rewards beside the advantages: the weighted sum, and the numbers it logs."""
+"""Numbers that the trainer computes from rewards beside the advantages: the weighted sum, and shadow metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from ebpo_core import Diagnostics
 
     Array = NDArray[np.float64]
 
@@ -32,27 +30,6 @@ def weighted_sum(rewards_per_func: Array, weights: Array) -> Array:
     rewards[np.isinf(products).any(axis=1)] = np.inf
     rewards[np.isnan(rewards_per_func).all(axis=1)] = np.nan
     return np.asarray(rewards, dtype=np.float64)
-
-
-def prior_metrics(diagnostics: Diagnostics, prefix: str = "ebpo/") -> dict[str, float]:
-    """The ``ebpo/`` metrics of one generation batch. What is undefined (NaN: an empty prior) is left out, not logged.
-
-    Keys: ``shrinkage`` (mean S over groups), ``prior_mean``, ``sigma2``, ``tau2`` (of the prior the batch was scored
-    with), ``saturated_fail``, ``saturated_pass`` (shares of groups), ``outlier`` (the largest distance of a reward from
-    the prior before this batch, in its standard deviations: one bad value poisons a running variance).
-    """
-    shrinkage = np.asarray(diagnostics.shrinkage, dtype=np.float64)
-    shrinkage = shrinkage[~np.isnan(shrinkage)]
-    values = {
-        f"{prefix}shrinkage": float(shrinkage.mean()) if shrinkage.size else math.nan,
-        f"{prefix}prior_mean": diagnostics.mu_glob,
-        f"{prefix}sigma2": diagnostics.sigma2,
-        f"{prefix}tau2": diagnostics.tau2,
-        f"{prefix}saturated_fail": diagnostics.saturated_fail,
-        f"{prefix}saturated_pass": diagnostics.saturated_pass,
-        f"{prefix}outlier": diagnostics.outlier,
-    }
-    return _without_nan(values)
 
 
 def shadow_metrics(trl: Array, ebpo: Array, rewards: Array) -> dict[str, float]:
@@ -84,9 +61,4 @@ def shadow_metrics(trl: Array, ebpo: Array, rewards: Array) -> dict[str, float]:
         values["ebpo/shadow_scale_ratio"] = math.sqrt(float((ebpo**2).mean() / (trl**2).mean()))
     if saturated.any():
         values["ebpo/shadow_saturated_advantage"] = float(np.abs(ebpo[saturated]).mean())
-    return _without_nan(values)
-
-
-def _without_nan(values: dict[str, float]) -> dict[str, float]:
-    # TRL drops NaN before it averages, but logs None when nothing else is left, which TensorBoard warns about.
-    return {name: float(value) for name, value in values.items() if not math.isnan(value)}
+    return {name: value for name, value in values.items() if not math.isnan(value)}

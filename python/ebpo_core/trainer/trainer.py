@@ -35,15 +35,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer  # type: ignore[attr-defined]
 
 from ebpo_core import EBPO
-from ebpo_core.checkpoint import PRIOR_NAME, TRAINER_STATE_NAME, last_complete_checkpoint, read_prior, write_prior
+from ebpo_core.checkpoint import PRIOR_NAME, CompleteCheckpoints, read_prior, write_prior
+from ebpo_core.keys import key_of_row
 
 from .config import EBPOArguments, EBPOConfig
 from .estimators import Estimators
-from .keys import check_columns, keys_of_groups, keys_of_rows
+from .keys import check_columns, keys_of_groups
 from .metrics import shadow_metrics, weighted_sum
 
 if TYPE_CHECKING:
@@ -51,13 +51,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# The mixin's base is whatever trainer it is put in front of; type checkers see one with every attribute.
-_Base: Any = object
-
 logger = logging.getLogger(__name__)
 
 
-class EBPOMixin(_Base):  # type: ignore[misc]
+class EBPOMixin(CompleteCheckpoints):
     """Put in front of a GRPO-like trainer, its advantages become EBPO's: ``class T(EBPOMixin, GRPOTrainer)``.
 
     The trainer's ``args`` must be an :class:`EBPOArguments`. The base class must keep TRL's names
@@ -123,7 +120,8 @@ class EBPOMixin(_Base):  # type: ignore[misc]
         keys = None
         if columns and (mode == "train" or columns[0] in inputs[0]):
             # In a list of its own, for gather_object joins the lists of all ranks.
-            keys = keys_of_groups(gather_object(keys_of_rows(columns, inputs)), group_size, columns)
+            own = [key_of_row(columns, row, "ebpo_keys") for row in inputs]
+            keys = keys_of_groups(gather_object(own), group_size, columns)
 
         before = self._estimators.state() if mode == "train" else None
         advantages = self._ebpo_advantages(rewards, rewards_per_func, weights, keys, update=mode == "train")
@@ -195,13 +193,6 @@ class EBPOMixin(_Base):  # type: ignore[misc]
             ValueError: ``True`` and no complete checkpoint in ``output_dir``, or a prior that cannot be loaded.
         """
         self._ebpo_shift = -self._step
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint=True: no complete checkpoint in output_dir={self.args.output_dir!r}; "
-                    "give the path of one, or leave it unset to start from the beginning"
-                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _generate_every(self) -> int:
@@ -216,27 +207,16 @@ class EBPOMixin(_Base):  # type: ignore[misc]
             return self._estimators.state()
         return self._ebpo_before
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:
-            run = Path(self._get_output_dir(trial=trial))
-            folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            # A folder of an earlier, longer run may be written over: until it is done it must not look complete.
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-            every = self._generate_every()
-            write_prior(
-                folder,
-                self._ebpo_finished_state(),
-                global_step=self.state.global_step,
-                generation_phase=(self._step + self._ebpo_shift) % every,
-                generate_every=every,
-                written_after=["entropy_ctrl_state.json"] if getattr(self, "use_adaptive_entropy", False) else [],
-            )
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The main process writes trainer_state.json next; with every rank's file in place it proves the whole folder.
-        self.accelerator.wait_for_everyone()
+    def write_first(self, checkpoint: Path) -> None:
+        every = self._generate_every()
+        write_prior(
+            checkpoint,
+            self._ebpo_finished_state(),
+            global_step=self.state.global_step,
+            generation_phase=(self._step + self._ebpo_shift) % every,
+            generate_every=every,
+            written_after=["entropy_ctrl_state.json"] if getattr(self, "use_adaptive_entropy", False) else [],
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -1,8 +1,9 @@
 //! The stateless methods that users compare EBPO with, in one enum.
 
 use crate::estimator::inverse_scale;
+use crate::james_stein::james_stein;
 use crate::options::check_eps;
-use crate::{Affine, Error, GroupStats, Normalize, Options, Prior, james_stein};
+use crate::{Affine, Error, GroupStats, Normalize, Options, Prior};
 
 /// A method other than EBPO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +16,7 @@ pub enum Method {
     Rloo,
     /// `(r - mean) / (std + eps)` over the batch, std with n - 1.
     ReinforcePp,
-    /// See [`james_stein()`].
+    /// See the module `james_stein`.
     JamesStein,
 }
 

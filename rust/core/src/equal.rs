@@ -16,51 +16,55 @@ use crate::{Float, Moments, Options, Prior, threads};
 /// Groups reduced together; fixed, because it decides the order of rounding.
 const BLOCK: usize = 512;
 
+/// Stateless EBPO advantages of equal groups, `size` rewards each, into `out`: the batch is its own prior, and every other
+/// option is at its default.
+///
+/// This is Algorithm 1 a second time, beside [`State::advance`](crate::State::advance), for speed alone: the property tests
+/// hold the two together, and nothing else in the crate may rest on it. Returns false, with `out` untouched, where the
+/// general path must look at each row: a reward that is NaN, infinite or near the bound of magnitude, no reward, or a
+/// length that `size` does not divide. No result can overflow: divided by the batch's own spread, no advantage exceeds the
+/// square root of the number of rewards.
+///
+/// # Panics
+/// If `out` is not as long as the rewards.
+pub fn equal_advantages<T: Float>(rewards: &[T], size: usize, eps: f64, threads: usize, out: &mut [T]) -> bool {
+    assert_eq!(out.len(), rewards.len());
+    if size == 0 || rewards.is_empty() || !rewards.len().is_multiple_of(size) {
+        return false;
+    }
+    let groups = EqualGroups { rewards, size };
+    match size {
+        // A group size known to the compiler lets it keep a whole group in registers.
+        2 => groups.run::<2>(eps, threads, out),
+        4 => groups.run::<4>(eps, threads, out),
+        8 => groups.run::<8>(eps, threads, out),
+        16 => groups.run::<16>(eps, threads, out),
+        32 => groups.run::<32>(eps, threads, out),
+        _ => groups.run::<0>(eps, threads, out),
+    }
+}
+
 /// Rewards of a batch of equal groups, `M * size` of them, row by row.
 #[derive(Clone, Copy, Debug)]
-pub struct EqualGroups<'a, T> {
+struct EqualGroups<'a, T> {
     rewards: &'a [T],
     size: usize,
 }
 
-impl<'a, T: Float> EqualGroups<'a, T> {
+impl<T: Float> EqualGroups<'_, T> {
     /// Rewards of a thread's smallest share: fewer are done sooner than a thread starts.
     const SHARE: usize = 1 << 17;
-
-    /// Groups of `size` rewards; `None` if there is none or they do not divide.
-    pub fn new(rewards: &'a [T], size: usize) -> Option<Self> {
-        (size > 0 && !rewards.is_empty() && rewards.len().is_multiple_of(size)).then_some(Self { rewards, size })
-    }
-
-    /// Stateless EBPO advantages into `out`: the batch is its own prior, and every other option is at its default.
-    ///
-    /// Returns false, with `out` untouched, if a reward is NaN, infinite or near the bound of magnitude: the general path
-    /// must then look at each row. No result can overflow: divided by the batch's own spread, no advantage exceeds the
-    /// square root of the number of rewards.
-    ///
-    /// # Panics
-    /// If `out` is not as long as the rewards.
-    pub fn advantages(&self, eps: f64, threads: usize, out: &mut [T]) -> bool {
-        assert_eq!(out.len(), self.rewards.len());
-        match self.size {
-            // A group size known to the compiler lets it keep a whole group in registers.
-            2 => self.run::<2>(eps, threads, out),
-            4 => self.run::<4>(eps, threads, out),
-            8 => self.run::<8>(eps, threads, out),
-            16 => self.run::<16>(eps, threads, out),
-            32 => self.run::<32>(eps, threads, out),
-            _ => self.run::<0>(eps, threads, out),
-        }
-    }
 
     /// `G` is the group size, or 0 for one known at run time.
     fn run<const G: usize>(&self, eps: f64, threads: usize, out: &mut [T]) -> bool {
         let threads = threads.clamp(1, self.rewards.len().div_ceil(Self::SHARE));
+        // Steps 1 and 2: each group's mean, and the prior that the batch is.
         let mut means = vec![0.0; self.rewards.len() / self.size];
         let prior = self.statistics::<G>(threads, &mut means).into_prior(self.size as f64);
         if !in_range(prior.rewards().mean(), prior.rewards().m2()) {
             return false;
         }
+        // Steps 3 to 6: one S, one scale, and the advantages.
         self.write::<G>(Map::new(&prior, self.size as f64, eps), threads, &means, out);
         true
     }

@@ -1,4 +1,4 @@
-//! EBPO itself: shrink each group's mean toward the prior, then normalise (paper §3.2-3.3, Algorithm 1).
+//! EBPO itself: shrink each group's mean toward a prior, then normalise (paper §3.2-3.3, Algorithm 1).
 //!
 //! ```text
 //! S_m     = (sigma2 / n_m) / (sigma2 / n_m + tau2)      shrinkage factor in [0, 1]
@@ -11,16 +11,8 @@
 //! alone, so rewards are read twice in all: once for the statistics, once to write the advantages.
 
 use crate::groups::Group;
-use crate::{Affine, GroupStats, Normalize, Options, Prior, Score};
-
-/// What the estimator remembers between batches.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct State {
-    /// Statistics of the rewards seen.
-    pub prior: Prior,
-    /// Id of the last update applied.
-    pub step: Option<i64>,
-}
+use crate::tree::Members;
+use crate::{Affine, GroupStats, Normalize, Options, Prior, Tree};
 
 /// A scored batch.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,13 +23,11 @@ pub struct Scored {
     pub shrinkage: Vec<f64>,
     /// V per group; NaN for an empty group.
     pub baseline: Vec<f64>,
-    /// The prior that the batch was scored with (before any leave-one-out).
+    /// The root's prior that the batch was scored with (before any leave-one-out).
     pub prior: Prior,
-    /// The prior as it was before this batch.
+    /// The root's prior as it was before this batch.
     pub before: Prior,
-    /// The batch's own statistics.
-    pub batch: Prior,
-    /// With keys: the blended prior of each group (before any leave-one-out); otherwise empty.
+    /// The blended prior of each distinct key (before any leave-one-out).
     pub blended: Vec<Shrinkage>,
 }
 
@@ -62,6 +52,23 @@ impl Shrinkage {
         }
     }
 
+    /// `theta~` of a key with this prior, given its parent's (see [`Tree::shrunken`]).
+    pub(crate) fn blended(prior: &Prior, parent: Self, options: &Options) -> Self {
+        let groups = prior.means().count();
+        if groups == 0.0 {
+            return parent;
+        }
+        let own = Self::new(prior, options);
+        let h = options.kappa / (options.kappa + groups);
+        // Not (1 - h) a + h b: where key and parent agree, this is exactly their common value.
+        let blend = |own: f64, parent: f64| own + h * (parent - own);
+        Self {
+            mu: blend(own.mu, parent.mu),
+            sigma2: blend(own.sigma2, parent.sigma2),
+            tau2: blend(own.tau2, parent.tau2),
+        }
+    }
+
     /// S of a group of `n` rows: 0 where all rewards seen are equal, and for an empty prior.
     #[inline]
     pub fn factor(&self, n: f64) -> f64 {
@@ -71,63 +78,32 @@ impl Shrinkage {
     }
 }
 
-impl State {
-    /// Score a batch and, if `update`, take it into the prior.
-    ///
-    /// A `step` that is not newer than the last one applied marks a retry or a replay: it scores against the stored
-    /// prior, which already holds that batch, and updates nothing.
-    pub fn advance(&mut self, options: &Options, groups: &GroupStats, update: bool, step: Option<i64>) -> Scored {
-        let update = update && is_new(step, self.step);
-        let before = self.prior;
-        let batch = Prior::of(groups);
-        let mut decayed = before;
-        if !batch.is_empty() {
-            decayed.decay(options.decay); // rows that do not count never touch the prior, hence neither does time
+/// What each group is shrunk with where every prior on its way from the root holds the history and the batch without
+/// that group.
+pub(crate) fn leave_one_out_by_key(
+    history: &Tree,
+    options: &Options,
+    groups: &GroupStats,
+    members: &Members<'_>,
+) -> Vec<Shrinkage> {
+    let at_root = without_each(&history.root, groups.iter());
+    let mut blended: Vec<_> = at_root.map(|rest| Shrinkage::new(&rest, options)).collect();
+    // A path comes after its prefixes, so each group passes through its parents first.
+    for (path, list) in members {
+        let history = history.get(path).copied().unwrap_or_default();
+        let rests = without_each(&history, list.iter().map(|&group| groups.get(group)));
+        for (&group, rest) in list.iter().zip(rests) {
+            blended[group] = Shrinkage::blended(&rest, blended[group], options);
         }
-        let mut after = decayed;
-        after.merge(&batch);
-
-        let prior = if update && options.score == Score::After { after } else { before };
-        let shrunk = if update && options.leave_one_out {
-            leave_one_out(&decayed, options, groups)
-        } else {
-            let shrinkage = Shrinkage::new(&prior, options);
-            let mut known = (1.0, shrinkage.factor(1.0));
-            let factor = |g: &Group| {
-                if g.n != known.0 {
-                    known = (g.n, shrinkage.factor(g.n)); // mostly once: groups are mostly of one size
-                }
-                (known.1, shrinkage.mu)
-            };
-            groups.iter().map(factor).collect()
-        };
-        if update {
-            self.prior = after;
-            self.step = step.or(self.step);
-        }
-        finish(options, groups, &shrunk, (before, batch, prior))
     }
-}
-
-/// Whether an update with this step id counts: its id is newer than that of the last one applied, or it has none.
-pub(crate) fn is_new(step: Option<i64>, last: Option<i64>) -> bool {
-    !matches!((step, last), (Some(new), Some(last)) if new <= last)
-}
-
-/// `(S_m, mu_glob)` of each group against history and batch without that group.
-fn leave_one_out(history: &Prior, options: &Options, groups: &GroupStats) -> Vec<(f64, f64)> {
-    let factor = |(g, rest): (&Group, Prior)| {
-        let shrinkage = Shrinkage::new(&rest, options);
-        (shrinkage.factor(g.n), shrinkage.mu)
-    };
-    groups.iter().zip(without_each(history, groups.iter())).map(factor).collect()
+    blended
 }
 
 /// For each group: history and all the groups but that one.
 ///
 /// Prefixes and suffixes are merged rather than the group subtracted from the whole: where one group dominates, the
 /// difference would have no digits left.
-pub(crate) fn without_each<'a>(
+fn without_each<'a>(
     history: &Prior,
     groups: impl DoubleEndedIterator<Item = &'a Group> + ExactSizeIterator + Clone,
 ) -> impl Iterator<Item = Prior> {
@@ -147,13 +123,8 @@ pub(crate) fn without_each<'a>(
     })
 }
 
-/// Normalise, given `(S_m, mu)` of each group.
-pub(crate) fn finish(
-    options: &Options,
-    groups: &GroupStats,
-    shrunk: &[(f64, f64)],
-    (before, batch, prior): (Prior, Prior, Prior),
-) -> Scored {
+/// Steps 4 to 6, given `(S_m, mu_glob)` of each group: the advantages as a map, S and V per group.
+pub(crate) fn finish(options: &Options, groups: &GroupStats, shrunk: &[(f64, f64)]) -> (Affine, Vec<f64>, Vec<f64>) {
     // b_m = mean of raw in group m; about the first one, so that equal ones have exactly that value as mean
     let biases: Vec<f64> = groups.iter().zip(shrunk).map(|(g, &(s, mu))| s * (g.mean - mu)).collect();
     let counted = || groups.iter().zip(&biases).filter(|(g, _)| g.n > 0.0);
@@ -164,24 +135,20 @@ pub(crate) fn finish(
         ssw += g.ssw;
         sum += g.n * (b - first);
     }
+    // mean(raw), then the squares of raw about the centre: within groups, and of the groups' b_m
     let mean = if rows > 0.0 { first + sum / rows } else { 0.0 };
     let centre = if options.normalize == Normalize::Batch { mean } else { 0.0 };
     let squares = ssw + counted().map(|(g, b)| g.n * (b - centre) * (b - centre)).sum::<f64>();
     let scale = inverse_scale(options, rows, squares);
     let or_nan = |g: &Group, value: f64| if g.n > 0.0 { value } else { f64::NAN };
-    Scored {
-        affine: Affine {
-            // mu_m - (b_m - centre), not V_m + centre: where every b_m is the same this is exactly mu_m.
-            offset: groups.iter().zip(&biases).map(|(g, b)| g.mean - (b - centre)).collect(),
-            scale: vec![scale; shrunk.len()],
-        },
-        shrinkage: groups.iter().zip(shrunk).map(|(g, s)| or_nan(g, s.0)).collect(),
-        baseline: groups.iter().zip(&biases).map(|(g, b)| or_nan(g, g.mean - b)).collect(),
-        prior,
-        before,
-        batch,
-        blended: Vec::new(),
-    }
+    let affine = Affine {
+        // mu_m - (b_m - centre), not V_m + centre: where every b_m is the same this is exactly mu_m.
+        offset: groups.iter().zip(&biases).map(|(g, b)| g.mean - (b - centre)).collect(),
+        scale: vec![scale; shrunk.len()],
+    };
+    let shrinkage = groups.iter().zip(shrunk).map(|(g, s)| or_nan(g, s.0)).collect();
+    let baseline = groups.iter().zip(&biases).map(|(g, b)| or_nan(g, g.mean - b)).collect();
+    (affine, shrinkage, baseline)
 }
 
 /// `1 / (std + eps)`, `1 / (rms + eps)` or 1; 0 where the denominator is 0, since every deviation then is.

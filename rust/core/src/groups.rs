@@ -36,23 +36,6 @@ impl GroupStats {
         Ok(stats)
     }
 
-    /// Statistics computed elsewhere, as by another process: rows, mean and sum of squares within of each group.
-    pub fn from_parts(n: &[f64], means: &[f64], ssw: &[f64]) -> Result<Self, Error> {
-        for (name, got) in [("means", means.len()), ("ssw", ssw.len())] {
-            if got != n.len() {
-                return Err(Error::LengthMismatch { name, got, expected: n.len() });
-            }
-        }
-        let parts = n.iter().zip(means).zip(ssw);
-        Ok(Self { groups: parts.map(|((&n, &mean), &ssw)| Group { n, mean, ssw }).collect() })
-    }
-
-    /// Rows, mean and sum of squares within of each group.
-    pub fn parts(&self) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
-        let means = self.groups.iter().map(|g| g.mean).collect();
-        (self.counts(), means, self.groups.iter().map(|g| g.ssw).collect())
-    }
-
     /// Number of groups, the empty ones included.
     pub fn len(&self) -> usize {
         self.groups.len()

@@ -48,7 +48,7 @@ impl Others {
 ///
 /// Both leave-one-outs are affine in the reward itself: with `f = n / (n - 1)` and `a = (1 - l) f + l`,
 /// `A = a (r - mu) + l (mu - mubar)`.
-pub fn james_stein(groups: &GroupStats) -> Affine {
+pub(crate) fn james_stein(groups: &GroupStats) -> Affine {
     let mut suffixes = vec![Others::default(); groups.len()];
     let mut suffix = Others::default();
     for (slot, g) in suffixes.iter_mut().zip(groups.iter()).rev() {

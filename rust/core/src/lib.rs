@@ -5,13 +5,13 @@
 //! alone: slices in, slices out, no Python. The crate `ebpo-py` binds it as `ebpo_core._core`.
 //!
 //! ```
-//! use ebpo_core::{Batch, GroupStats, Layout, Options, State, apply};
+//! use ebpo_core::{Batch, GroupStats, Keys, Layout, Options, State, apply};
 //!
 //! let rewards = [1.0_f64, 0.0, 0.0, 0.0];
 //! let batch = Batch::new(&rewards, Layout::Equal { size: 2 }, None).unwrap();
 //! let stats = GroupStats::collect(&batch).unwrap();
 //! let mut state = State::default();
-//! let scored = state.advance(&Options::default(), &stats, true, None);
+//! let scored = state.advance(&Options::default(), &stats, &Keys::ROOT, true, None).unwrap();
 //! let mut advantages = [0.0; 4];
 //! apply(&batch, &scored.affine, &mut advantages);
 //! assert!(advantages[0] > 0.0 && advantages[2] < 0.0); // the failed group is pushed away from, too
@@ -27,28 +27,26 @@ mod estimator;
 mod float;
 mod groups;
 mod james_stein;
-mod keyed;
 mod lanes;
-mod ledger;
 mod moments;
 mod options;
 mod prior;
+mod state;
 mod threads;
 mod tree;
 
 pub use baselines::Method;
 pub use batch::{Affine, Batch, Layout, apply};
 pub use codes::Codes;
-pub use equal::EqualGroups;
+pub use equal::equal_advantages;
 pub use error::Error;
-pub use estimator::{Scored, Shrinkage, State};
+pub use estimator::{Scored, Shrinkage};
 pub use float::Float;
 pub use groups::GroupStats;
-pub use james_stein::james_stein;
-pub use ledger::{Ledger, Share};
 pub use moments::Moments;
 pub use options::{Normalize, Options, Score, Sigma2, Tau2};
 pub use prior::Prior;
+pub use state::State;
 pub use tree::{Keys, Path, Tree};
 
 /// Largest magnitude of a reward: its square, summed over any batch, stays finite in `f64`.

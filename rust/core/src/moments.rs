@@ -49,11 +49,6 @@ impl Moments {
         self.m2
     }
 
-    /// Add one value (Welford 1962).
-    pub fn push(&mut self, value: f64) {
-        self.merge(&Self::new(1.0, value, 0.0));
-    }
-
     /// Add everything another accumulator has seen (Chan, Golub & LeVeque 1979, eq. 2.1).
     #[inline]
     pub fn merge(&mut self, other: &Self) {
@@ -93,7 +88,7 @@ mod tests {
     fn of(values: &[f64]) -> Moments {
         let mut m = Moments::default();
         for &v in values {
-            m.push(v);
+            m.merge(&Moments::new(1.0, v, 0.0));
         }
         m
     }

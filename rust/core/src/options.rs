@@ -44,7 +44,7 @@ pub enum Score {
     Before,
 }
 
-macro_rules! named {
+macro_rules! parsed {
     ($type:ident, $option:literal, $expected:literal, $($name:literal => $variant:ident),+) => {
         impl $type {
             /// The variant of that name.
@@ -58,21 +58,14 @@ macro_rules! named {
                     }),
                 }
             }
-
-            /// Its name.
-            pub fn name(self) -> &'static str {
-                match self {
-                    $(Self::$variant => $name,)+
-                }
-            }
         }
     };
 }
 
-named!(Normalize, "normalize", "\"batch\", \"scale\" or \"none\"", "batch" => Batch, "scale" => Scale, "none" => None);
-named!(Sigma2, "sigma2", "\"total\" or \"within\"", "total" => Total, "within" => Within);
-named!(Tau2, "tau2", "\"raw\" or \"debiased\"", "raw" => Raw, "debiased" => Debiased);
-named!(Score, "score", "\"after\" or \"before\"", "after" => After, "before" => Before);
+parsed!(Normalize, "normalize", "\"batch\", \"scale\" or \"none\"", "batch" => Batch, "scale" => Scale, "none" => None);
+parsed!(Sigma2, "sigma2", "\"total\" or \"within\"", "total" => Total, "within" => Within);
+parsed!(Tau2, "tau2", "\"raw\" or \"debiased\"", "raw" => Raw, "debiased" => Debiased);
+parsed!(Score, "score", "\"after\" or \"before\"", "after" => After, "before" => Before);
 
 /// Every option of the estimator.
 #[derive(Clone, Copy, Debug, PartialEq)]

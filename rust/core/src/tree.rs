@@ -14,11 +14,22 @@ use crate::{Error, GroupStats, Options, Prior, Shrinkage};
 /// The parts of a key, from the root down.
 pub type Path = Vec<String>;
 
+/// The non-empty groups under each key and under each of its parents, the root left out; parents come first.
+pub(crate) type Members<'a> = BTreeMap<&'a [String], Vec<usize>>;
+
+static ROOT: [Path; 1] = [Vec::new()];
+
 /// The keys of a batch: one path per group.
 #[derive(Clone, Copy, Debug)]
 pub struct Keys<'a> {
     paths: &'a [Path],
-    of_group: &'a [u32],
+    /// None where every group has the first path.
+    of_group: Option<&'a [u32]>,
+}
+
+impl Keys<'static> {
+    /// The root for every group of any batch.
+    pub const ROOT: Self = Self { paths: &ROOT, of_group: None };
 }
 
 impl<'a> Keys<'a> {
@@ -30,7 +41,7 @@ impl<'a> Keys<'a> {
         if let Some(index) = of_group.iter().position(|&key| key as usize >= paths.len()) {
             return Err(Error::GroupOutOfRange { index, code: of_group[index], groups: paths.len() });
         }
-        Ok(Self { paths, of_group })
+        Ok(Self { paths, of_group: Some(of_group) })
     }
 
     /// The distinct paths; several may be equal.
@@ -38,17 +49,26 @@ impl<'a> Keys<'a> {
         self.paths
     }
 
-    /// For each group the index of its path.
-    pub(crate) fn of_group(&self) -> impl Iterator<Item = usize> + use<'a> {
-        self.of_group.iter().map(|&key| key as usize)
+    /// Whether groups have keys of their own; false for [`Keys::ROOT`].
+    pub fn given(&self) -> bool {
+        self.of_group.is_some()
     }
 
-    /// The non-empty groups under each key and under each of its parents, the root left out; parents come first.
-    pub(crate) fn members(&self, groups: &GroupStats) -> BTreeMap<&'a [String], Vec<usize>> {
-        let mut members: BTreeMap<&[String], Vec<usize>> = BTreeMap::new();
-        for (group, (key, g)) in self.of_group().zip(groups.iter()).enumerate() {
+    /// The index of a group's path.
+    #[inline]
+    pub fn of_group(&self, group: usize) -> usize {
+        self.of_group.map_or(0, |of_group| of_group[group] as usize)
+    }
+
+    /// See [`Members`].
+    pub(crate) fn members(&self, groups: &GroupStats) -> Members<'a> {
+        let mut members = Members::new();
+        if self.paths.iter().all(Vec::is_empty) {
+            return members; // everything is the root's
+        }
+        for (group, g) in groups.iter().enumerate() {
             if g.n > 0.0 {
-                let path = &self.paths[key];
+                let path = &self.paths[self.of_group(group)];
                 for depth in 1..=path.len() {
                     members.entry(&path[..depth]).or_default().push(group);
                 }
@@ -63,7 +83,7 @@ impl<'a> Keys<'a> {
 pub struct Tree {
     /// What every group entered, whatever its key.
     pub root: Prior,
-    pub(crate) keys: BTreeMap<Path, Prior>,
+    keys: BTreeMap<Path, Prior>,
 }
 
 impl Tree {
@@ -95,7 +115,7 @@ impl Tree {
     }
 
     /// Statistics of a batch, given the members of each key.
-    pub(crate) fn of(groups: &GroupStats, members: &BTreeMap<&[String], Vec<usize>>) -> Self {
+    pub(crate) fn of(groups: &GroupStats, members: &Members<'_>) -> Self {
         let prior = |list: &Vec<usize>| Prior::of_groups(list.iter().map(|&group| groups.get(group)));
         Self {
             root: Prior::of(groups),
@@ -144,24 +164,5 @@ impl Tree {
         (1..=path.len())
             .filter_map(|depth| self.keys.get(&path[..depth]))
             .fold(root, |parent, prior| Shrinkage::blended(prior, parent, options))
-    }
-}
-
-impl Shrinkage {
-    /// `theta~` of a key with this prior, given its parent's.
-    pub(crate) fn blended(prior: &Prior, parent: Self, options: &Options) -> Self {
-        let groups = prior.means().count();
-        if groups == 0.0 {
-            return parent;
-        }
-        let own = Self::new(prior, options);
-        let h = options.kappa / (options.kappa + groups);
-        // Not (1 - h) a + h b: where key and parent agree, this is exactly their common value.
-        let blend = |own: f64, parent: f64| own + h * (parent - own);
-        Self {
-            mu: blend(own.mu, parent.mu),
-            sigma2: blend(own.sigma2, parent.sigma2),
-            tau2: blend(own.tau2, parent.tau2),
-        }
     }
 }

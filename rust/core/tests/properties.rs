@@ -1,8 +1,8 @@
 //! Properties of the core against plain formulas, without Python.
 
 use ebpo_core::{
-    Affine, Batch, Codes, EqualGroups, Error, GroupStats, Layout, Method, Moments, Normalize, Options, Prior, Score,
-    Sigma2, State, Tau2, apply,
+    Affine, Batch, Codes, Error, GroupStats, Keys, Layout, Method, Moments, Normalize, Options, Prior, Score, Sigma2,
+    State, Tau2, apply, equal_advantages,
 };
 use proptest::prelude::*;
 
@@ -21,7 +21,7 @@ fn written(rewards: &[f64], layout: Layout<'_>, affine: &Affine) -> Vec<f64> {
 }
 
 fn ebpo(rewards: &[f64], layout: Layout<'_>, options: &Options) -> Vec<f64> {
-    let scored = State::default().advance(options, &stats(rewards, layout), true, None);
+    let scored = State::default().advance(options, &stats(rewards, layout), &Keys::ROOT, true, None).unwrap();
     written(rewards, layout, &scored.affine)
 }
 
@@ -34,7 +34,7 @@ fn groups() -> impl Strategy<Value = (Vec<f64>, usize)> {
 fn moments(values: &[f64]) -> Moments {
     let mut m = Moments::default();
     for &v in values {
-        m.push(v);
+        m.merge(&Moments::from_parts(1.0, v, 0.0).unwrap());
     }
     m
 }
@@ -90,7 +90,7 @@ proptest! {
     fn fast_path_equals_general_path((rewards, size) in groups(), eps in 1e-9_f64..1.0) {
         let general = ebpo(&rewards, Layout::Equal { size }, &Options { eps, ..Options::default() });
         let mut fast = vec![f64::NAN; rewards.len()];
-        prop_assert!(EqualGroups::new(&rewards, size).unwrap().advantages(eps, 1, &mut fast));
+        prop_assert!(equal_advantages(&rewards, size, eps, 1, &mut fast));
         for (f, g) in fast.iter().zip(&general) {
             prop_assert!(close(*f, *g, 10.0), "{} {}", f, g);
         }
@@ -139,7 +139,7 @@ proptest! {
         let split = u32::try_from(size).unwrap();
         let codes: Vec<u32> = (0..).take(uneven.len()).map(|row: u32| u32::from(row >= split)).collect();
         let layout = Layout::Codes { codes: &codes, groups: 2 };
-        let scored = State::default().advance(&options, &stats(&uneven, layout), true, None);
+        let scored = State::default().advance(&options, &stats(&uneven, layout), &Keys::ROOT, true, None).unwrap();
         prop_assert!(scored.shrinkage.iter().all(|s| (0.0..=1.0).contains(s)));
         prop_assert!(scored.shrinkage[1] <= scored.shrinkage[0]);
     }
@@ -150,13 +150,13 @@ proptest! {
         let all = stats(&rewards, layout);
         let pick = pick % all.len();
         let options = Options { leave_one_out: true, ..Options::default() };
-        let scored = State::default().advance(&options, &all, true, None);
+        let scored = State::default().advance(&options, &all, &Keys::ROOT, true, None).unwrap();
         let mut rest = rewards.clone();
         rest.drain(pick * size..(pick + 1) * size);
         let mut without = State::default();
-        without.advance(&Options::default(), &stats(&rest, layout), true, None);
+        without.advance(&Options::default(), &stats(&rest, layout), &Keys::ROOT, true, None).unwrap();
         let own = &rewards[pick * size..(pick + 1) * size];
-        let frozen = without.advance(&Options::default(), &stats(own, layout), false, None);
+        let frozen = without.advance(&Options::default(), &stats(own, layout), &Keys::ROOT, false, None).unwrap();
         prop_assert!(close(scored.baseline[pick], frozen.baseline[0], 1e4), "{:?} {:?}", scored, frozen);
     }
 
@@ -198,7 +198,7 @@ fn rewards_out_of_range_are_found_wherever_they_are() {
             assert_eq!(GroupStats::collect(&equal), expected);
             assert_eq!(GroupStats::collect(&coded), expected);
             let mut out = [7.0; 6];
-            assert!(!EqualGroups::new(&rewards, 3).unwrap().advantages(1e-6, 1, &mut out));
+            assert!(!equal_advantages(&rewards, 3, 1e-6, 1, &mut out));
             assert_eq!(out, [7.0; 6]);
         }
     }
@@ -207,10 +207,9 @@ fn rewards_out_of_range_are_found_wherever_they_are() {
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let rewards: Vec<f64> = (0..640_003 * 2_u32).map(|i| f64::from(i.wrapping_mul(2_654_435_761) >> 20)).collect();
-    let groups = EqualGroups::new(&rewards, 2).unwrap();
     let with = |threads: usize| {
         let mut out = vec![f64::NAN; rewards.len()];
-        assert!(groups.advantages(1e-6, threads, &mut out));
+        assert!(equal_advantages(&rewards, 2, 1e-6, threads, &mut out));
         out
     };
     let alone = with(1);
@@ -234,7 +233,7 @@ fn unscorable_rows_get_zero_and_do_not_count() {
     let batch = Batch::new(&rewards, Layout::Equal { size: 2 }, Some(&mask)).unwrap();
     let stats = GroupStats::collect(&batch).unwrap();
     assert_eq!(stats.counts(), [1.0, 1.0]);
-    let scored = State::default().advance(&Options::default(), &stats, true, None);
+    let scored = State::default().advance(&Options::default(), &stats, &Keys::ROOT, true, None).unwrap();
     let mut out = [7.0; 4];
     apply(&batch, &scored.affine, &mut out);
     assert_eq!((out[1], out[3]), (0.0, 0.0));
@@ -265,7 +264,7 @@ fn options_outside_their_domain_are_refused() {
     ];
     assert!(bad.iter().all(|options| options.validate().is_err()));
     assert_eq!(Options::default().validate(), Ok(()));
-    assert_eq!(Normalize::parse("scale").map(Normalize::name), Ok("scale"));
+    assert_eq!(Normalize::parse("scale"), Ok(Normalize::Scale));
     assert!(Tau2::parse("Raw").is_err());
 }
 
@@ -273,9 +272,9 @@ fn options_outside_their_domain_are_refused() {
 fn a_replayed_step_scores_and_does_not_update() {
     let batch = stats(&[1.0, 0.0, 0.0, 0.0], Layout::Equal { size: 2 });
     let mut state = State::default();
-    let first = state.advance(&Options::default(), &batch, true, Some(5));
-    let kept = state;
-    let again = state.advance(&Options::default(), &batch, true, Some(5));
+    let first = state.advance(&Options::default(), &batch, &Keys::ROOT, true, Some(5)).unwrap();
+    let kept = state.clone();
+    let again = state.advance(&Options::default(), &batch, &Keys::ROOT, true, Some(5)).unwrap();
     assert_eq!((again.affine, state), (first.affine, kept));
 }
 
@@ -283,10 +282,12 @@ fn a_replayed_step_scores_and_does_not_update() {
 fn a_batch_without_a_valid_row_leaves_the_prior_alone() {
     let options = Options { decay: 0.5, ..Options::default() };
     let mut state = State::default();
-    state.advance(&options, &stats(&[1.0, 0.0], Layout::Equal { size: 2 }), true, Some(1));
-    let kept = state.prior;
-    state.advance(&options, &stats(&[f64::NAN, f64::NAN], Layout::Equal { size: 2 }), true, Some(2));
-    assert_eq!((state.prior, state.step), (kept, Some(2)));
+    state.advance(&options, &stats(&[1.0, 0.0], Layout::Equal { size: 2 }), &Keys::ROOT, true, Some(1)).unwrap();
+    let kept = state.tree().root;
+    state
+        .advance(&options, &stats(&[f64::NAN, f64::NAN], Layout::Equal { size: 2 }), &Keys::ROOT, true, Some(2))
+        .unwrap();
+    assert_eq!((state.tree().root, state.step()), (kept, Some(2)));
 }
 
 #[test]

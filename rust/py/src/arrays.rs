@@ -3,7 +3,7 @@
 use std::num::NonZero;
 use std::sync::OnceLock;
 
-use ebpo_core::{Affine, Batch, EqualGroups, Error, Float, GroupStats, Layout, Method, Options, apply};
+use ebpo_core::{Batch, Float, GroupStats, Layout, Method, Options, apply, equal_advantages as equal_groups};
 use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -102,45 +102,6 @@ fn baseline<'py, T: Float + Element>(
     Ok(out.into_any())
 }
 
-/// Write `(reward - offset[group]) * scale[group]`; rows that do not count get 0.
-#[pyfunction]
-#[pyo3(signature = (rewards, groups, mask, offset, scale))]
-pub(crate) fn apply_affine<'py>(
-    py: Python<'py>,
-    rewards: Rewards<'py>,
-    groups: Groups<'py>,
-    mask: Mask<'py>,
-    offset: Vec<f64>,
-    scale: Vec<f64>,
-) -> Result<Bound<'py, PyAny>> {
-    let affine = Affine { offset, scale };
-    match rewards {
-        Rewards::F32(rewards) => affine_as(py, &rewards, &groups, &mask, &affine),
-        Rewards::F64(rewards) => affine_as(py, &rewards, &groups, &mask, &affine),
-    }
-}
-
-fn affine_as<'py, T: Float + Element>(
-    py: Python<'py>,
-    rewards: &PyReadonlyArray1<'py, T>,
-    groups: &Groups<'_>,
-    mask: &Mask<'_>,
-    affine: &Affine,
-) -> Result<Bound<'py, PyAny>> {
-    let batch = batch_of(rewards, groups, mask)?;
-    for (name, got) in [("offset", affine.offset.len()), ("scale", affine.scale.len())] {
-        if got != batch.groups() {
-            return Err(Error::LengthMismatch { name, got, expected: batch.groups() }.into());
-        }
-    }
-    let out = PyArray1::<T>::zeros(py, rewards.len(), false);
-    let mut writable = out.try_readwrite()?;
-    let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
-    detached(py, rewards.len(), || apply(&batch, affine, slots));
-    drop(writable);
-    Ok(out.into_any())
-}
-
 /// Default EBPO advantages of an `(M, G)` matrix with the batch as its own prior, in full speed.
 ///
 /// Returns None for whatever the general path must look at: another type, dtype or order, no rows, NaN, infinities.
@@ -163,28 +124,44 @@ fn equal<'py, T: Float + Element>(rewards: &Bound<'py, PyArray2<T>>) -> Result<O
     }
     let readable = rewards.try_readonly()?;
     let values = readable.as_slice().map_err(|_| BindingError::NotContiguous)?;
-    let Some(groups) = EqualGroups::new(values, rewards.dims()[1]) else {
-        return Ok(None);
-    };
+    let size = rewards.dims()[1];
     let out = new_like(rewards)?;
     let mut writable = out.try_readwrite()?;
     let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
     let eps = Options::default().eps;
-    let done = detached(py, values.len(), || groups.advantages(eps, threads(), slots));
+    let done = detached(py, values.len(), || equal_groups(values, size, eps, threads(), slots));
     drop(writable);
     Ok(done.then(|| out.into_any()))
 }
 
+/// Make now what a first call would otherwise make once: NumPy's tables of functions, and the number of threads.
+///
+/// The making runs Python code, in which another thread may fork; its child would wait for ever for a first call that goes
+/// on in the parent alone.
+pub(crate) fn prepare(py: Python<'_>) -> PyResult<()> {
+    numpy_empty(py)?;
+    threads();
+    let matrix = PyArray2::<f32>::zeros(py, [1, 1], false);
+    equal_advantages(matrix.as_any())?;
+    matrix.reshape([1])?.extract::<Rewards<'_>>()?;
+    Ok(())
+}
+
+/// `numpy.empty`.
+fn numpy_empty(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
+    static EMPTY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let empty = EMPTY.get_or_try_init(py, || PyResult::Ok(py.import("numpy")?.getattr("empty")?.unbind()))?;
+    Ok(empty.bind(py))
+}
+
 /// A new array of the same shape and dtype, of unspecified content.
 fn new_like<'py, T: Element>(array: &Bound<'py, PyArray2<T>>) -> Result<Bound<'py, PyArray2<T>>> {
-    static EMPTY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = array.py();
     if array.len() * size_of::<T>() < LARGE {
         return Ok(PyArray2::zeros(py, array.dims(), false));
     }
-    let empty = EMPTY.get_or_try_init(py, || PyResult::Ok(py.import("numpy")?.getattr("empty")?.unbind()))?;
     let dtype = [("dtype", array.as_any().cast::<PyUntypedArray>().map_err(PyErr::from)?.dtype())].into_py_dict(py)?;
-    let new = empty.bind(py).call(((array.shape()[0], array.shape()[1]),), Some(&dtype))?;
+    let new = numpy_empty(py)?.call(((array.shape()[0], array.shape()[1]),), Some(&dtype))?;
     let wrong = |_| PyTypeError::new_err("numpy.empty returned no array of the dtype asked for");
     Ok(new.cast_into::<PyArray2<T>>().map_err(wrong)?)
 }

@@ -22,20 +22,20 @@ mod state;
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::arrays::{apply_affine, baseline_advantages, equal_advantages};
+    use super::arrays::{baseline_advantages, equal_advantages};
     #[pymodule_export]
     use super::codes::{codes_of_bytes, codes_of_ints, codes_of_objects};
     #[pymodule_export]
     use super::options::PyOptions;
     #[pymodule_export]
-    use super::state::{PyState, group_statistics};
+    use super::state::PyState;
 
     use pyo3::prelude::*;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::arrays::prepare(module.py())?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
-        module.add("MAX_REWARD", ebpo_core::MAX_REWARD)?;
         module.add("DEBUG_BUILD", cfg!(debug_assertions))
     }
 }

@@ -1,6 +1,6 @@
-//! Priors as plain numbers and keys as lists of strings, the form in which Python stores and sends them.
+//! Priors as plain numbers and keys as lists of strings, the form in which Python stores them.
 
-use ebpo_core::{Moments, Path, Prior, Share, Tree};
+use ebpo_core::{Moments, Path, Prior, Tree};
 
 use crate::error::Result;
 
@@ -8,8 +8,6 @@ use crate::error::Result;
 pub(crate) type Parts = (f64, f64, f64, f64, f64, f64, f64, f64, f64);
 /// The root's prior, and each key's.
 pub(crate) type TreeParts = (Parts, Vec<(Path, Parts)>);
-/// Pending priors, ticks and step.
-pub(crate) type ShareParts = (TreeParts, u64, Option<i64>);
 
 pub(crate) fn parts_of(prior: &Prior) -> Parts {
     let (rewards, means) = (prior.rewards(), prior.means());
@@ -39,8 +37,4 @@ pub(crate) fn tree_parts(tree: &Tree) -> TreeParts {
 pub(crate) fn tree_of((root, keys): TreeParts) -> Result<Tree> {
     let keys: Result<Vec<_>> = keys.into_iter().map(|(path, parts)| Ok((path, prior_of(parts)?))).collect();
     Ok(Tree::from_parts(prior_of(root)?, keys?)?)
-}
-
-pub(crate) fn share_of((pending, ticks, step): ShareParts) -> Result<Share> {
-    Ok(Share { pending: tree_of(pending)?, ticks, step })
 }

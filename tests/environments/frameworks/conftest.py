@@ -42,10 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process has one estimator for each framework: every test starts without, and with warnings to come."""
-    from ebpo_core.integrations import saturation
+    from ebpo_core.integrations import checks
 
     monkeypatch.delenv("EBPO_OPTIONS", raising=False)
-    monkeypatch.setattr(saturation, "_warned", set())
+    monkeypatch.setattr(checks, "_warned", set())
     for name in ("skyrl", "slime", "rllm", "contrib.openrlhf", "contrib.nemo_rl", "contrib.prime_rl"):
         module = sys.modules.get(f"ebpo_core.integrations.{name}")
         if module is not None:

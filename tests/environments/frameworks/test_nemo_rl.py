@@ -93,13 +93,13 @@ def test_the_prior_is_in_nemo_rls_checkpoints(tmp_path: Path) -> None:
     manager = checkpoint.CheckpointManager(cfg.checkpointing)
     temporary = manager.init_tmp_checkpoint(1, {"step": 1}, cfg)
     manager.finalize_checkpoint(temporary)
-    assert (tmp_path / "step_1" / "ebpo_state.json").is_file()
+    assert (tmp_path / "step_1" / "ebpo_prior.json").is_file()
 
     nemo_rl.estimator.reset()
     assert grpo._create_advantage_estimator(cfg).ebpo.state_dict() == saved
 
     nemo_rl.estimator.reset()
-    (tmp_path / "step_1" / "ebpo_state.json").unlink()
+    (tmp_path / "step_1" / "ebpo_prior.json").unlink()
     with pytest.raises(FileNotFoundError, match="allow_missing_prior"):
         grpo._create_advantage_estimator(cfg)
     nemo_rl.estimator.reset()
@@ -112,7 +112,7 @@ def test_other_estimators_are_nemo_rls(tmp_path: Path) -> None:
     assert type(grpo._create_advantage_estimator(cfg)) is estimators.GRPOAdvantageEstimator
     manager = checkpoint.CheckpointManager(cfg.checkpointing)
     manager.finalize_checkpoint(manager.init_tmp_checkpoint(1, {"step": 1}, cfg))
-    assert not (tmp_path / "step_1" / "ebpo_state.json").exists()
+    assert not (tmp_path / "step_1" / "ebpo_prior.json").exists()
     with pytest.raises(ValueError, match="Invalid adv_estimator name: gropo"):
         grpo._create_advantage_estimator(config(tmp_path, name="gropo"))
 

@@ -19,11 +19,13 @@ import torch
 
 bare_openrlhf.stand_ins()
 
+from deepspeed.runtime.engine import DeepSpeedEngine
 from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
 from ebpo_core import reference
+from ebpo_core.checkpoint import find_prior, read_prior
 from ebpo_core.integrations.contrib import openrlhf
 
 LONGEST, GROUP = 4, 3
@@ -128,14 +130,17 @@ def test_length_penalties_come_before_the_baseline() -> None:
 
 
 class Actors:
-    """In the place of OpenRLHF's group of model actors: keeps the client states that it is given."""
+    """In the place of OpenRLHF's group of model actors: keeps client states, makes folders as DeepSpeed does."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.states: dict[str, Any] = {}
 
     def async_run_method(self, method_name: str, **kwargs: Any) -> list[Any]:
         if method_name == "save_checkpoint":
             self.states = kwargs["client_states"]
+            (self.folder / kwargs["tag"]).mkdir(parents=True)
+            (self.folder / "latest").write_text(kwargs["tag"])
             return [ray.put(None)]
         return [ray.put(self.states)]
 
@@ -151,19 +156,34 @@ def trainer(actors: Actors, args: Any) -> openrlhf.EBPOTrainer:
 def test_the_prior_is_in_openrlhfs_checkpoints(local_ray: None, tmp_path: Path) -> None:
     maker(arguments()).compute_advantages_and_returns(experiences(0))
     saved = openrlhf.estimator.get().state_dict()
-    args, actors = arguments(), Actors()
+    args, actors = arguments(), Actors(tmp_path / "_actor")
     args.ckpt.path, args.ckpt.load_enable = str(tmp_path), True
-    (tmp_path / "_actor").mkdir()
     trainer(actors, args).save_logs_and_checkpoints(4, {}, {"global_step": 4})
     assert actors.states["global_step"] == 4
+    assert read_prior(find_prior(tmp_path))["ebpo"] == saved
+    assert find_prior(tmp_path) == tmp_path / "_actor" / "global_step4" / "ebpo_prior.json"
 
     openrlhf.estimator.reset()
     trainer(actors, args).init_checkpoint_states()
     assert openrlhf.estimator.get().state_dict() == saved
 
-    del actors.states["ebpo"]
-    with pytest.raises(ValueError, match=r"step 4 holds no EBPO prior.*allow_missing_prior"):
+    find_prior(tmp_path).unlink()
+    with pytest.raises(FileNotFoundError, match=r"global_step4.*ebpo_prior\.json.*allow_missing_prior"):
         trainer(actors, args).init_checkpoint_states()
+
+
+def test_the_prior_is_in_the_best_checkpoint_too(local_ray: None, tmp_path: Path) -> None:
+    maker(arguments()).compute_advantages_and_returns(experiences(0))
+    saved = openrlhf.estimator.get().state_dict()
+    args, actors = arguments(), Actors(tmp_path / "_actor")
+    args.ckpt.path, args.ckpt.load_enable = str(tmp_path), True
+    made = trainer(actors, args)
+    made.save_best_checkpoint({"eval_math_pass1": 0.5}, 3, {"global_step": 3})
+    openrlhf.estimator.reset()
+    trainer(actors, args).init_checkpoint_states()
+    assert openrlhf.estimator.get().state_dict() == saved
+    made.save_best_checkpoint({"eval_math_pass1": 0.25}, 5, {"global_step": 5})  # no better: no checkpoint
+    assert [folder.name for folder in (tmp_path / "_actor").iterdir() if folder.is_dir()] == ["best_global_step3"]
 
 
 def bare_arguments() -> Any:
@@ -227,6 +247,14 @@ def test_seams() -> None:
         "strategy",
         "tokenizer",
     ]
+    assert 'os.path.join(self.args.ckpt.path, "_actor")' in inspect.getsource(ppo_trainer.BasePPOTrainer)
+    assert 'tag = f"best_global_step{global_step}"' in inspect.getsource(
+        ppo_trainer.BasePPOTrainer.save_best_checkpoint
+    )
+    saving = inspect.getsource(ppo_trainer.BasePPOTrainer.save_logs_and_checkpoints)
+    assert "global_step % self.args.ckpt.save_steps == 0" in saving
+    assert 'tag = f"global_step{global_step}"' in saving
+    assert "os.path.join(save_dir, 'latest')" in inspect.getsource(DeepSpeedEngine.save_checkpoint)
     assert "experience.advantages = experience.returns.clone()" in inspect.getsource(
         RemoteExperienceMaker.compute_advantages_and_returns
     )

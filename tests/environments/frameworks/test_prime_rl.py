@@ -95,7 +95,7 @@ def test_the_prior_is_in_the_orchestrators_checkpoints(tmp_path: Path) -> None:
     manager.load(progress, source, step=0, path=manager.get_ckpt_path(3))
     assert prime_rl.estimator.get().state_dict() == saved
 
-    (manager.get_ckpt_path(3) / "ebpo_state.json").unlink()
+    (manager.get_ckpt_path(3) / "ebpo_prior.json").unlink()
     with pytest.raises(FileNotFoundError, match="allow_missing_prior"):
         manager.load(progress, source, step=3)
 

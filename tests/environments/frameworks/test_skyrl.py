@@ -151,14 +151,14 @@ def test_the_prior_is_in_skyrls_checkpoints(tmp_path: Path) -> None:
     first.compute_advantages_and_returns(batch(0))
     saved = skyrl.estimator.get({}).state_dict()
     folder = Path(first.save_checkpoints())
-    assert (folder / "ebpo_state.json").is_file()
+    assert (folder / "ebpo_prior.json").is_file()
 
     skyrl.estimator.reset()
     second = with_checkpoints(config(), ResumeMode.LATEST, tmp_path)
     assert second.load_checkpoints()[0] == 7
     assert skyrl.estimator.get({}).state_dict() == saved
 
-    (folder / "ebpo_state.json").unlink()
+    (folder / "ebpo_prior.json").unlink()
     with pytest.raises(FileNotFoundError, match="allow_missing_prior"):
         second.load_checkpoints()
     skyrl.estimator.reset()
@@ -169,7 +169,7 @@ def test_another_estimators_checkpoints_are_left_alone(tmp_path: Path) -> None:
     cfg = config()
     cfg.trainer.algorithm.advantage_estimator = "grpo"
     folder = Path(with_checkpoints(cfg, ResumeMode.NONE, tmp_path).save_checkpoints())
-    assert not (folder / "ebpo_state.json").exists()
+    assert not (folder / "ebpo_prior.json").exists()
     with_checkpoints(cfg, ResumeMode.LATEST, tmp_path).load_checkpoints()
 
 

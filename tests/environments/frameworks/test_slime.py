@@ -76,6 +76,7 @@ def test_slimes_data_source_saves_and_loads_the_prior(tmp_path: Path) -> None:
     slime.reward_post_process(source.args, samples(0))
     saved = slime.estimator.get().state_dict()
     source.save(4)
+    assert (tmp_path / "rollout" / "4" / "ebpo_prior.json").is_file()
     slime.estimator.reset()
     again = misc.load_function(DATA_SOURCE)(arguments(tmp_path))
     again.load(4)

@@ -15,7 +15,7 @@ from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.ray_trainer import compute_advantage
 
 from ebpo_core import reference
-from ebpo_core.integrations import saturation, verl
+from ebpo_core.integrations import checks, verl
 from ebpo_core.integrations.verl import estimator as verl_estimator
 
 
@@ -76,20 +76,20 @@ def test_rows_may_stand_in_any_order() -> None:
 
 def test_padding_leaves_no_trace() -> None:
     plain = [run(batch(seed)) for seed in range(3)]
-    prior = verl_estimator.running(verl_estimator.read_settings(None)).prior
+    prior = verl_estimator.running(None).prior
     verl.reset()
     for seed in range(3):
         padded = run(with_padding(batch(seed), 3, seed))
         np.testing.assert_array_equal(padded[:-3], plain[seed])
         assert not padded[-3:].any()
-    assert verl_estimator.running(verl_estimator.read_settings(None)).prior == prior
+    assert verl_estimator.running(None).prior == prior
 
 
 def test_padding_is_also_known_by_its_uid() -> None:
     data = with_padding(batch(0), 2)
     data.batch["response_mask"][-2:, 0] = 1
     np.testing.assert_array_equal(run(data)[-2:], 0)
-    assert verl_estimator.running(verl_estimator.read_settings(None)).prior.count == 20
+    assert verl_estimator.running(None).prior.count == 20
 
 
 def test_a_row_without_response_tokens_does_not_count() -> None:
@@ -97,13 +97,13 @@ def test_a_row_without_response_tokens_does_not_count() -> None:
     data = batch(0)
     data.batch["response_mask"][5] = 0
     np.testing.assert_allclose(run(data), twins_advantages(reference.EBPO(), data), atol=2e-6)
-    assert verl_estimator.running(verl_estimator.read_settings(None)).prior.count == 19
+    assert verl_estimator.running(None).prior.count == 19
 
 
 def test_a_batch_of_padding_alone_is_no_update() -> None:
     data = with_padding(batch(0), 4)
     assert not run(data.select_idxs(list(range(20, 24)))).any()
-    assert verl_estimator.running(verl_estimator.read_settings(None)).prior.count == 0
+    assert verl_estimator.running(None).prior.count == 0
 
 
 def test_groups_of_different_sizes() -> None:
@@ -147,12 +147,12 @@ def test_advantages_have_the_rewards_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_reward_that_is_no_number_raises_and_leaves_the_prior(value: float) -> None:
     run(batch(0))
-    before = verl_estimator.running(verl_estimator.read_settings(None)).state_dict()
+    before = verl_estimator.running(None).state_dict()
     data = batch(1)
     data.batch["token_level_rewards"][7, 0] = value
     with pytest.raises(ValueError, match=r"row 7 \(uid '.*1 of 20 rows are not finite.*reward function"):
         run(data)
-    assert verl_estimator.running(verl_estimator.read_settings(None)).state_dict() == before
+    assert verl_estimator.running(None).state_dict() == before
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_sessions_of_several_outputs_raise_without_the_callback() -> None:
 
 
 def test_a_filter_of_saturated_groups_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saturation, "_warned", set())
+    monkeypatch.setattr(checks, "_warned", set())
     config = whole(filter_groups={"enable": True, "metric": "acc"})
     with pytest.warns(UserWarning, match=r"verl filters saturated groups.*algorithm\.filter_groups\.enable"):
         run(batch(0), config)

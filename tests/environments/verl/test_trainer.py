@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from trainer_process import Runner, compose, rollout
 
 from ebpo_core import EBPO, reference
-from ebpo_core.integrations import sidecar
+from ebpo_core.checkpoint import PRIOR_NAME
 
 STEPS = 6
 
@@ -86,7 +86,7 @@ def test_a_killed_run_resumes_to_the_bit(
     config = compose(tmp_path)
     with pytest.raises(ray.exceptions.RayActorError):
         run(first, config, killed_at=4)
-    assert (tmp_path / "global_step_2" / sidecar.NAME).is_file()
+    assert (tmp_path / "global_step_2" / PRIOR_NAME).is_file()
     runner = request.getfixturevalue("runner")
     resumed = run(runner, config)
     assert resumed["started"] == 2
@@ -108,7 +108,7 @@ def test_a_killed_run_resumes_to_the_bit(
 def test_a_checkpoint_without_the_prior_is_not_resumed(runner: Any, tmp_path: Path) -> None:
     config = compose(tmp_path)
     run(runner, config, steps=2)
-    (tmp_path / "global_step_2" / sidecar.NAME).unlink()
+    (tmp_path / "global_step_2" / PRIOR_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=r"global_step_2.*resume_mode=disable.*allow_missing_prior=true"):
         run(runner, config)
     allowed = run(runner, compose(tmp_path, "+algorithm.ebpo.allow_missing_prior=true"), steps=3)
@@ -176,5 +176,5 @@ def test_a_column_that_is_not_there_raises(runner: Any, tmp_path: Path) -> None:
 def test_another_estimator_is_left_alone(runner: Any, tmp_path: Path) -> None:
     config = compose(tmp_path, "algorithm.adv_estimator=grpo")
     done = run(runner, config, steps=2)
-    assert not (tmp_path / "global_step_2" / sidecar.NAME).exists()
+    assert not (tmp_path / "global_step_2" / PRIOR_NAME).exists()
     assert done["metrics"] == {1: {}, 2: {}}

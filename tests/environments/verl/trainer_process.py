@@ -137,4 +137,4 @@ class Runner:
         """The estimator's state in this process."""
         from ebpo_core.integrations.verl import estimator as verl_estimator
 
-        return verl_estimator.running(verl_estimator.read_settings(self.trainer.config.algorithm)).state_dict()
+        return verl_estimator.running(self.trainer.config.algorithm).state_dict()

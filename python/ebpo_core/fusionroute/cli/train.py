@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from ebpo_core.checkpoint import resolve_resume
 from ebpo_core.cli.report import ProgressCallback, train_shown
-from ebpo_core.cli.train import RESULT_NAME, resolve_resume
+from ebpo_core.cli.train import RESULT_NAME
 from ebpo_core.fusionroute.cli.arguments import TrainArguments, parse
 
 if TYPE_CHECKING:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ebpo_core.checkpoint import TRAINER_STATE_NAME, last_complete_checkpoint
+from ebpo_core.checkpoint import CompleteCheckpoints
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
 from .batches import MixCollator, MixDataset
@@ -39,7 +37,7 @@ class Scores(NamedTuple):
     quotients: Quotients  # of routing metrics, [B] each
 
 
-class FusionRouteTrainer(_Base):  # type: ignore[misc]
+class FusionRouteTrainer(CompleteCheckpoints, _Base):  # type: ignore[misc]
     """Base of the two trainers; :meth:`loss_of_batch` is what differs between them.
 
     The loss of a global batch is a sum divided by a count (label tokens, or samples and pairs) over all ranks and
@@ -219,21 +217,6 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``, but ``resume_from_checkpoint=True`` takes the last *complete* checkpoint.
-
-        Raises:
-            ValueError: ``True`` and no complete checkpoint in ``output_dir``.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint=True: no complete checkpoint in output_dir={self.args.output_dir!r}; "
-                    "give the path of one, or leave it unset to start from the beginning"
-                )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def save_merged(self, folder: str | os.PathLike[str]) -> None:
         """Save a FusionRoute checkpoint, also of a PEFT model: a copy of it with the adapter merged into the router."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -243,15 +226,3 @@ class FusionRouteTrainer(_Base):  # type: ignore[misc]
             model.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:
-            # A folder of an earlier, longer run may be written over: until it is done it must not look complete.
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The main process writes trainer_state.json next; with every rank's file in place it proves the whole folder.
-        self.accelerator.wait_for_everyone()

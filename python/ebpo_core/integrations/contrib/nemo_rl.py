@@ -21,15 +21,13 @@ import functools
 import hashlib
 import importlib
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from nemo_rl.utils.checkpoint import CheckpointManager
 
-from ebpo_core.integrations import process, saturation, sidecar
-from ebpo_core.trainer.metrics import prior_metrics
+from ebpo_core.checkpoint import write_prior
+from ebpo_core.integrations import checks, process
 
 NAME = "ebpo"
 WHERE = "grpo.adv_estimator.ebpo"
@@ -56,12 +54,8 @@ class EBPOAdvantageEstimator:
     """
 
     def __init__(self, estimator_config: Any, loss_config: Any = None) -> None:  # noqa: ARG002
-        options = getattr(estimator_config, "ebpo", None)
-        defaults = {} if getattr(estimator_config, "normalize_rewards", True) else {"normalize": "none"}
-        if isinstance(options, Mapping):
-            self.ebpo = estimator.get(options, WHERE, defaults=defaults)
-        else:
-            self.ebpo = estimator.get(defaults=defaults)
+        scaled = getattr(estimator_config, "normalize_rewards", True)
+        self.ebpo = estimator.get(getattr(estimator_config, "ebpo", None), WHERE, scaled=scaled)
         self.last_metrics: dict[str, float] = {}
 
     def compute_advantage(
@@ -81,12 +75,10 @@ class EBPOAdvantageEstimator:
             ValueError: a reward that is not finite, or shapes that do not fit. The prior is then untouched.
         """
         values = rewards.detach().to("cpu", torch.float64).reshape(-1)
-        if not torch.isfinite(values).all():
-            row = int((~torch.isfinite(values)).nonzero()[0])
-            raise ValueError(f"the reward of row {row} is {float(values[row])}: return finite rewards")
+        checks.check_finite(values.numpy())
         advantages = torch.as_tensor(self.ebpo(values, prompt_groups(prompt_ids)))
         diagnostics = self.ebpo.diagnostics
-        self.last_metrics = {} if diagnostics is None else prior_metrics(diagnostics)
+        self.last_metrics = {} if diagnostics is None else diagnostics.metrics()
         return advantages.to(rewards.device, rewards.dtype).unsqueeze(-1).expand(mask.shape)
 
 
@@ -130,12 +122,12 @@ def _with_ebpo(original: Any) -> Any:
         if config.name != NAME:
             return original(master_config)
         if getattr(master_config.grpo, "use_dynamic_sampling", False):
-            saturation.warn_once("NeMo-RL", "grpo.use_dynamic_sampling")
+            checks.warn_once("NeMo-RL", "grpo.use_dynamic_sampling")
         made = EBPOAdvantageEstimator(config, master_config.loss_fn)
         # NeMo-RL always resumes from the latest checkpoint in its folder; the estimator is made after that.
         latest = CheckpointManager(master_config.checkpointing).get_latest_checkpoint_path()
         if latest is not None:
-            process.restore(Path(latest), made.ebpo, estimator.option("allow_missing_prior", False))
+            estimator.restore(latest)
         return made
 
     return create
@@ -147,7 +139,7 @@ def _saving(original: Any) -> Any:
         folder = original(self, step, training_info, run_config)
         config = getattr(getattr(run_config, "grpo", None), "adv_estimator", None)
         if getattr(config, "name", None) == NAME:
-            sidecar.save(Path(folder), EBPOAdvantageEstimator(config).ebpo, step=step)
+            write_prior(folder, EBPOAdvantageEstimator(config).ebpo.state_dict(), global_step=step)
         return folder
 
     return init_tmp_checkpoint

@@ -14,6 +14,7 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ import torch
 from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker, apply_length_penalties, compute_reward
 
-from ebpo_core.integrations import process, saturation
+from ebpo_core.checkpoint import write_prior
+from ebpo_core.integrations import checks, process
 
 GROUPED = ("rloo", "dr_grpo", "reinforce_baseline", "group_norm")
-KEY = "ebpo"  # in the client states of OpenRLHF's checkpoints
 
 estimator = process.ProcessEstimator()
 
@@ -54,8 +55,7 @@ class EBPOExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
         apply_length_penalties(experiences, args)
         rewards = torch.cat([experience.rewards for experience in experiences]).double().cpu().numpy()
         places = np.concatenate([np.asarray(experience.index, dtype=np.int64) for experience in experiences])
-        if not np.isfinite(rewards).all():
-            raise ValueError(f"a reward is {rewards[~np.isfinite(rewards)][0]}: return finite rewards")
+        checks.check_finite(rewards)
         groups = places // args.rollout.n_samples_per_prompt
         scored = torch.from_numpy(estimator.get()(rewards, groups))
         spread = torch.from_numpy(group_std(rewards, groups))
@@ -86,7 +86,7 @@ def check(args: Any) -> None:
             f"groups; name one of {', '.join(GROUPED)}"
         )
     if getattr(args.algo, "dynamic_filtering_enable", False):
-        saturation.warn_once("OpenRLHF", "--algo.dynamic_filtering_enable")
+        checks.warn_once("OpenRLHF", "--algo.dynamic_filtering_enable")
 
 
 def group_std(rewards: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -102,7 +102,7 @@ _PPOTrainer: Any = ppo_trainer.PPOTrainer.__ray_metadata__.modified_class
 
 
 class EBPOTrainer(_PPOTrainer):  # type: ignore[misc]
-    """OpenRLHF's synchronous trainer with :class:`EBPOExperienceMaker`; the prior is in its checkpoints' states."""
+    """OpenRLHF's synchronous trainer with :class:`EBPOExperienceMaker`; the prior is in its checkpoints' folders."""
 
     experience_maker: Any
 
@@ -121,26 +121,38 @@ class EBPOTrainer(_PPOTrainer):  # type: ignore[misc]
         )
 
     def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
-        """OpenRLHF's own, with the prior among the states it saves."""
-        states = {**(client_states or {}), KEY: estimator.get().state_dict()}
-        super().save_logs_and_checkpoints(global_step, logs_dict, states)
+        """OpenRLHF's own, with the prior in the checkpoint's folder, where it saves one."""
+        super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
+        if global_step % self.args.ckpt.save_steps == 0:
+            self._write_prior(f"global_step{global_step}", global_step)
+
+    def save_best_checkpoint(self, eval_metrics: Any, global_step: int, client_states: Any = None) -> None:
+        """OpenRLHF's own, with the prior in the checkpoint's folder, where it saves one."""
+        best = self.best_eval_metric_value
+        super().save_best_checkpoint(eval_metrics, global_step, client_states)
+        if self.best_eval_metric_value > best:
+            self._write_prior(f"best_global_step{global_step}", global_step)
 
     def init_checkpoint_states(self) -> Any:
         """OpenRLHF's own; restores the prior where OpenRLHF resumes.
 
         Raises:
-            ValueError: the checkpoint holds no prior, and ``allow_missing_prior`` is not set.
+            FileNotFoundError: the checkpoint holds no prior, and ``allow_missing_prior`` is not set.
         """
         states = super().init_checkpoint_states()
-        ebpo = estimator.get()
-        if KEY in states:
-            ebpo.load_state_dict(states[KEY])
-        elif states.get("global_step", 0) and not estimator.option("allow_missing_prior", False):
-            raise ValueError(
-                f"the checkpoint of step {states['global_step']} holds no EBPO prior: resume from another, or set the "
-                f"option allow_missing_prior in {process.VARIABLE} to true"
-            )
+        estimator.get()
+        if states.get("global_step", 0):
+            latest = self._checkpoints() / "latest"  # DeepSpeed's: the name of the folder that it loads
+            estimator.restore(latest.with_name(latest.read_text(encoding="utf-8").strip()))
         return states
+
+    def _checkpoints(self) -> Path:
+        return Path(self.args.ckpt.path) / "_actor"
+
+    def _write_prior(self, tag: str, global_step: int) -> None:
+        folder = self._checkpoints() / tag
+        if folder.is_dir():  # there is none where OpenRLHF saves weights alone
+            write_prior(folder, estimator.get().state_dict(), global_step=global_step)
 
 
 def install() -> None:

@@ -21,7 +21,8 @@ from prime_rl.orchestrator import algo
 from prime_rl.orchestrator.algo.base import Algorithm, iter_trainable_traces
 from prime_rl.orchestrator.ckpt import CheckpointManager
 
-from ebpo_core.integrations import process, sidecar
+from ebpo_core.checkpoint import write_prior
+from ebpo_core.integrations import checks, process
 
 TYPE = "grpo"
 
@@ -51,8 +52,7 @@ class EBPOAlgorithm(Algorithm):  # type: ignore[misc]
         if not found:
             return
         rewards = np.array([trace.reward for _, trace in found], dtype=np.float64)
-        if not np.isfinite(rewards).all():
-            raise ValueError(f"a trace's reward is {rewards[~np.isfinite(rewards)][0]}: return finite rewards")
+        checks.check_finite(rewards)
         advantages = np.asarray(self.ebpo.group(rewards, key=environment(found[0][0])))
         for (_, trace), advantage in zip(found, advantages.tolist(), strict=True):
             algo.assign_advantages(trace, advantage)
@@ -84,7 +84,8 @@ def _saving(original: Any) -> Any:
     @functools.wraps(original)
     def save(self: Any, progress: Any, train_source: Any, step: int) -> None:
         # First: prime-rl takes a folder with progress.pt in it for a checkpoint.
-        sidecar.save(self.get_ckpt_path(step), estimator.get(), step=step)
+        state = estimator.get().state_dict()
+        write_prior(self.get_ckpt_path(step), state, global_step=step, written_after=["progress.pt"])
         original(self, progress, train_source, step)
 
     return save
@@ -94,9 +95,8 @@ def _loading(original: Any) -> Any:
     @functools.wraps(original)
     def load(self: Any, progress: Any, train_source: Any, step: int, path: Path | None = None) -> None:
         original(self, progress, train_source, step, path)
-        ebpo = estimator.get()
-        folder = path if path is not None else self.get_ckpt_path(step)
-        process.restore(folder, ebpo, estimator.option("allow_missing_prior", False))
+        estimator.get()
+        estimator.restore(path if path is not None else self.get_ckpt_path(step))
 
     return load
 

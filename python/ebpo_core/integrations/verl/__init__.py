@@ -25,8 +25,8 @@ from ebpo_core.integrations.verl.estimator import (
     NAME,
     WHERE,
     check_filters,
+    estimator,
     is_padding,
-    read_settings,
     reset,
     running,
     score,
@@ -46,7 +46,7 @@ def compute_ebpo_advantage(
     config: Any = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What verl calls with a batch: the batch enters the prior, then is scored (paper, Algorithm 1).
+    """The estimator as verl calls it with a batch: the batch enters the prior, then is scored (paper, Algorithm 1).
 
     Args:
         token_level_rewards: ``(B, T)`` float.
@@ -63,13 +63,13 @@ def compute_ebpo_advantage(
     """
     if index is None:
         raise ValueError("the batch has no 'uid', and EBPO needs to know which rows share a prompt: set one per prompt")
-    wanted = read_settings(config)
+    ebpo = running(config)
     check_filters(config)
     rows = take(len(index))
     if rows is None:
-        _check_unaided(config, wanted.keys, index)
+        _check_unaided(config, estimator.columns, index)
     advantages = score(
-        running(wanted),
+        ebpo,
         token_level_rewards,
         response_mask,
         index,

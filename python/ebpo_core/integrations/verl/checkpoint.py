@@ -10,13 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ebpo_core.integrations import sidecar
+from ebpo_core.checkpoint import write_prior
 from ebpo_core.integrations.verl import rows
-from ebpo_core.integrations.verl.estimator import WHERE, check_filters, is_ebpo, read_settings, reset, running
+from ebpo_core.integrations.verl.estimator import WHERE, check_filters, estimator, is_ebpo, reset, running
 
 
 class PriorCheckpoint:
-    """Saves EBPO's prior in each checkpoint folder, ``global_step_N/ebpo_state.json``, and restores it on resume.
+    """Saves EBPO's prior in each checkpoint folder, ``global_step_N/ebpo_prior.json``, and restores it on resume.
 
     Does nothing for another ``algorithm.adv_estimator``. To add a callback of your own, derive it from this class and
     call ``super()`` in both methods.
@@ -35,34 +35,32 @@ class PriorCheckpoint:
         self.active = config is not None and is_ebpo(config.algorithm)
         if not self.active:
             return
-        wanted = read_settings(config.algorithm)
+        reset()  # a trainer in this process before this one had another run's prior
+        running(config.algorithm)
         check_filters(config.algorithm)
         rows.install()
-        reset()  # a trainer in this process before this one had another run's prior
-        ebpo = running(wanted)
         folder = resume_folder(config.trainer)
-        if folder is None or (wanted.allow_missing_prior and not (folder / sidecar.NAME).exists()):
+        if folder is None:
             return
         try:
-            sidecar.load(folder, ebpo)
+            estimator.restore(folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{error}: trainer.resume_mode=resume_path with trainer.resume_from_path of an earlier one, or "
-                f"trainer.resume_mode=disable. To go on with an empty prior, set +{WHERE}.allow_missing_prior=true"
+                f"{error}. In verl: trainer.resume_mode=resume_path with trainer.resume_from_path of an earlier one, "
+                f"trainer.resume_mode=disable, or +{WHERE}.allow_missing_prior=true"
             ) from error
 
     def on_save(self, *, global_step: int, checkpoint_dir: str, **_: Any) -> None:
         """Write the prior into ``checkpoint_dir``; verl calls this after each checkpoint, with keywords."""
         if self.active:
-            ebpo = running(read_settings(self.config.algorithm))
-            sidecar.save(Path(checkpoint_dir), ebpo, framework="verl", global_step=global_step)
+            write_prior(checkpoint_dir, running(self.config.algorithm).state_dict(), global_step=global_step)
 
 
 def resume_folder(trainer: Any) -> Path | None:
     """The checkpoint folder that verl will load under this ``trainer`` node, or None for a fresh start.
 
     Raises:
-        ValueError: ``trainer.resume_mode`` is none that verl knows, or has no path to go with it.
+        ValueError: verl does not know the ``trainer.resume_mode``, or the mode needs a path and there is none.
     """
     from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 

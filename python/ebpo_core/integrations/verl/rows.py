@@ -1,4 +1,4 @@
-"""What verl's V1 trainer knows about the rows of a batch and does not pass to an advantage estimator.
+"""Facts about the rows of a batch that verl's V1 trainer knows and does not pass to an advantage estimator.
 
 :func:`install` replaces one method, ``PPOTrainer._compute_advantage``, by one that looks at the batch's keys and the
 data set's columns, leaves both here for the estimator, calls the original, and adds ``ebpo/*`` to the step's metrics.
@@ -8,15 +8,15 @@ verl itself treats sessions with several outputs so for GRPO alone (``compute_ad
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ebpo_core.integrations.verl.estimator import WHERE, is_ebpo, read_settings, running
-from ebpo_core.trainer.metrics import prior_metrics
+from ebpo_core.integrations.verl.estimator import WHERE, estimator, is_ebpo, running
+from ebpo_core.keys import key_of_row
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ _pending: Rows | None = None
 
 
 def take(size: int) -> Rows | None:
-    """What was left for the batch of ``size`` rows that is being scored; None where nothing was."""
+    """The facts left for the batch of ``size`` rows that is being scored; None where nothing was left."""
     global _pending
     rows, _pending = _pending, None
     if rows is not None and len(rows.last) != size:
@@ -58,14 +58,14 @@ def install() -> None:
         algorithm = self.config.algorithm
         if not is_ebpo(algorithm):
             return original(self, batch, metrics)
-        wanted = read_settings(algorithm)
-        _pending = Rows(last_outputs(batch.keys), fetch(batch, wanted.keys))
+        ebpo = running(algorithm)
+        _pending = Rows(last_outputs(batch.keys), keys_of(batch, estimator.columns))
         try:
             result = original(self, batch, metrics)
         finally:
             _pending = None
-        diagnostics = running(wanted).diagnostics
-        metrics.update({} if diagnostics is None else prior_metrics(diagnostics))
+        diagnostics = ebpo.diagnostics
+        metrics.update({} if diagnostics is None else diagnostics.metrics())
         return result
 
     PPOTrainer._compute_advantage = _compute_advantage
@@ -89,11 +89,11 @@ def last_outputs(keys: Sequence[str]) -> NDArray[np.int64]:
     return np.array([found[session][1] for session in sessions], dtype=np.int64)
 
 
-def fetch(batch: Any, columns: Sequence[str]) -> list[Any] | None:
-    """The rows' values of ``columns`` out of TransferQueue, where rollout put every column of the data set.
+def keys_of(batch: Any, columns: Sequence[str]) -> list[Any] | None:
+    """Keys of the rows, from ``columns`` in TransferQueue, where rollout put every column of the data set.
 
     Raises:
-        ValueError: a column that the rows do not have; the ones they have are named.
+        ValueError: a column that the rows do not have.
     """
     if not columns:
         return None
@@ -105,13 +105,5 @@ def fetch(batch: Any, columns: Sequence[str]) -> list[Any] | None:
         if field not in data:  # verl relies on it: fields that nobody wrote are left out
             raise ValueError(f"{WHERE}.keys names {field!r}, which is no column of the data set")
     # `get`, because `data[field]` turns what is not a tensor into a list of another type.
-    values = [[_reach(value, column) for value in data.get(column.split(".")[0]).tolist()] for column in columns]
-    return values[0] if len(columns) == 1 else list(zip(*values, strict=True))
-
-
-def _reach(value: Any, column: str) -> Any:
-    for name in column.split(".")[1:]:
-        if not isinstance(value, Mapping) or name not in value:
-            raise ValueError(f"{WHERE}.keys names {column!r}, and a row has no {name!r} in {value!r}")
-        value = value[name]
-    return value.item() if isinstance(value, np.generic) else value
+    values = zip(*(data.get(field).tolist() for field in fields), strict=True)
+    return [key_of_row(columns, dict(zip(fields, row, strict=True)), f"{WHERE}.keys") for row in values]

@@ -1,8 +1,7 @@
-//! Priors by key, one group at a time, and what processes tell each other, against plain formulas.
+//! Priors by key and one group at a time, against plain formulas.
 
 use ebpo_core::{
-    Batch, Error, GroupStats, Keys, Layout, Ledger, Normalize, Options, Path, Prior, Score, Share, Shrinkage, State,
-    Tree, apply,
+    Batch, Error, GroupStats, Keys, Layout, Normalize, Options, Path, Prior, Score, Shrinkage, State, Tree, apply,
 };
 use proptest::prelude::*;
 
@@ -32,12 +31,6 @@ fn same_prior(a: &Prior, b: &Prior) -> bool {
     numbers(a).iter().zip(numbers(b)).all(|(a, b)| close(*a, b))
 }
 
-fn same_tree(a: &Tree, b: &Tree) -> bool {
-    same_prior(&a.root, &b.root)
-        && a.keys().len() == b.keys().len()
-        && a.keys().zip(b.keys()).all(|(x, y)| x.0 == y.0 && same_prior(x.1, y.1))
-}
-
 /// Rewards of up to eight groups, and the index of each group's path.
 fn keyed() -> impl Strategy<Value = (Vec<f64>, Vec<u32>)> {
     (1_usize..9).prop_flat_map(|groups| {
@@ -59,9 +52,9 @@ proptest! {
     #[test]
     fn a_key_holds_the_groups_under_it((rewards, of_group) in keyed()) {
         let (all, paths) = (stats(&rewards), paths());
-        let mut ledger = Ledger::default();
-        ledger.advance(&Options::default(), &all, Some(&Keys::new(&paths, &of_group, all.len()).unwrap()), true, None).unwrap();
-        prop_assert_eq!(ledger.tree().root, Prior::of(&all));
+        let mut state = State::default();
+        state.advance(&Options::default(), &all, &Keys::new(&paths, &of_group, all.len()).unwrap(), true, None).unwrap();
+        prop_assert_eq!(state.tree().root, Prior::of(&all));
         for prefix in [path(&["a"]), path(&["a", "2"]), path(&["b"]), path(&["b", "x"])] {
             let under: Vec<f64> = rewards
                 .chunks(SIZE)
@@ -69,7 +62,7 @@ proptest! {
                 .filter(|(_, key)| paths[**key as usize].starts_with(&prefix))
                 .flat_map(|(rows, _)| rows.to_vec())
                 .collect();
-            match ledger.tree().get(&prefix) {
+            match state.tree().get(&prefix) {
                 Some(prior) => prop_assert!(same_prior(prior, &Prior::of(&stats(&under)))),
                 None => prop_assert!(under.is_empty()),
             }
@@ -80,13 +73,13 @@ proptest! {
     fn keys_at_the_root_change_nothing((rewards, _) in keyed(), options in options(), leave_one_out: bool) {
         let options = Options { leave_one_out: leave_one_out && options.score == Score::After, ..options };
         let (all, root) = (stats(&rewards), [Vec::new()]);
-        let (zeros, mut plain, mut rooted) = (vec![0; all.len()], State::default(), Ledger::default());
+        let (zeros, mut plain, mut rooted) = (vec![0; all.len()], State::default(), State::default());
         let keys = Keys::new(&root, &zeros, all.len()).unwrap();
         for update in [true, false, true] {
-            let expected = plain.advance(&options, &all, update, None);
-            let got = rooted.advance(&options, &all, Some(&keys), update, None).unwrap();
-            prop_assert_eq!(got.affine, expected.affine);
-            prop_assert_eq!(rooted.tree().root, plain.prior);
+            let expected = plain.advance(&options, &all, &Keys::ROOT, update, None).unwrap();
+            let got = rooted.advance(&options, &all, &keys, update, None).unwrap();
+            prop_assert_eq!(got, expected);
+            prop_assert_eq!(rooted.tree().root, plain.tree().root);
         }
     }
 
@@ -95,12 +88,12 @@ proptest! {
         let (all, paths) = (stats(&rewards), paths());
         let keys = Keys::new(&paths, &of_group, all.len()).unwrap();
         let options = Options { kappa, ..Options::default() };
-        let mut ledger = Ledger::default();
-        ledger.advance(&options, &all, Some(&keys), true, None).unwrap();
+        let mut state = State::default();
+        state.advance(&options, &all, &keys, true, None).unwrap();
         for path in paths.iter().filter(|path| !path.is_empty()) {
-            let blended = ledger.shrunken(path, &options);
-            let parent = ledger.shrunken(&path[..path.len() - 1], &options);
-            let Some(prior) = ledger.tree().get(path) else {
+            let blended = state.tree().shrunken(path, &options);
+            let parent = state.tree().shrunken(&path[..path.len() - 1], &options);
+            let Some(prior) = state.tree().get(path) else {
                 prop_assert_eq!(blended, parent);
                 continue;
             };
@@ -123,45 +116,17 @@ proptest! {
         let pick = pick % all.len();
         let options = Options { leave_one_out: true, score: Score::After, ..options };
         let keys = Keys::new(&paths, &of_group, all.len()).unwrap();
-        let scored = Ledger::default().advance(&options, &all, Some(&keys), true, None).unwrap();
+        let scored = State::default().advance(&options, &all, &keys, true, None).unwrap();
         let (mut rest, mut keys_of_rest) = (rewards.clone(), of_group.clone());
         let own: Vec<f64> = rest.drain(pick * SIZE..(pick + 1) * SIZE).collect();
         let key = [keys_of_rest.remove(pick)];
-        let mut without = Ledger::default();
+        let mut without = State::default();
         let others = stats(&rest);
         let plain = Options { leave_one_out: false, ..options };
-        without.advance(&plain, &others, Some(&Keys::new(&paths, &keys_of_rest, others.len()).unwrap()), true, None).unwrap();
+        without.advance(&plain, &others, &Keys::new(&paths, &keys_of_rest, others.len()).unwrap(), true, None).unwrap();
         let group = stats(&own);
-        let frozen = without.advance(&plain, &group, Some(&Keys::new(&paths, &key, 1).unwrap()), false, None).unwrap();
+        let frozen = without.advance(&plain, &group, &Keys::new(&paths, &key, 1).unwrap(), false, None).unwrap();
         prop_assert!(close(scored.baseline[pick], frozen.baseline[0]), "{:?} {:?}", scored, frozen);
-    }
-
-    #[test]
-    fn exchanged_shares_are_the_memory_of_one_process(
-        steps in proptest::collection::vec((keyed(), keyed()), 1..7), options in options(), every in 1_usize..4
-    ) {
-        let paths = paths();
-        let (mut one, mut ranks) = (Ledger::default(), [Ledger::default(), Ledger::default()]);
-        for (i, (first, second)) in steps.iter().enumerate() {
-            for (ledger, (rewards, of_group)) in ranks.iter_mut().zip([first, second]) {
-                let shard = stats(rewards);
-                let keys = Keys::new(&paths, of_group, shard.len()).unwrap();
-                ledger.advance(&options, &shard, Some(&keys), true, None).unwrap();
-            }
-            let (rewards, of_group) = ([&*first.0, &*second.0].concat(), [&*first.1, &*second.1].concat());
-            let whole = stats(&rewards);
-            one.advance(&options, &whole, Some(&Keys::new(&paths, &of_group, whole.len()).unwrap()), true, None).unwrap();
-            if (i + 1) % every == 0 {
-                let shares: Vec<Share> = ranks.iter().map(Ledger::share).collect();
-                prop_assert_eq!(shares[0].ticks, every as u64);
-                for ledger in &mut ranks {
-                    ledger.exchange(&shares, options.max_keys).unwrap();
-                }
-                prop_assert_eq!(ranks[0].tree(), ranks[1].tree());
-                prop_assert!(same_tree(ranks[0].tree(), one.tree()), "{:?} {:?}", ranks[0].tree(), one.tree());
-                prop_assert_eq!(ranks[0].share(), Share { step: None, ..Share::default() });
-            }
-        }
     }
 
     #[test]
@@ -169,13 +134,13 @@ proptest! {
         (rewards, of_group) in keyed(), own in proptest::collection::vec(-5.0_f64..5.0, SIZE), key in 0_u32..5
     ) {
         let (all, paths, options) = (stats(&rewards), paths(), Options::default());
-        let mut ledger = Ledger::default();
-        ledger.advance(&options, &all, Some(&Keys::new(&paths, &of_group, all.len()).unwrap()), true, None).unwrap();
-        let prior = ledger.shrunken(&paths[key as usize], &options);
+        let mut state = State::default();
+        state.advance(&options, &all, &Keys::new(&paths, &of_group, all.len()).unwrap(), true, None).unwrap();
+        let prior = state.tree().shrunken(&paths[key as usize], &options);
         let (batch, group) = (Batch::new(&own, Layout::Equal { size: SIZE }, None).unwrap(), stats(&own));
         let of_one = [key];
         let keys = Keys::new(&paths, &of_one, 1).unwrap();
-        let scored = ledger.stream(&options, &group, &keys, true, None).unwrap();
+        let scored = state.stream(&options, &group, &keys, true, None).unwrap();
         let mut out = vec![f64::NAN; SIZE];
         apply(&batch, &scored.affine, &mut out);
         let mean = own.iter().sum::<f64>() / SIZE as f64;
@@ -183,7 +148,7 @@ proptest! {
         for (r, a) in own.iter().zip(&out) {
             prop_assert!(close(*a * (prior.sigma2.sqrt() + options.eps), r - baseline), "{} {}", a, r);
         }
-        prop_assert_eq!(ledger.tree().root.means().count(), (all.len() + 1) as f64);
+        prop_assert_eq!(state.tree().root.means().count(), (all.len() + 1) as f64);
     }
 }
 
@@ -191,40 +156,37 @@ proptest! {
 fn an_idle_key_becomes_young_again() {
     let options = Options { decay: 0.5, ..Options::default() };
     let paths = paths();
-    let mut ledger = Ledger::default();
-    let one = |ledger: &mut Ledger, rewards: &[f64], key: u32| {
+    let mut state = State::default();
+    let one = |state: &mut State, rewards: &[f64], key: u32| {
         let of_group = [key];
-        ledger.advance(&options, &stats(rewards), Some(&Keys::new(&paths, &of_group, 1).unwrap()), true, None).unwrap();
+        state.advance(&options, &stats(rewards), &Keys::new(&paths, &of_group, 1).unwrap(), true, None).unwrap();
     };
-    one(&mut ledger, &[0.0; SIZE], 1);
+    one(&mut state, &[0.0; SIZE], 1);
     for _ in 0..60 {
-        one(&mut ledger, &[1.0; SIZE], 4);
+        one(&mut state, &[1.0; SIZE], 4);
     }
-    assert_eq!(ledger.tree().get(&paths[1]).unwrap().means().count(), 0.5_f64.powi(60));
-    assert!((ledger.shrunken(&paths[1], &options).mu - 1.0).abs() < 1e-12);
+    assert_eq!(state.tree().get(&paths[1]).unwrap().means().count(), 0.5_f64.powi(60));
+    assert!((state.tree().shrunken(&paths[1], &options).mu - 1.0).abs() < 1e-12);
     // So does one that is idle while batches come without keys.
-    ledger.advance(&options, &stats(&[1.0; SIZE]), None, true, None).unwrap();
-    assert_eq!(ledger.tree().get(&paths[1]).unwrap().means().count(), 0.5_f64.powi(61));
+    state.advance(&options, &stats(&[1.0; SIZE]), &Keys::ROOT, true, None).unwrap();
+    assert_eq!(state.tree().get(&paths[1]).unwrap().means().count(), 0.5_f64.powi(61));
 }
 
 #[test]
 fn there_is_room_for_so_many_keys() {
     let (paths, options) = (paths(), Options { max_keys: 3, ..Options::default() });
     let all = stats(&[0.0, 1.0, 0.0, 1.0, 1.0, 0.0]);
-    let mut ledger = Ledger::default();
-    ledger.advance(&options, &all, Some(&Keys::new(&paths, &[2, 3], 2).unwrap()), true, None).unwrap();
-    let (kept, changes) = (ledger.tree().clone(), ledger.changes());
+    let mut state = State::default();
+    state.advance(&options, &all, &Keys::new(&paths, &[2, 3], 2).unwrap(), true, None).unwrap();
+    let kept = state.clone();
     let more = Keys::new(&paths, &[2, 4], 2).unwrap();
-    assert_eq!(
-        ledger.advance(&options, &all, Some(&more), true, None),
-        Err(Error::TooManyKeys { count: 6, max_keys: 3 })
-    );
-    assert_eq!((ledger.tree(), ledger.changes()), (&kept, changes));
-    assert!(ledger.advance(&options, &all, Some(&more), false, None).is_ok());
-    let mut other = Ledger::default();
-    other.advance(&Options::default(), &all, Some(&more), true, None).unwrap();
-    assert!(ledger.merge(&other, 3).is_err() && ledger.exchange(&[other.share()], 3).is_err());
-    assert_eq!(ledger.tree(), &kept);
+    assert_eq!(state.advance(&options, &all, &more, true, None), Err(Error::TooManyKeys { count: 6, max_keys: 3 }));
+    assert_eq!(state, kept);
+    assert!(state.advance(&options, &all, &more, false, None).is_ok());
+    let mut other = State::default();
+    other.advance(&Options::default(), &all, &more, true, None).unwrap();
+    assert!(state.merge(&other, 3).is_err());
+    assert_eq!(state, kept);
 }
 
 #[test]
@@ -234,13 +196,13 @@ fn what_stands_in_for_a_spread_of_zero() {
     let keys = Keys::new(&root, &[0], 1).unwrap();
     for norm_ddof in [0, 1] {
         let options = Options { norm_ddof, eps: 0.0, ..Options::default() };
-        let scored = Ledger::default().stream(&options, &stats(&own), &keys, true, None).unwrap();
+        let scored = State::default().stream(&options, &stats(&own), &keys, true, None).unwrap();
         let std = (2.0 / 3.0 / (3.0 - f64::from(norm_ddof))).sqrt();
         assert!(close(scored.affine.scale[0], 1.0 / std) && close(scored.affine.offset[0], 2.0 / 3.0));
-        let equal = Ledger::default().stream(&options, &stats(&[0.5; SIZE]), &keys, true, None).unwrap();
+        let equal = State::default().stream(&options, &stats(&[0.5; SIZE]), &keys, true, None).unwrap();
         assert_eq!(equal.affine.scale, [0.0]);
         let raw = Options { normalize: Normalize::None, ..options };
-        assert_eq!(Ledger::default().stream(&raw, &stats(&own), &keys, true, None).unwrap().affine.scale, [1.0]);
+        assert_eq!(State::default().stream(&raw, &stats(&own), &keys, true, None).unwrap().affine.scale, [1.0]);
     }
 }
 
@@ -260,26 +222,5 @@ fn impossible_trees_and_keys_are_refused() {
     let paths = paths();
     assert!(matches!(Keys::new(&paths, &[0, 1], 3), Err(Error::LengthMismatch { .. })));
     assert!(matches!(Keys::new(&paths, &[0, 5], 2), Err(Error::GroupOutOfRange { .. })));
-    assert!(GroupStats::from_parts(&[1.0], &[0.5], &[]).is_err());
     assert!(Options { kappa: f64::NAN, ..Options::default() }.validate().is_err());
-}
-
-#[test]
-fn empty_shards_let_time_pass_for_what_is_exchanged() {
-    let options = Options { decay: 0.5, ..Options::default() };
-    let (some, none) = (stats(&[0.0, 1.0, 1.0]), stats(&[f64::NAN; SIZE]));
-    let (mut one, mut ranks) = (Ledger::default(), [Ledger::default(), Ledger::default()]);
-    for second in [&some, &none] {
-        ranks[0].advance(&options, &some, None, true, None).unwrap();
-        ranks[1].advance(&options, second, None, true, None).unwrap();
-    }
-    assert_eq!(ranks[1].tree().root.means().count(), 1.0); // alone, it knows of no second batch
-    let whole = stats(&[0.0, 1.0, 1.0, 0.0, 1.0, 1.0]);
-    one.advance(&options, &whole, None, true, None).unwrap();
-    one.advance(&options, &some, None, true, None).unwrap();
-    let shares: Vec<Share> = ranks.iter().map(Ledger::share).collect();
-    for ledger in &mut ranks {
-        ledger.exchange(&shares, 0).unwrap();
-        assert!(same_tree(ledger.tree(), one.tree()));
-    }
 }

@@ -1,4 +1,4 @@
-"""Shards of batches, and the processes that see one shard each: ``python tests/support/sync_worker.py RANKS FOLDER``.
+"""Shards of batches, and the processes that see one shard each: ``python tests/support/shards_worker.py RANKS FOLDER``.
 
 The ranks are forked, since importing torch takes longer than all they do, and write what the tests compare to
 ``FOLDER/rank_<rank>.json``.
@@ -18,7 +18,6 @@ import numpy as np
 import ebpo_core
 
 STEPS = 9
-SYNC_EVERY = 2
 KEYS = ["a", ("a", 1), ("a", 2), None, "b", ("b", "x", 3)]
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -61,34 +60,13 @@ def whole(step: int, ranks: int, keyed: bool) -> dict[str, Any]:
     return call | {"keys": keys} if keyed else call
 
 
-def lazily(rank: int, ranks: int, options: dict[str, Any], keyed: bool) -> dict[str, Any]:
-    """Score with the own shard, exchange every second step: the states after each exchange."""
-    ebpo, local = ebpo_core.EBPO(**options), ebpo_core.EBPO(**options)
-    states, same = [], []
-    for step in range(STEPS):
-        shard = Shard(step, rank, ranks).args(keyed)
-        advantages = ebpo(**shard, step=step)
-        same.append(bool(np.array_equal(advantages, local(**shard, step=step))))
-        ebpo(**shard, step=step)  # a retry is not counted
-        ebpo(**shard, update=False)
-        if step % SYNC_EVERY == SYNC_EVERY - 1:
-            ebpo.sync()
-            ebpo.sync()  # nothing is new: nothing changes
-            states.append(ebpo.state_dict())
-            local.load_state_dict(ebpo.state_dict())
-    return {"states": states, "scored with what the rank knew": same}
-
-
 def together(rank: int, ranks: int, options: dict[str, Any], keyed: bool, group: Any) -> list[dict[str, Any]]:
-    """Score with every shard; one step in between is seen alone and told later, one is evaluation."""
+    """Score with every shard; one step is evaluation, and every other one is retried, which is not counted."""
     ebpo = ebpo_core.EBPO(**options)
     log = []
     for step in range(STEPS):
         shard = Shard(step, rank, ranks).args(keyed)
-        if step == 4:
-            ebpo(**shard)
-            continue
-        advantages = ebpo(**shard, update=step != 6, process_group=group)
+        advantages = ebpo(**shard, update=step != 6, step=step, process_group=group)
         diagnostics = ebpo.diagnostics
         assert diagnostics is not None
         entry: dict[str, Any] = {"step": step, "advantages": advantages.tolist(), "state": ebpo.state_dict()}
@@ -97,7 +75,30 @@ def together(rank: int, ranks: int, options: dict[str, Any], keyed: bool, group:
         for name in ("shrinkage", "baseline", "count", "prior_mean"):
             entry[name] = getattr(diagnostics, name).tolist()
         log.append(entry)
+        if step % 2:
+            ebpo(**shard, step=step, process_group=group)
+            ebpo(**shard, update=False)  # alone, which no other rank need know of
+            assert ebpo.state_dict() == entry["state"]
     return log
+
+
+def mixed(rank: int, ranks: int, group: Any) -> dict[str, Any]:
+    """Shards of other forms than their neighbours': a float32 tensor, a matrix of float64, a rank without a row."""
+    import torch
+
+    ebpo = ebpo_core.EBPO(normalize="none")
+    top = float(np.finfo(np.float32).max)
+    if rank == 0:
+        scored = ebpo(torch.tensor([[top, -top, -top]]), process_group=group)
+    elif rank == 1:
+        scored = ebpo(np.array([[1.0, 0.0], [0.0, 0.0]]), mask=[[True, True], [True, False]], process_group=group)
+    else:
+        scored = ebpo([[float("nan")]], process_group=group)
+    return {
+        "type": type(scored).__name__,
+        "dtype": str(getattr(scored, "dtype", None)),
+        "scored": np.asarray(scored).tolist(),
+    }
 
 
 def refusals(rank: int, group: Any) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def refusals(rank: int, group: Any) -> dict[str, Any]:
 
     def seen(**options: Any) -> ebpo_core.EBPO:
         ebpo = ebpo_core.EBPO(**options)
-        ebpo([[1.0, 0.0]], keys=[f"key {rank}"])
+        ebpo([[1.0, 0.0]])
         return ebpo
 
     bad = [[np.inf if rank == 1 else 1.0, 0.0]]
@@ -123,16 +124,14 @@ def refusals(rank: int, group: Any) -> dict[str, Any]:
     attempt("shape", seen(), lambda e: e([1.0] if rank == 1 else [[1.0, 0.0]], process_group=group))
     attempt("update", seen(), lambda e: e([[1.0, 0.0]], update=rank == 0, process_group=group))
     attempt("step", seen(), lambda e: e([[1.0, 0.0]], step=rank, process_group=group))
-    attempt("options", seen(decay=1.0 - rank / 4), lambda e: e.sync(group))
-    attempt("max_keys", seen(max_keys=1), lambda e: e.sync(group))
-    attempt("max_keys together", seen(max_keys=1), lambda e: e([[1.0, 0.0]], process_group=group))
-    apart = ebpo_core.EBPO()
-    apart.load_state_dict(seen().state_dict())
-    attempt("apart", apart, lambda e: e.sync(group))
-    often = ebpo_core.EBPO(decay=0.5)
-    for _ in range(rank + 1):
-        often([[1.0, 0.0]])
-    attempt("often", often, lambda e: e.sync(group))
+    attempt("options", seen(decay=1.0 - rank / 4), lambda e: e([[1.0, 0.0]], process_group=group))
+    keys = [f"key {min(rank, 1)}"]  # each of them has room for its own, none for both
+    attempt("max_keys", seen(max_keys=1), lambda e: e([[1.0, 0.0]], keys=keys, process_group=group))
+    apart = seen()
+    apart([[float(rank), 0.0]])
+    attempt("apart", apart, lambda e: e([[1.0, 0.0]], process_group=group))
+    attempt("update type", seen(), lambda e: e([[1.0, 0.0]], update=1 if rank == 1 else True, process_group=group))
+    attempt("keys", seen(), lambda e: e([[1.0, 0.0]], keys=["a"] * (1 + (rank == 1)), process_group=group))
     return log
 
 
@@ -140,18 +139,16 @@ def run(rank: int, ranks: int, folder: Path) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    log: dict[str, Any] = {"lazily": {}, "together": {}}
+    log: dict[str, Any] = {"together": {}, "mixed": mixed(rank, ranks, dist.group.WORLD)}
     for name, options in OPTIONS.items():
         for keyed in (False, True):
             case = f"{name}{' keyed' * keyed}"
-            log["lazily"][case] = lazily(rank, ranks, options, keyed)
             log["together"][case] = together(rank, ranks, options, keyed, dist.group.WORLD)
     log["refusals"] = refusals(rank, dist.group.WORLD)
     pair = dist.new_group([0, 1])
     if rank < 2:  # a group of its own, with ranks that the others do not wait for
         ebpo = ebpo_core.EBPO()
-        ebpo([[float(rank), 1.0]])
-        ebpo.sync(pair)
+        ebpo([[float(rank), 1.0]], process_group=pair)
         log["pair"] = ebpo.prior.count
     (folder / f"rank_{rank}.json").write_text(json.dumps(log), encoding="utf-8")
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Several real processes (gloo) that each see one shard hold the priors of one process that sees them all."""
+"""Several real processes (gloo) that each pass one shard of a batch score as one process that sees them all."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import ebpo_core
 
 pytest.importorskip("torch")
 
-import sync_worker
-from sync_worker import OPTIONS, STEPS, SYNC_EVERY, Shard, whole
+import shards_worker
+from shards_worker import OPTIONS, STEPS, Shard, whole
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork (POSIX)")
 
@@ -32,41 +32,11 @@ CASES = [(options, keyed) for options in OPTIONS for keyed in (False, True)]
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(Path(sync_worker.__file__)), str(request.param), str(folder)]
+    command = [sys.executable, str(Path(shards_worker.__file__)), str(request.param), str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(request.param)]
-
-
-def assert_close(got: Any, expected: Any, where: str = "state") -> None:
-    """Equal to 1e-12, whatever the nesting."""
-    if isinstance(expected, dict):
-        assert got.keys() == expected.keys()
-        for name in expected:
-            assert_close(got[name], expected[name], f"{where}.{name}")
-    elif isinstance(expected, list):
-        assert len(got) == len(expected)
-        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-            assert_close(a, b, f"{where}[{i}]")
-    elif isinstance(expected, float):
-        assert got == pytest.approx(expected, rel=1e-12, abs=1e-14, nan_ok=True), where
-    else:
-        assert got == expected, where
-
-
-@pytest.mark.parametrize(("options", "keyed"), CASES)
-def test_synced_ranks_hold_the_prior_of_one_process(ranks: list[dict[str, Any]], options: str, keyed: bool) -> None:
-    logs = [rank["lazily"][f"{options}{' keyed' * keyed}"] for rank in ranks]
-    assert len(logs[0]["states"]) == STEPS // SYNC_EVERY == 4
-    assert all(log["states"] == logs[0]["states"] for log in logs)  # to the bit
-    assert all(all(log["scored with what the rank knew"]) for log in logs)
-    one = ebpo_core.EBPO(**OPTIONS[options])
-    for step in range(STEPS):
-        one(**whole(step, len(ranks), keyed), step=step)
-        if step % SYNC_EVERY == SYNC_EVERY - 1:
-            assert_close(logs[0]["states"][step // SYNC_EVERY], one.state_dict())
-    assert len(one.priors) >= 4 or not keyed
 
 
 @pytest.mark.parametrize(("options", "keyed"), CASES)
@@ -75,23 +45,33 @@ def test_a_batch_scored_together_is_scored_as_one(ranks: list[dict[str, Any]], o
     one = ebpo_core.EBPO(**OPTIONS[options])
     for step in range(STEPS):
         batch = whole(step, len(ranks), keyed)
-        expected = one(**batch, update=step != 6)
-        if step == 4:
-            continue
+        expected = one(**batch, update=step != 6, step=step)
         entries = [next(entry for entry in log if entry["step"] == step) for log in logs]
-        assert all(entry["state"] == entries[0]["state"] for entry in entries)
-        assert_close(entries[0]["state"], one.state_dict())
-        got = np.concatenate([entry["advantages"] for entry in entries])
-        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * max(1.0, np.abs(expected).max()))
+        assert all(entry["state"] == one.state_dict() for entry in entries)  # to the bit
+        np.testing.assert_array_equal(np.concatenate([entry["advantages"] for entry in entries]), expected)
         diagnostics = one.diagnostics
         assert diagnostics is not None
         for name in ("mu_glob", "sigma2", "tau2", "saturated_fail", "saturated_pass", "outlier"):
             for entry in entries:
-                assert_close(entry[name], getattr(diagnostics, name), name)
+                np.testing.assert_array_equal(entry[name], getattr(diagnostics, name), name)
         # The groups of one process are numbered by first appearance, as each rank's are.
         for name in ("shrinkage", "baseline", "count", "prior_mean"):
             joined = [value for entry in entries for value in entry[name]]
-            assert_close(joined, getattr(diagnostics, name).tolist(), name)
+            np.testing.assert_array_equal(joined, getattr(diagnostics, name), name)
+    assert len(one.priors) >= 4 or not keyed
+
+
+def test_shards_of_different_forms_are_one_batch(ranks: list[dict[str, Any]]) -> None:
+    top = float(np.finfo(np.float32).max)
+    rows, groups = [top, -top, -top, 1.0, 0.0, 0.0], [0, 0, 0, 1, 1, 2]
+    expected = ebpo_core.EBPO(normalize="none")(rows, groups)
+    first, second = ranks[0]["mixed"], ranks[1]["mixed"]
+    assert (first["type"], first["dtype"]) == ("Tensor", "torch.float32")
+    assert (second["type"], second["dtype"]) == ("ndarray", "float64")
+    # An advantage beyond the range of float32 saturates, where one process would keep it in float64.
+    np.testing.assert_allclose(first["scored"][0], np.clip(expected[:3], -top, top), rtol=1e-6)
+    np.testing.assert_allclose(np.ravel(second["scored"]), [*expected[3:], 0.0], rtol=1e-12)
+    assert all(rank["mixed"]["scored"] == [[0.0]] for rank in ranks[2:])
 
 
 def test_the_shards_are_what_they_should_be() -> None:
@@ -100,7 +80,7 @@ def test_the_shards_are_what_they_should_be() -> None:
     assert all(any(shard.mask.any() for shard in step) for step in shards)
     assert len({len(shard.rewards) for step in shards for shard in step}) > 3
     assert any(shard.keys is None for step in shards for shard in step)
-    assert len({key for step in shards for shard in step for key in shard.keys or []}) == len(sync_worker.KEYS)
+    assert len({key for step in shards for shard in step for key in shard.keys or []}) == len(shards_worker.KEYS)
 
 
 @pytest.mark.parametrize(
@@ -112,16 +92,19 @@ def test_the_shards_are_what_they_should_be() -> None:
             r"ValueError: rewards has shape \(1,\)",
             "RuntimeError: rank 1 could not score.*no rank's prior changed",
         ),
+        ("update type", "TypeError: update=1", "RuntimeError: rank 1 could not score its shard.*update=1"),
+        ("keys", "ValueError: keys has length 2", "RuntimeError: rank 1 could not score its shard.*keys has length 2"),
         *[
             (name, message, message)
             for name, message in (
-                ("update", "ValueError: ranks 0 and 1 made different calls.*same update= and step="),
-                ("step", "ValueError: ranks 0 and 1 made different calls"),
-                ("options", "ValueError: ranks 0 and 1 have different options.*0.75"),
+                (
+                    "update",
+                    r"ValueError: ranks 0 and 1 have different arguments update= and step= .*same ones on every",
+                ),
+                ("step", r"ValueError: ranks 0 and 1 have different arguments update= and step= \(\(True, 0\)"),
+                ("options", "ValueError: ranks 0 and 1 have different options.*0.75.*alike on every rank"),
                 ("max_keys", "ValueError: keys would make 2 priors.*max_keys=1"),
-                ("max_keys together", "ValueError: keys would make 2 priors.*max_keys=1"),
-                ("apart", "ValueError: ranks 0 and 1 started from different priors.*call sync.* first"),
-                ("often", r"ValueError: since the last sync the ranks made \[1, 2.*decay=0.5"),
+                ("apart", "ValueError: ranks 0 and 1 have different priors.*load one state on every rank"),
             )
         ],
     ],
@@ -139,15 +122,15 @@ def test_a_group_of_some_ranks(ranks: list[dict[str, Any]]) -> None:
 
 def test_without_a_process_group_the_error_says_so() -> None:
     ebpo = ebpo_core.EBPO()
-    with pytest.raises(RuntimeError, match="init_process_group first, or leave out sync"):
-        ebpo.sync()
-    with pytest.raises(RuntimeError, match="no process group"):
+    with pytest.raises(
+        RuntimeError, match="no process group yet.*init_process_group first, or leave out process_group="
+    ):
         ebpo([[1.0, 0.0]], process_group=object())
     assert ebpo == ebpo_core.EBPO()
 
 
-def test_a_group_of_one_and_what_counts_as_known(tmp_path: Path) -> None:
-    """A loaded, copied or merged prior is known to all; here there is nobody else, so nothing is ever counted twice."""
+def test_a_group_of_one_is_a_plain_call(tmp_path: Path) -> None:
+    """To the bit, through pickling and merging."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -155,22 +138,20 @@ def test_a_group_of_one_and_what_counts_as_known(tmp_path: Path) -> None:
         ebpo, one = ebpo_core.EBPO(decay=0.5), ebpo_core.EBPO(decay=0.5)
         for i in range(6):
             r = np.random.default_rng(i).random((3, 4))
-            np.testing.assert_array_equal(ebpo(r, keys=["a", "b", i]), one(r, keys=["a", "b", i]))
+            got = ebpo(r, keys=["a", "b", i], process_group=dist.group.WORLD)
+            np.testing.assert_array_equal(got, one(r, keys=["a", "b", i]))
+            assert ebpo == one
+            ours, theirs = ebpo.diagnostics, one.diagnostics
+            assert ours is not None
+            assert theirs is not None
+            assert ours.keys == theirs.keys
+            np.testing.assert_array_equal(ours.prior_mean, theirs.prior_mean)
             if i % 2:
-                ebpo.sync()
-                assert_close(ebpo.state_dict(), one.state_dict())
-                one.load_state_dict(ebpo.state_dict())  # the same bits from here on
-            else:
                 ebpo = pickle.loads(pickle.dumps(ebpo))
             start = ebpo_core.Prior()
             start.update(r)
             ebpo.merge(start)
             one.merge(start)
-        ebpo.sync()
-        assert_close(ebpo.state_dict(), one.state_dict())
-        before = ebpo.state_dict()
-        ebpo.sync(dist.group.WORLD)
-        assert ebpo.state_dict() == before
     finally:
         dist.destroy_process_group()
 

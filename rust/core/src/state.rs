@@ -1,0 +1,130 @@
+//! The estimator's whole memory, the priors and the last step, and what changes it.
+
+use crate::estimator::{finish, inverse_scale, leave_one_out_by_key};
+use crate::{Error, GroupStats, Keys, Normalize, Options, Prior, Score, Scored, Shrinkage, Tree};
+
+/// What the estimator remembers between batches. [`State::default`] has seen nothing.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State {
+    tree: Tree,
+    step: Option<i64>,
+}
+
+impl State {
+    /// A state from its parts.
+    pub fn new(tree: Tree, step: Option<i64>) -> Self {
+        Self { tree, step }
+    }
+
+    /// The priors that batches are scored with.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Id of the last update applied.
+    pub fn step(&self) -> Option<i64> {
+        self.step
+    }
+
+    /// Score a batch and, if `update`, take it into the priors: Algorithm 1.
+    ///
+    /// Without keys ([`Keys::ROOT`]) every group is shrunk toward the root's prior. A `step` that is not newer than the
+    /// last one applied marks a retry or a replay: it scores against the stored priors, which already hold that batch,
+    /// and updates nothing. An error leaves the state as it was.
+    pub fn advance(
+        &mut self,
+        options: &Options,
+        groups: &GroupStats,
+        keys: &Keys<'_>,
+        update: bool,
+        step: Option<i64>,
+    ) -> Result<Scored, Error> {
+        let update = update && !matches!((step, self.step), (Some(new), Some(last)) if new <= last);
+        let members = keys.members(groups);
+        let before = self.tree.root;
+        let score_first = !update || options.score == Score::Before;
+        let mut blended = if score_first { self.blended(options, keys) } else { Vec::new() };
+        let mut without = None;
+        if update {
+            // Step 1: the batch enters the prior of each of its keys, and the root's.
+            let batch = Tree::of(groups, &members);
+            self.tree.check_room(&batch, options.max_keys)?;
+            if !batch.root.is_empty() {
+                self.tree.decay(options.decay); // rows that do not count never touch a prior, hence neither does time
+            }
+            if options.leave_one_out {
+                without = Some(leave_one_out_by_key(&self.tree, options, groups, &members));
+            }
+            self.tree.merge(&batch);
+            self.step = step.or(self.step);
+        }
+        if !score_first {
+            blended = self.blended(options, keys);
+        }
+        // Steps 2 and 3: mu and S of each group; mostly computed once, for groups are mostly of one size and key.
+        let mut known = (usize::MAX, 0.0, (0.0, 0.0));
+        let shrunk = |(group, n): (usize, f64)| {
+            let key = keys.of_group(group);
+            if let Some(without) = &without {
+                return (without[group].factor(n), without[group].mu);
+            }
+            if (key, n) != (known.0, known.1) {
+                known = (key, n, (blended[key].factor(n), blended[key].mu));
+            }
+            known.2
+        };
+        let shrunk: Vec<_> = groups.iter().map(|g| g.n).enumerate().map(shrunk).collect();
+        // Steps 4 to 6.
+        let prior = if score_first { before } else { self.tree.root };
+        let (affine, shrinkage, baseline) = finish(options, groups, &shrunk);
+        Ok(Scored { affine, shrinkage, baseline, prior, before, blended })
+    }
+
+    /// The blended prior of each distinct key.
+    fn blended(&self, options: &Options, keys: &Keys<'_>) -> Vec<Shrinkage> {
+        keys.paths().iter().map(|path| self.tree.shrunken(path, options)).collect()
+    }
+
+    /// Score one group against the prior as it is, `(r - V) / (sqrt(sigma2) + eps)`, then take it in.
+    ///
+    /// While `sigma2` is 0 (an empty prior, or one that has seen equal rewards only) S is 0 too, and the group's own
+    /// standard deviation about its mean, with `norm_ddof`, stands in for `sqrt(sigma2)`.
+    pub fn stream(
+        &mut self,
+        options: &Options,
+        group: &GroupStats,
+        keys: &Keys<'_>,
+        update: bool,
+        step: Option<i64>,
+    ) -> Result<Scored, Error> {
+        let raw = Options { normalize: Normalize::None, score: Score::Before, leave_one_out: false, ..*options };
+        let mut scored = self.advance(&raw, group, keys, update, step)?;
+        if options.normalize != Normalize::None {
+            let own = Options { normalize: Normalize::Batch, ..*options };
+            for (index, (scale, g)) in scored.affine.scale.iter_mut().zip(group.iter()).enumerate() {
+                let sigma2 = scored.blended[keys.of_group(index)].sigma2;
+                *scale =
+                    if sigma2 > 0.0 { 1.0 / (sigma2.sqrt() + options.eps) } else { inverse_scale(&own, g.n, g.ssw) };
+            }
+        }
+        Ok(scored)
+    }
+
+    /// Take a batch into the root, without decay.
+    pub fn observe(&mut self, batch: &Prior) {
+        self.tree.root.merge(batch);
+    }
+
+    /// Add what another state holds; the newer step stays.
+    pub fn merge(&mut self, other: &Self, max_keys: usize) -> Result<(), Error> {
+        self.tree.check_room(&other.tree, max_keys)?;
+        self.tree.merge(&other.tree);
+        self.step = self.step.max(other.step);
+        Ok(())
+    }
+
+    /// Multiply every count and sum by `rho`.
+    pub fn decay(&mut self, rho: f64) {
+        self.tree.decay(rho);
+    }
+}
