@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from .card import model_card
 from .config import FusionRouteConfig
-from .experts.expert import Experts
+from .experts.experts import Experts
+from .experts.naming import overridden
 from .experts.references import ExpertReference
-from .experts.roster import overridden
 from .experts.tokenizers import check_tokenizers, load_tokenizer
 
 if TYPE_CHECKING:

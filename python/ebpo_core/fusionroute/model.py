@@ -20,7 +20,7 @@ from .config import FusionRouteConfig
 from .decoding.cache import FusionRouteCache
 from .decoding.fusing import full_parts, fuse_parts, lazy_parts
 from .decoding.routing import OPTION_NAMES, permitted, select, selected_share
-from .experts.expert import Experts
+from .experts.experts import Experts
 from .generation import FusionRouteGenerationMixin, current_call
 
 if TYPE_CHECKING:

@@ -1,23 +1,18 @@
-"""Copies of experts in a checkpoint that brings them along: files verbatim, live models by ``save_pretrained``."""
+"""The files of a model in a folder or repository: its weights, what stands beside them, where they are here."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from .loading import explained
-from .references import EXPERTS_FOLDER, ExpertReference
-from .roster import unused_name
-from .weights import FILES, adapter_files, local_folder, sources_hash, weight_files
+from .references import ADAPTER_CONFIG, EXPERTS_FOLDER, ExpertReference, Source
 
-if TYPE_CHECKING:
-    from .expert import Expert
-
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
 # What may stand beside the weights; anything else in the folder (training states, data, pickles) stays where it is.
 COMPANIONS = (
     "config.json",
@@ -42,82 +37,52 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def copy_experts(experts: Iterable[Expert], checkpoint_dir: Path) -> list[ExpertReference]:
-    """Copy experts into ``checkpoint_dir/experts``; returns references to the copies, relative to the checkpoint.
-
-    An expert without an adapter goes to the folder of its name, and so does an adapter. A base model that only adapters
-    use goes to a folder of its own name. Experts with the same files share one copy. Folders of these names that are
-    there already are replaced, after everything is copied.
+def weight_files(folder: str | os.PathLike[str], gguf_file: str | None = None) -> dict[str, Path]:
+    """The files that hold a model's weights, in name order: the GGUF file, ``model.safetensors``, or all of its shards.
 
     Raises:
-        FileNotFoundError, ValueError: weights that are not there any more, or pickles, with the expert's name.
+        FileNotFoundError: no weights, or a shard of the index is missing.
+        ValueError: the folder holds pickles only, which are never loaded.
     """
-    experts = list(experts)
-    taken = {expert.name.casefold() for expert in experts}
-    copies = _Copies(checkpoint_dir / EXPERTS_FOLDER)
-    bases: dict[object, str] = {}
-    for expert in experts:
-        if not expert.live and expert.reference.adapter is None:
-            bases.setdefault(expert.reference.source(), expert.name)
-    result = []
-    try:
-        for expert in experts:
-            reference = replace(expert.reference, revision=None, subfolder=None, adapter_revision=None)
-            if expert.live:
-                copies.add(expert.name, partial(_save, expert))
-                result.append(replace(reference, path=f"{EXPERTS_FOLDER}/{expert.name}", hash=None))
-                continue
-            source, adapter = expert.reference.source(), expert.reference.adapter_source()
-            if source not in bases:
-                bases[source] = unused_name(Path(source.gguf_file or source.path).name.removesuffix(".gguf"), taken)
-            changes: dict[str, Any] = {"path": f"{EXPERTS_FOLDER}/{bases[source]}", "gguf_file": source.gguf_file}
-            with explained(expert.name):
-                folder = local_folder(source)
-                copies.add(bases[source], partial(copy_folder, folder, weight_files(folder, source.gguf_file)))
-                if adapter is not None:
-                    folder = local_folder(adapter)
-                    copies.add(expert.name, partial(copy_folder, folder, adapter_files(folder)))
-                    changes["adapter"] = f"{EXPERTS_FOLDER}/{expert.name}"
-            result.append(replace(reference, **changes, hash=expert.hash))
-    except BaseException:
-        copies.discard()
-        raise
-    copies.finish()
-    return [_with_files_hash(reference, checkpoint_dir) for reference in result]
+    root = Path(folder)
+    if gguf_file is not None:
+        names = [gguf_file]
+    elif (root / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    elif (root / INDEX).is_file():
+        index = json.loads((root / INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    else:
+        raise _no_weights(root, WEIGHTS)
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{str(root)!r} lacks {missing} of its weights: restore the folder")
+    return {name: root / name for name in names}
 
 
-class _Copies:
-    """Folders filled beside their targets, and moved there at the end: an expert may be copied from where another one
-    goes."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.made: dict[str, Path] = {}
-
-    def add(self, name: str, fill: Callable[[Path], None]) -> None:
-        if name not in self.made:
-            self.made[name] = folder = self.root / f".{name}.{os.getpid()}"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            fill(folder)
-
-    def finish(self) -> None:
-        for name, folder in self.made.items():
-            target = self.root / name
-            if target.exists():
-                shutil.rmtree(target)
-            folder.replace(target)
-
-    def discard(self) -> None:
-        for folder in self.made.values():
-            shutil.rmtree(folder, ignore_errors=True)
+def adapter_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The file that holds a PEFT adapter's weights. Errors as for :func:`weight_files`."""
+    file = Path(folder) / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise _no_weights(Path(folder), ADAPTER_WEIGHTS)
+    return {ADAPTER_WEIGHTS: file}
 
 
-def copy_folder(folder: Path, weights: Mapping[str, Path], target: Path) -> None:
-    """Copy weight files, by their names in ``target``, and what may stand beside them."""
+def _no_weights(root: Path, wanted: str) -> Exception:
+    pickles = sorted(file.name for pattern in _PICKLES for file in root.glob(pattern))
+    if pickles:
+        return ValueError(
+            f"{str(root)!r} has its weights as pickles ({', '.join(pickles[:3])}), which can run code and are never "
+            f"loaded: save the model again with safetensors, as save_pretrained does, so that {wanted} is there"
+        )
+    return FileNotFoundError(f"{str(root)!r} has no {wanted}: restore the folder, or correct the path")
+
+
+def copy_model(folder: Path, weights: Mapping[str, Path], target: Path) -> None:
+    """Copy weight files, by their names in ``target``, and what may stand beside them in ``folder``."""
     files = dict(weights)
     for pattern in (*COMPANIONS, "*.safetensors.index.json"):
         files |= {file.name: file for file in folder.glob(pattern) if file.is_file()}
@@ -126,13 +91,56 @@ def copy_folder(folder: Path, weights: Mapping[str, Path], target: Path) -> None
         shutil.copyfile(file, target / name)
 
 
-def _save(expert: Expert, target: Path) -> None:
-    expert.model.save_pretrained(target)
+def local_folder(source: Source) -> Path:
+    """The folder of a source: its own, or its snapshot in the hub's local cache.
 
+    Raises:
+        FileNotFoundError: a hub id that was never fetched.
+    """
+    if source.folder is not None:
+        return source.folder
+    from huggingface_hub import try_to_load_from_cache
 
-def _with_files_hash(reference: ExpertReference, checkpoint_dir: Path) -> ExpertReference:
-    if reference.hash is not None and reference.hash.startswith(FILES):
-        return reference
-    return replace(
-        reference, hash=sources_hash(reference.source(checkpoint_dir), reference.adapter_source(checkpoint_dir))
+    prefix = f"{source.subfolder}/" if source.subfolder else ""
+    for name in (source.gguf_file, "config.json", ADAPTER_CONFIG):
+        if name is not None:
+            found = try_to_load_from_cache(source.path, prefix + name, revision=source.revision)
+            if isinstance(found, str):
+                return Path(found).parent
+    raise FileNotFoundError(
+        f"{source.path!r} at revision {source.revision or 'main'!r} is not in the local cache: fetch it once with the "
+        "hub in reach, or give a local folder"
     )
+
+
+def fetched_folder(source: Source, *patterns: str) -> Path:
+    """The folder of a source; of a hub id its snapshot, after fetching the files of these patterns."""
+    if source.folder is not None:
+        return source.folder
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"{source.subfolder}/{pattern}".lstrip("/") for pattern in patterns]
+    return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=wanted)) / source.subfolder
+
+
+def checkpoint_folder(
+    references: Sequence[ExpertReference], checkpoint: str | os.PathLike[str] | None, revision: str | None
+) -> Path | None:
+    """The local folder in which experts' relative paths are looked up.
+
+    Args:
+        references: the checkpoint's experts. Those that a checkpoint on the hub brings along are fetched.
+        checkpoint: a folder, a hub id, or None.
+        revision: of the hub id.
+
+    Returns:
+        The folder; None without a checkpoint, or for a hub id that brings no expert along.
+    """
+    if checkpoint is None or Path(checkpoint).is_dir():
+        return None if checkpoint is None else Path(checkpoint)
+    prefix = f"{EXPERTS_FOLDER}/"
+    if not any((path or "").startswith(prefix) for each in references for path in (each.path, each.adapter)):
+        return None
+    source = Source(os.fspath(checkpoint), None, revision, "", None)
+    # Only what is loaded: no pickles.
+    return fetched_folder(source, *(f"{prefix}*/{pattern}" for pattern in (*COMPANIONS, *WEIGHT_PATTERNS)))

@@ -57,7 +57,7 @@ class ExpertReference:
         adapter, adapter_revision: folder or hub id of a PEFT adapter on top of ``path``. Experts that differ in their
             adapter alone share one base model.
         attn_implementation: as for ``from_pretrained``.
-        hash: of the weights, see :mod:`~.weights`; checked when the expert is loaded.
+        hash: of the weights, see :mod:`~.hashes`; checked when the expert is loaded.
         vocab_size: width of the logits.
 
     Raises:
@@ -86,7 +86,7 @@ class ExpertReference:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, function(value))
-        object.__setattr__(self, "quantization_config", _plain(self.quantization_config))
+        object.__setattr__(self, "quantization_config", _json_safe(self.quantization_config))
         for field in fields(self):
             value, optional = getattr(self, field.name), field.default is None
             kind = {"offload": bool, "quantization_config": dict, "vocab_size": int}.get(field.name, str)
@@ -132,7 +132,7 @@ class ExpertReference:
 
     @classmethod
     def parse(cls, obj: Any) -> ExpertReference:
-        """A reference from a path or hub id, a dict, a reference, or a live model (which :class:`~.expert.Experts`
+        """A reference from a path or hub id, a dict, a reference, or a live model (which :class:`~.experts.Experts`
         keeps beside it).
 
         The folder of a PEFT adapter becomes the adapter of the base model that its config names. A live model's path is
@@ -308,7 +308,7 @@ def _device(value: Any) -> str:
         ) from error
 
 
-def _plain(config: Any) -> Any:
+def _json_safe(config: Any) -> Any:
     """A quantization config, or its dict, as JSON would give it back."""
     if config is None:
         return None

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from .loading import explained, require
+from .errors import explained, require
 from .references import ExpertReference, Source
 
 # Any of them makes a folder one with a tokenizer.

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ebpo_core.fusionroute.experts.expert import Expert, Experts
+from ebpo_core.fusionroute.experts.expert import Expert
+from ebpo_core.fusionroute.experts.experts import Experts
 from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 

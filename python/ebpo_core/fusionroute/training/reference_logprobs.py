@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from ebpo_core.files import write_arrays
-from ebpo_core.fusionroute.experts.weights import tensors_hash
+from ebpo_core.fusionroute.experts.hashes import tensors_hash
 
 from .cache_build import OnChange
 from .losses import label_logprobs
