@@ -1,4 +1,4 @@
-"""From a FusionRoute checkpoint to one whose experts are plain folders, as engines that load nothing else need it."""
+"""Conversion of a checkpoint to one whose experts are folders of safetensors, all that engines load."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
@@ -88,7 +88,7 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError, FileExistsError, ImportError, OSError, ValueError: no such checkpoint, an output that is not
-            empty, a name that is no expert's, or an expert that cannot be found, loaded or converted.
+            empty, a name of no expert, or an expert that cannot be found, loaded or converted.
     """
     if copy_all and experts is not None:
         raise ValueError(f"experts is {list(experts)} beside copy_all=True: pass one of them")
@@ -179,7 +179,7 @@ def _opened(checkpoint: str | os.PathLike[str], revision: str | None) -> tuple[P
 
 
 def _must(expert: ExpertReference | PreTrainedModel, base: Path | None) -> bool:
-    """Whether an expert is written where nobody says which are."""
+    """True for an expert that is written where the caller does not say which are."""
     if isinstance(expert, PreTrainedModel) or needs_conversion(expert) is not None:
         return True
     source = expert.source().folder

@@ -37,7 +37,7 @@ _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass
 class _Call:
-    """What one call of ``generate`` asked for beyond transformers' own arguments."""
+    """One call of ``generate``: what it asked for beyond transformers' own arguments."""
 
     model: Any
     options: RoutingOptions
@@ -74,9 +74,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
         options = self.config.options().updated(**given)
         permitted_rows(options, self.experts.names)  # wrong names are found before the router reads the prompt
-        recorder = None
-        if output_routing:
-            recorder = RoutingRecorder()
+        recorder = RoutingRecorder() if output_routing else None
         token = _calls.set((*_calls.get(), _Call(self, options, recorder)))
         try:
             result = super().generate(inputs, *args, **kwargs)
@@ -108,7 +106,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
                     f"output_routing with guidance_scale={generation_config.guidance_scale}: the forwards without the "
                     "prompt select experts of their own; leave one of the two out"
                 )
-            call.recorder.eos_token_id = generation_config.eos_token_id
+            call.recorder.end_tokens = generation_config._eos_token_tensor
             generation_config.return_dict_in_generate = True
             if generation_config.num_beams > 1:
                 generation_config.output_scores = True  # transformers returns the beams' indices with the scores only

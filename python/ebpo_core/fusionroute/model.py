@@ -130,7 +130,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         self.router.set_output_embeddings(value)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does, for the router; V stays, unless the router becomes narrower than it."""
+        """transformers' own, for the router; V stays, unless the router becomes narrower than it."""
         embeddings: Any = super().resize_token_embeddings(*args, **kwargs)
         text = self.router.config.get_text_config()
         text.vocab_size = embeddings.weight.shape[0]
@@ -138,7 +138,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         return embeddings
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module.to``; experts without a device of their own follow to the device (their dtypes stay)."""
+        """``nn.Module.to``; experts without a device of their own follow to the device (their dtypes stay)."""
         moved = super().to(*args, **kwargs)
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is not None:

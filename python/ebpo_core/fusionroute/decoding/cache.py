@@ -99,31 +99,31 @@ class FusionRouteCache(Cache):
 
     def run(self, expert: int, rows: Sequence[int], ends: Sequence[int], keep: int) -> Tensor:
         """Last logits ``[rows, keep, V]`` of an expert after it has caught up on ``rows`` to ``ends``."""
-        if self.history is None:
-            raise RuntimeError("the cache holds no tokens: append them before running an expert")
         self._used[expert] = self._step
-        logits: Tensor = self.states[expert].logits(self.history, rows, ends, keep)
+        logits: Tensor = self.states[expert].logits(self._tokens, rows, ends, keep)
         self._evict(expert)
         return logits
 
-    def read_with_the_others(self, wanted: Sequence[Sequence[int]]) -> None:
-        """Let every expert read the rows that did not select it; ``wanted`` is what :meth:`append` returned."""
+    @property
+    def _tokens(self) -> TokenHistory:
         if self.history is None:
             raise RuntimeError("the cache holds no tokens: append them first")
-        lengths = self.history.lengths
+        return self.history
+
+    def read_with_the_others(self, wanted: Sequence[Sequence[int]]) -> None:
+        """Let every expert read the rows that did not select it; ``wanted`` is what :meth:`append` returned."""
+        lengths = self._tokens.lengths
         for expert in range(len(self.states)):
             rows = [row for row, length in enumerate(lengths) if length and expert not in wanted[row]]
             if rows:
                 self.run(expert, rows, [lengths[row] for row in rows], 1)
 
     def places(self, rows: Sequence[int], columns: int) -> list[list[int]]:
-        """Where the last ``columns`` columns stand in each row, counted from its first real token."""
-        if self.history is None:
-            raise RuntimeError("the cache holds no tokens: append them first")
-        lengths = self.history.lengths
+        """Places of the last ``columns`` columns in each row, counted from its first real token."""
+        lengths, mask = self._tokens.lengths, self._tokens.mask
         if columns == 1:
             return [[lengths[row] - 1] for row in rows]
-        mask = self.history.mask[torch.tensor(list(rows), device=self.history.mask.device), -columns:]
+        mask = mask[torch.tensor(list(rows), device=mask.device), -columns:]
         after = mask.flip(1).cumsum(1).flip(1).tolist()
         return [[lengths[row] - count for count in counts] for row, counts in zip(rows, after, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Which expert each position selects: argmax or a draw of the weights, allowed and forced experts, hysteresis."""
+"""The selection of an expert at each position: argmax or draw, allowed and forced experts, hysteresis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ExpertName = str | int
 
 @dataclass(frozen=True)
 class RoutingOptions:
-    """How experts are selected and what their logits count for: arguments of ``generate`` and ``forward``.
+    """The selection of experts and the weight of their logits: arguments of ``generate`` and ``forward``.
 
     Attributes:
         alpha: weight of the expert's term: fused logits are ``z_router + alpha * z_expert`` (1 in the paper).
@@ -83,7 +83,7 @@ def permitted(options: RoutingOptions, names: Sequence[str], batch_size: int, de
 
 
 def permitted_rows(options: RoutingOptions, names: Sequence[str]) -> Tensor | None:
-    """What ``allowed_experts`` and ``forced_expert`` say, ``[rows given, n]`` bool; None where they say nothing.
+    """The table of ``allowed_experts`` and ``forced_expert``, ``[rows given, n]`` bool; None without them.
 
     Raises:
         ValueError: both are given, an expert is unknown, or a row may select none.

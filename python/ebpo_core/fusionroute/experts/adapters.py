@@ -122,7 +122,7 @@ def merge_adapter(model: Any, expert: str, adapter: str) -> None:
 
 
 def _untie(model: Any) -> None:
-    """Where an adapter changes the embeddings or the head, give each weights of its own: it may change one alone."""
+    """Give embeddings and head weights of their own where an adapter changes either: it may change one alone."""
     outer = [model.get_input_embeddings(), model.get_output_embeddings()]
     inner = [_innermost(module) for module in outer]
     if inner != outer and inner[0].weight is inner[1].weight:

@@ -58,13 +58,13 @@ class Expert:
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs go; of an offloaded expert the device it runs on, wherever it is now."""
+        """The device of its inputs; of an offloaded expert the one it runs on, wherever it is now."""
         device: torch.device = self._pool.device(self.model) if self._pool else self.model.device
         return device
 
     @property
     def hash(self) -> str:
-        """Of the weights (see :mod:`~.hashes`); read once."""
+        """The hash of its weights (see :mod:`~.hashes`); read once."""
         if self.reference.hash is None:
             with explained(self.name):
                 found = (

@@ -103,7 +103,7 @@ def commit_hash(source: Source, adapter: Source | None = None) -> str:
 
 
 def _commit(folder: Path) -> str:
-    """Of a folder in a snapshot, ``.../snapshots/<commit>/...``; of another folder, "local"."""
+    """The commit of a folder in a snapshot, ``.../snapshots/<commit>/...``; "local" for another folder."""
     parts = folder.parts
     return parts[len(parts) - parts[::-1].index("snapshots")] if "snapshots" in parts else "local"
 

@@ -1,4 +1,4 @@
-"""From references to experts: base models from safetensors or GGUF, loaded once for all that share them, compared."""
+"""Experts loaded from references: base models once for all that share them, adapters on top, hashes compared."""
 
 from __future__ import annotations
 

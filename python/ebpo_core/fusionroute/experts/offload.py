@@ -24,7 +24,7 @@ class OffloadPool:
         _, self._hooks[id(model)] = cpu_offload_with_hook(model, device)
 
     def device(self, model: PreTrainedModel) -> torch.device:
-        """Where the model runs."""
+        """The device that the model runs on."""
         device: torch.device = self._hooks[id(model)].hook.execution_device
         return device
 

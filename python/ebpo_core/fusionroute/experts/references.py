@@ -23,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
 class Source(NamedTuple):
-    """What ``from_pretrained`` is asked for.
+    """The place of a model's files, as ``from_pretrained`` takes it.
 
     Attributes:
         path: an absolute folder (``subfolder`` already joined), or a hub id.
@@ -122,7 +122,7 @@ class ExpertReference:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: a key that is no field.
+            ValueError: an unknown key.
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(str(key) for key in values if key not in known)
@@ -168,7 +168,7 @@ class ExpertReference:
         return cls(path=path)
 
     def source(self, base_dir: str | os.PathLike[str] | None = None) -> Source:
-        """Where the weights are; relative paths are looked up in ``base_dir``, then in the working directory.
+        """The place of the weights; relative paths are looked up in ``base_dir``, then in the working directory.
 
         Raises:
             FileNotFoundError: a local path that does not exist.
@@ -198,7 +198,7 @@ class ExpertReference:
         return found._replace(path=path, gguf_file=gguf_file)
 
     def adapter_source(self, base_dir: str | os.PathLike[str] | None = None) -> Source | None:
-        """Where the adapter is, None without one. Errors as for :meth:`source`."""
+        """The place of the adapter, None without one. Errors as for :meth:`source`."""
         if self.adapter is None:
             return None
         return _locate(self._owner, "adapter", self.adapter, self.adapter_revision, None, base_dir)
@@ -222,14 +222,14 @@ class ExpertReference:
         return replace(self, **changes)
 
     def stored(self, checkpoint_dir: str | os.PathLike[str]) -> ExpertReference:
-        """What is written into the config of a checkpoint: paths in its folder relative to it, other local paths
-        absolute, hub ids and packages as they are."""
+        """The reference in the config of a checkpoint: paths in its folder relative to it, other local paths absolute,
+        hub ids and packages as they are."""
         root = Path(checkpoint_dir).resolve()
         return replace(self, path=_stored(self.path, root), adapter=_stored(self.adapter, root))
 
 
 def is_hub_id(path: str | None) -> bool:
-    """Whether a stored path names a repository on the hub, not a package nor a folder (of the checkpoint, or here)."""
+    """True for a path of a repository on the hub; not for a package or a folder (of the checkpoint, or here)."""
     if path is None or path.startswith((PACKAGE_PREFIX, f"{EXPERTS_FOLDER}/")) or not _HUB_ID.fullmatch(path):
         return False
     return not Path(path).exists()

@@ -1,4 +1,4 @@
-"""What happens before an engine starts: experts found and checked, limits set, what cannot be served refused.
+"""The start of an engine: experts found and checked, limits set, what cannot be served refused.
 
 vLLM calls :class:`Startup` once, in the process that builds the engine's configuration, so that every refusal is that
 process' error message. The processes that run the model get the configuration as it is left here.
@@ -163,7 +163,7 @@ def _resolved(expert: ExpertReference, verify: bool) -> ExpertReference:
 
 
 def _mixture_of(model_config: Any, name: str) -> int:
-    """How many feed-forward experts a sub-model has inside its layers, 0 for most.
+    """The number of feed-forward experts that a sub-model has inside its layers, 0 for most.
 
     Raises:
         ValueError: it keeps a state per request other than keys and values.
