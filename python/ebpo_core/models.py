@@ -46,28 +46,45 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 def load_model(
     name: str, *, dtype: str | None = "float32", **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer from any name that :func:`resolve_model` takes.
+    """A causal language model and its tokenizer, from any name that :func:`resolve_model` takes.
 
-    Weights come from safetensors or GGUF only, never from a pickle. A GGUF model is dequantized and can be saved as an
-    ordinary safetensors directory afterwards. ``options`` go to ``AutoModelForCausalLM.from_pretrained``.
+    The tokenizer pads and truncates on the left, by its end token if it has no padding token. ``options`` go to
+    ``AutoModelForCausalLM.from_pretrained``.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source, gguf_file = resolve_model(name)
     files = {"gguf_file": gguf_file} if gguf_file else {}
     shared = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", truncation_side="left", **files, **shared)
     torch_dtype = dtype if dtype in (None, "auto") else getattr(torch, dtype)
-    if not gguf_file:
-        options = {"use_safetensors": True, **options}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **files, **options)
+    model, _ = load_weights(source, gguf_file, dtype=torch_dtype, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def load_weights(source: str, gguf_file: str | None, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A causal language model from safetensors or GGUF, never from a pickle, and transformers' report on its tensors.
+
+    Args:
+        source: a directory or hub id.
+        gguf_file: the file in it. Its model is dequantized and can be saved as an ordinary safetensors directory.
+        options: of ``AutoModelForCausalLM.from_pretrained``.
+
+    Returns:
+        The model, and lists of tensors by the problem they had: "missing_keys", "unexpected_keys", and so on.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    files: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    model, report = loader.from_pretrained(source, output_loading_info=True, **{**files, **options})
     if gguf_file:
         # What came out of the file is plain float weights; left in place, these marks make the trainer refuse to train
         # the model and `save_pretrained` to save it.
         for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
             vars(model).pop(mark, None)
         vars(model.config).pop("quantization_config", None)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return model, report

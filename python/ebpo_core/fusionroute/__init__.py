@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .config import FusionRouteConfig
     from .decoding.cache import FusionRouteCache
     from .decoding.routing import RoutingOptions
-    from .experts.expert import Expert, Experts
+    from .experts.expert import Expert
+    from .experts.experts import Experts
     from .experts.references import ExpertReference
     from .experts.tokenizers import check_tokenizers
     from .model import FusionRouteForCausalLM, FusionRouteOutput
@@ -38,7 +39,7 @@ __all__ = [
 _HOMES = {
     "Expert": "experts.expert",
     "ExpertReference": "experts.references",
-    "Experts": "experts.expert",
+    "Experts": "experts.experts",
     "FusionRouteCache": "decoding.cache",
     "FusionRouteConfig": "config",
     "FusionRouteForCausalLM": "model",

@@ -127,7 +127,7 @@ def _cell(path: str | None) -> str:
 
 
 def _is_local(path: str) -> bool:
-    """Whether it is a folder on some machine, neither on the hub, nor in the checkpoint, nor in a package."""
+    """True for a folder on some machine, neither on the hub, nor in the checkpoint, nor in a package."""
     return not (is_hub_id(path) or path.startswith((f"{EXPERTS_FOLDER}/", "./", PACKAGE_PREFIX)))
 
 

@@ -1,4 +1,4 @@
-"""From models to a FusionRoute model, to a checkpoint that refers to its experts, and back."""
+"""Checkpoints of a FusionRoute model: made from models, saved with references to the experts, loaded again."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
@@ -13,11 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ebpo_core.files import write_text
+from ebpo_core.models import load_model
+
 from .card import model_card
 from .config import FusionRouteConfig
-from .experts.expert import Experts
+from .experts.experts import Experts
+from .experts.naming import overridden
 from .experts.references import ExpertReference
-from .experts.roster import overridden
 from .experts.tokenizers import check_tokenizers, load_tokenizer
 
 if TYPE_CHECKING:
@@ -73,8 +76,6 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                     "pass copy.deepcopy(router) as the expert, or a path"
                 )
         if not isinstance(router, PreTrainedModel):
-            from ebpo_core.models import load_model
-
             name = None if dtype is None else str(dtype).removeprefix("torch.")
             router, loaded_tokenizer = load_model(os.fspath(router), dtype=name or "float32")
             tokenizer = loaded_tokenizer if tokenizer is None else tokenizer
@@ -116,7 +117,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         verify_experts: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """As ``PreTrainedModel.from_pretrained``, and the experts.
+        """``PreTrainedModel.from_pretrained``, and the experts.
 
         Args:
             pretrained_model_name_or_path, args, kwargs: as in transformers; ``dtype`` is also that of experts whose
@@ -162,7 +163,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, save_experts: bool = False, **kwargs: Any
     ) -> Any:
-        """As ``PreTrainedModel.save_pretrained``: router, route head, config, and a model card where there is none.
+        """``PreTrainedModel.save_pretrained``: router, route head, config, and a model card where there is none.
 
         Args:
             save_directory, args, kwargs: as in transformers.
@@ -191,7 +192,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         try:
             result = super().save_pretrained(save_directory, *args, **kwargs)
             if main and not (folder / _CARD).exists():
-                (folder / _CARD).write_text(model_card(self.config), encoding="utf-8")
+                write_text(folder / _CARD, model_card(self.config))
         finally:
             self.config.experts = kept
         return result
@@ -200,7 +201,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         """On the way to the hub: our model card in place of transformers' empty form."""
         card = Path(working_dir) / _CARD
         if not card.exists() or "2601.05106" not in card.read_text(encoding="utf-8"):
-            card.write_text(model_card(self.config), encoding="utf-8")
+            write_text(card, model_card(self.config))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 

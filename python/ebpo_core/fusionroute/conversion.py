@@ -1,27 +1,32 @@
-"""From a FusionRoute checkpoint to one whose experts are plain folders, as engines that load nothing else need it."""
+"""Conversion of a checkpoint to one whose experts are folders of safetensors, all that engines load."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from .card import model_card
 from .config import FusionRouteConfig
-from .experts.copies import COMPANIONS, WEIGHT_PATTERNS, copy_folder
-from .experts.expert import base_folder
-from .experts.plain import needs_conversion, write_plain
+from .experts.export import export_expert, needs_conversion
+from .experts.files import (
+    COMPANIONS,
+    WEIGHT_PATTERNS,
+    adapter_files,
+    checkpoint_folder,
+    copy_model,
+    local_folder,
+    weight_files,
+)
+from .experts.naming import overridden
 from .experts.references import EXPERTS_FOLDER, ExpertReference
-from .experts.roster import overridden
-from .experts.weights import adapter_files, local_folder, weight_files
 
 _CONFIG = "config.json"
 _TEMPLATES = "additional_chat_templates"
@@ -29,7 +34,7 @@ _TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class ConvertedExpert:
-    """What became of one expert.
+    """One expert after a conversion.
 
     Attributes:
         name: of the expert.
@@ -58,8 +63,8 @@ def convert_checkpoint(
 ) -> list[ConvertedExpert]:
     """Write a checkpoint with the same router whose experts are plain folders of safetensors.
 
-    An expert that :func:`~.experts.plain.needs_conversion` says something about becomes ``experts/<name>/`` of the new
-    checkpoint, as :func:`~.experts.plain.write_plain` writes it: a GGUF file dequantised, an adapter merged into its
+    An expert that :func:`~.experts.export.needs_conversion` says something about becomes ``experts/<name>/`` of the new
+    checkpoint, as :func:`~.experts.export.export_expert` writes it: a GGUF file dequantised, an adapter merged into its
     base, a model quantised on loading as it was before, a live model saved. What the old checkpoint has in its own
     folder comes along. The others stay references. Router, route head, generation config, tokenizer and chat template
     are copied file by file. Experts are loaded one at a time, and only those that must be.
@@ -83,7 +88,7 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError, FileExistsError, ImportError, OSError, ValueError: no such checkpoint, an output that is not
-            empty, a name that is no expert's, or an expert that cannot be found, loaded or converted.
+            empty, a name of no expert, or an expert that cannot be found, loaded or converted.
     """
     if copy_all and experts is not None:
         raise ValueError(f"experts is {list(experts)} beside copy_all=True: pass one of them")
@@ -94,7 +99,9 @@ def convert_checkpoint(
     unknown = [name for name in experts or () if name not in wanted]
     if unknown:
         raise ValueError(f"experts names {unknown}: the checkpoint's experts are {list(wanted)}")
-    base = base_folder([each for each in wanted.values() if isinstance(each, ExpertReference)], checkpoint, revision)
+    base = checkpoint_folder(
+        [each for each in wanted.values() if isinstance(each, ExpertReference)], checkpoint, revision
+    )
     # All of them are looked for before the first is written, which may take long.
     given: dict[str, ExpertReference | PreTrainedModel] = {
         name: each.anchored(base) if isinstance(each, ExpertReference) else each for name, each in wanted.items()
@@ -104,12 +111,14 @@ def convert_checkpoint(
     ]
     references: list[ExpertReference] = []
     result: list[ConvertedExpert] = []
-    with _whole(target) as staging:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
+        staging = Path(beside) / target.name
         templates = {f"{_TEMPLATES}/{file.name}": file for file in (folder / _TEMPLATES).glob("*.jinja")}
-        copy_folder(folder, {**weight_files(folder), **templates}, staging)
+        copy_model(folder, {**weight_files(folder), **templates}, staging)
         for name, expert in given.items():
             if isinstance(expert, PreTrainedModel) or name in chosen:
-                reference, done = write_plain(
+                reference, done = export_expert(
                     expert,
                     name,
                     staging / EXPERTS_FOLDER / name,
@@ -130,6 +139,9 @@ def convert_checkpoint(
         (staging / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         # The old card tells of the old experts.
         (staging / "README.md").write_text(model_card(FusionRouteConfig.from_pretrained(staging)), encoding="utf-8")
+        if target.exists():
+            target.rmdir()  # which Windows does not do in a move
+        staging.replace(target)
     return result
 
 
@@ -142,10 +154,12 @@ def _opened(checkpoint: str | os.PathLike[str], revision: str | None) -> tuple[P
         from huggingface_hub import snapshot_download
 
         patterns = [*COMPANIONS, *WEIGHT_PATTERNS, f"{_TEMPLATES}/*"]
-        ignored = f"{EXPERTS_FOLDER}/*"
         folder = Path(
             snapshot_download(
-                os.fspath(checkpoint), revision=revision, allow_patterns=patterns, ignore_patterns=ignored
+                os.fspath(checkpoint),
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=f"{EXPERTS_FOLDER}/*",
             )
         )
     file = folder / _CONFIG
@@ -165,7 +179,7 @@ def _opened(checkpoint: str | os.PathLike[str], revision: str | None) -> tuple[P
 
 
 def _must(expert: ExpertReference | PreTrainedModel, base: Path | None) -> bool:
-    """Whether an expert is written where nobody says which are."""
+    """True for an expert that is written where the caller does not say which are."""
     if isinstance(expert, PreTrainedModel) or needs_conversion(expert) is not None:
         return True
     source = expert.source().folder
@@ -192,19 +206,3 @@ def _free(output: Path) -> Path:
     if target.is_mount():
         raise FileExistsError(f"output={str(output)!r} is a mount point: give a folder in it that does not exist yet")
     return target
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that is moved there if nothing goes wrong, and removed if anything does."""
-    staging = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        if target.exists():
-            target.rmdir()  # which Windows does not do in a move
-        staging.replace(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise

@@ -37,7 +37,7 @@ _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass
 class _Call:
-    """What one call of ``generate`` asked for beyond transformers' own arguments."""
+    """One call of ``generate``: what it asked for beyond transformers' own arguments."""
 
     model: Any
     options: RoutingOptions
@@ -74,9 +74,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
         options = self.config.options().updated(**given)
         permitted_rows(options, self.experts.names)  # wrong names are found before the router reads the prompt
-        recorder = None
-        if output_routing:
-            recorder = RoutingRecorder()
+        recorder = RoutingRecorder() if output_routing else None
         token = _calls.set((*_calls.get(), _Call(self, options, recorder)))
         try:
             result = super().generate(inputs, *args, **kwargs)
@@ -108,7 +106,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
                     f"output_routing with guidance_scale={generation_config.guidance_scale}: the forwards without the "
                     "prompt select experts of their own; leave one of the two out"
                 )
-            call.recorder.eos_token_id = generation_config.eos_token_id
+            call.recorder.end_tokens = generation_config._eos_token_tensor
             generation_config.return_dict_in_generate = True
             if generation_config.num_beams > 1:
                 generation_config.output_scores = True  # transformers returns the beams' indices with the scores only
@@ -117,11 +115,11 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         cache = model_kwargs.get(CACHE)
         if given is None and isinstance(cache, Cache):
             model_kwargs[CACHE] = FusionRouteCache(cache, self.experts)
-        hysteresis = _options_of(self).hysteresis
-        if cache is None and hysteresis:
+        options = _options_of(self)
+        if cache is None and options.hysteresis and options.route == "sample":
             raise ValueError(
-                f"hysteresis is {hysteresis} and use_cache is False: the expert of the token before is kept in "
-                "the cache; leave use_cache on, or hysteresis at 0"
+                f"hysteresis is {options.hysteresis} and use_cache is False: with route='sample' the experts that were "
+                "drawn before are kept in the cache; leave use_cache on, or hysteresis at 0"
             )
         return result
 
@@ -183,6 +181,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         self, processors: LogitsProcessorList, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> dict[str, Any] | None:
         """The kernels' arguments that stand for the processors; None where the logits themselves are needed."""
+        mask = model_kwargs.get("attention_mask")
         wanted = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "prefill_chunk_size")
         dtypes = {self.router.dtype, *(expert.model.dtype for expert in self.experts)}
         if (
@@ -191,6 +190,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
             or not _options_of(self).complementary
             or not dtypes <= set(_KERNEL_DTYPES)
             or self.device.type == "mps"  # its loop reads the stop flag one step late, for speed
+            or (mask is not None and not bool(mask[:, -1].all()))  # no expert where a prompt ends in padding
         ):
             return None
         filters: dict[str, Any] = {}
@@ -228,13 +228,7 @@ def _pick(
     if rows is not None:
         router, ids = router[rows], ids[rows]
         seed = None if seed is None else seed[rows]
-    parts = outputs.expert_logits
-    chosen: Any = list(parts)
-    if len(chosen) == 1:
-        chosen = chosen[0]  # one tensor whose row b belongs to row b
-    elif any(len(part) == len(router) for part in parts):
-        # All rows chose one expert: the same form, without a gather.
-        chosen = next(part for part in parts if len(part) == len(router))
+    chosen = outputs.expert_logits.at_last(len(router))
     if seed is None:
         return select_add_argmax(router, ids, chosen, alpha=alpha, vocab_size=vocab_size).token_ids
     return select_add_sample(

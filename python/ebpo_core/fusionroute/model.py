@@ -18,9 +18,10 @@ from .checkpoint import CheckpointMixin
 from .compat import CACHE
 from .config import FusionRouteConfig
 from .decoding.cache import FusionRouteCache
-from .decoding.fusing import full_parts, fuse_parts, lazy_parts
+from .decoding.fusing import ExpertLogits, full_logits, lazy_logits
+from .decoding.history import NewTokens
 from .decoding.routing import OPTION_NAMES, permitted, select, selected_share
-from .experts.expert import Experts
+from .experts.experts import Experts
 from .generation import FusionRouteGenerationMixin, current_call
 
 if TYPE_CHECKING:
@@ -28,15 +29,26 @@ if TYPE_CHECKING:
 else:
     from transformers import PreTrainedModel
 
-# What the router's LM head was given, while `_run_router` listens. Per thread, so that calls may run side by side.
-_heard: ContextVar[list[Tensor] | None] = ContextVar("fusionroute_lm_head_input", default=None)
+
+class _HeadInput:
+    """The input of the router's LM head in one forward: all S positions are kept, and those asked for passed on."""
+
+    def __init__(self, keep: slice | Tensor) -> None:
+        self.keep = keep
+        self.seen: list[Tensor] = []
+
+
+# Set while `_run_router` listens. Per thread, so that calls may run side by side.
+_head_input: ContextVar[_HeadInput | None] = ContextVar("fusionroute_lm_head_input", default=None)
 _listening = Lock()  # threads that run a model's first forward side by side must not register the hook twice
 
 
-def _listen(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    box = _heard.get()
-    if box is not None:
-        box.append(inputs[0])
+def _listen(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    heard = _head_input.get()
+    if heard is None:
+        return None
+    heard.seen.append(inputs[0])
+    return (inputs[0][:, heard.keep], *inputs[1:])
 
 
 @dataclass
@@ -48,14 +60,14 @@ class FusionRouteOutput(CausalLMOutputWithPast):
             their log-softmax is the policy. With ``router_only`` the router's own, in its dtype. None if not ``fuse``.
         routing_weights: ``W h_t``, ``[B, K, n]`` float32.
         expert_ids: the selected experts, ``[B, K]`` int64; -1 at padding, whose logits are the router's.
-        router_logits: with ``fuse=False``, ``[B, 1, V_router]``.
-        expert_logits: with ``fuse=False``, per expert ``[rows that selected it, V_expert]``, in batch order.
+        router_logits: with ``fuse=False``, ``[B, K, V_router]``.
+        expert_logits: with ``fuse=False``, the experts' own, and where each of them lies.
     """
 
     routing_weights: Tensor | None = None
     expert_ids: Tensor | None = None
     router_logits: Tensor | None = None
-    expert_logits: tuple[Tensor, ...] | None = None
+    expert_logits: ExpertLogits | None = None
 
 
 class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTrainedModel):  # type: ignore[misc]
@@ -118,7 +130,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         self.router.set_output_embeddings(value)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does, for the router; V stays, unless the router becomes narrower than it."""
+        """transformers' own, for the router; V stays, unless the router becomes narrower than it."""
         embeddings: Any = super().resize_token_embeddings(*args, **kwargs)
         text = self.router.config.get_text_config()
         text.vocab_size = embeddings.weight.shape[0]
@@ -126,7 +138,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         return embeddings
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module.to``; experts without a device of their own follow to the device (their dtypes stay)."""
+        """``nn.Module.to``; experts without a device of their own follow to the device (their dtypes stay)."""
         moved = super().to(*args, **kwargs)
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is not None:
@@ -155,14 +167,6 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         router_only: bool = False,
         fuse: bool = True,
         active_rows: Tensor | None = None,
-        alpha: float | None = None,
-        complementary: bool | None = None,
-        route: str | None = None,
-        hysteresis: float | None = None,
-        allowed_experts: Any = None,
-        forced_expert: Any = None,
-        expert_prefill: str | None = None,
-        expert_cache_budget: int | None = None,
         **kwargs: Any,
     ) -> FusionRouteOutput:
         """Fused logits of the last ``logits_to_keep`` positions (0: all).
@@ -177,37 +181,97 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             use_cache: keep a cache and return it; by default True, but not in training, with labels, router_only or a
                 tensor in logits_to_keep.
             logits_to_keep: int, or without a cache a 1-D tensor of positions.
-            router_only: run no expert: ``logits`` are the router's own (cut to V), for training and routing statistics.
-            fuse: False leaves the sum to the caller's kernels, for one position per row.
+            router_only: run no expert: ``logits`` are the router's own (cut to V) and ``expert_ids`` the argmax of the
+                routing weights, for training and routing statistics.
+            fuse: False leaves the sum to the caller's kernels.
             active_rows: ``[B]`` bool; rows that are False run no expert (their sequences are finished).
-            alpha, complementary, route, hysteresis, allowed_experts, forced_expert, expert_prefill,
-            expert_cache_budget: see :class:`~.decoding.routing.RoutingOptions`; by default those of the call of
-                ``generate``, then the config's.
-            kwargs: to the router's forward.
+            kwargs: alpha, complementary, route, hysteresis, allowed_experts, forced_expert, expert_prefill and
+                expert_cache_budget, see :class:`~.decoding.routing.RoutingOptions`; by default those of the call of
+                ``generate``, then the config's. All others go to the router's forward.
 
         Raises:
             ValueError: no input_ids, an attention mask that is not 2-D, a cache of another kind, arguments that do not
                 go with a cache, or no experts loaded. The cache is as it was then.
         """
-        state = cache if cache is not None else past_key_values
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             raise ValueError("input_ids is None: pass token ids; embeddings of one model mean nothing to the others")
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions: pass [B, T] with 0 at padding")
         call = current_call(self)
-        given = (alpha, complementary, route, hysteresis, allowed_experts, forced_expert, expert_prefill)
-        options = call.options if call is not None else self.config.options()
-        options = options.updated(**dict(zip(OPTION_NAMES, (*given, expert_cache_budget), strict=True)))
+        options = self.config.options() if call is None else call.options
+        options = options.updated(**{name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs})
+        state = cache if cache is not None else past_key_values
         if use_cache is None:  # as stock models: a loop that feeds the output's cache back works without asking for it
             one_pass = self.training or router_only or labels is not None or isinstance(logits_to_keep, Tensor)
             use_cache = not one_pass
         if use_cache and state is None:
             state = FusionRouteCache(DynamicCache(config=self.config.get_text_config()), self.experts)
+        self._check_mode(state, router_only, logits_to_keep)
+        # Before the router runs: a bad argument must leave the cache as it was.
+        B, V = len(input_ids), int(self.config.vocab_size or 0)
+        if state is not None:
+            state.check_rows(B)
+        allowed = None if router_only else permitted(options, self.experts.names, B, self.route_head.weight.device)
+        new = _new_tokens(input_ids, attention_mask, position_ids, state)
+
+        # 1. The router: logits at the K positions asked for, [B, K, V_router], hidden states at all, [B, S, D].
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        router_logits, hidden, out = self._run_router(
+            keep,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=new.positions,
+            use_cache=bool(use_cache),
+            **{CACHE: None if state is None else state.router},
+            **kwargs,
+        )
+        # Collected first: an output's items, `output[0]` among them, have the order in which they were set.
+        result: dict[str, Any] = {CACHE: state if use_cache else None, "routing_weights": None}
+        result |= {"hidden_states": out.hidden_states, "attentions": out.attentions}
+        if router_only:
+            weights = self._routing_weights(hidden[:, keep])
+            result |= {"routing_weights": weights, "logits": router_logits[..., :V]}
+            return FusionRouteOutput(**result, expert_ids=weights.detach().argmax(-1))
+
+        # 2. The route: an expert for each of the K positions, [B, K]. With hysteresis it depends on those before it.
+        routed = slice(None) if options.hysteresis else keep
+        previous = state.last_selected(new.seen) if options.hysteresis and state is not None else None
+        weights = self._routing_weights(hidden[:, routed])
+        selected = select(weights, options, allowed, previous, new.real[:, routed])
+        ids = selected
+        if routed is not keep:
+            weights, ids = weights[:, keep], selected[:, keep]
+        runs = new.real[:, keep]
+        if active_rows is not None:
+            runs = runs & active_rows[:, None].to(runs.device)
+        ids = torch.where(runs, ids, -1)
+        result |= {"routing_weights": weights, "expert_ids": ids}
+
+        # 3. The experts, each for the rows and positions that selected it.
+        if state is None:
+            expert_logits = full_logits(self.experts, ids, new, attention_mask, logits_to_keep)
+        else:
+            wanted = state.append(new, selected, ids)
+            state.budget = options.expert_cache_budget
+            if options.expert_prefill == "eager" and new.past == 0:
+                state.read_with_the_others(wanted)
+            expert_logits = lazy_logits(self.experts, state, wanted, ids.device)
+        if call is not None and call.recorder is not None:
+            share = selected_share(weights, ids.clamp(min=0), allowed)
+            call.recorder.add(new.mask.shape[1], ids, share, expert_logits.argmax(ids, V))
+
+        # 4. The sum, [B, K, V].
+        if not fuse:
+            return FusionRouteOutput(**result, router_logits=router_logits, expert_logits=expert_logits)
+        logits = expert_logits.added_to(router_logits[..., :V], options.alpha, options.complementary)
+        if labels is not None:
+            result["loss"] = self.loss_function(logits=logits, labels=labels, vocab_size=V, **kwargs)
+        return FusionRouteOutput(**result, logits=logits)
+
+    def _check_mode(self, state: Any, router_only: bool, logits_to_keep: int | Tensor) -> None:
+        """Refuse a cache of another kind, what does not go with one, and a model without experts."""
         if state is not None and not isinstance(state, FusionRouteCache):
             raise ValueError(
                 f"{CACHE} is a {type(state).__name__}: pass the FusionRouteCache of an earlier call, or None"
             )
-
         if state is not None and router_only:
             raise ValueError("router_only=True with a cache: the experts could not follow; leave the cache out")
         if state is not None and isinstance(logits_to_keep, Tensor):
@@ -217,105 +281,58 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
                 "no experts are loaded (load_experts=False): load the model with its experts, or pass router_only=True"
             )
 
-        B, S = input_ids.shape
-        if state is not None:
-            state.check_rows(B)
-        # Before the router runs: a bad option must leave the cache as it was.
-        allowed = None if router_only else permitted(options, self.experts.names, B, self.route_head.weight.device)
-        past = 0 if state is None or state.history is None else state.history.columns
-        if attention_mask is None:
-            whole = torch.ones_like(input_ids, dtype=torch.bool)
-            if past:
-                whole = torch.cat([state.history.mask, whole], dim=1)  # type: ignore[union-attr]
-        else:
-            if attention_mask.shape != (B, past + S):
-                raise ValueError(
-                    f"attention_mask has shape {list(attention_mask.shape)}: pass [{B}, {past + S}], "
-                    f"{past} columns of the cache and {S} of input_ids"
-                )
-            whole = attention_mask.bool()
-        mask = whole[:, past:]
-        if position_ids is None:
-            position_ids = (whole.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        position_ids = position_ids.expand(B, S)
+    def _run_router(self, keep: slice | Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Any]:
+        """Run the router, its LM head on the positions ``keep`` alone.
 
-        router_logits, hidden, out = self._run_router(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=bool(use_cache),
-            logits_to_keep=logits_to_keep,
-            **{CACHE: None if state is None else state.router},
-            **kwargs,
-        )
-        K = router_logits.shape[1]
-        with torch.autocast(device_type=hidden.device.type, enabled=False):
-            weights = self.route_head(hidden.to(self.route_head.weight.dtype))
-        V = self.config.vocab_size
-        # Collected first: an output's items, `output[0]` among them, have the order in which they were set.
-        result: dict[str, Any] = {CACHE: state if use_cache else None, "routing_weights": weights}
-        result |= {"hidden_states": out.hidden_states, "attentions": out.attentions}
-        if router_only:
-            result |= {"logits": router_logits[..., :V], "expert_ids": weights.detach().argmax(-1)}
-            return FusionRouteOutput(**result)
-        kept = mask[:, -K:] if isinstance(logits_to_keep, int) else mask[:, logits_to_keep]
-        ids = select(weights, options, allowed, None if state is None else state.previous, kept)
-        runs = kept if active_rows is None else kept & active_rows[:, None].to(kept.device)
-        ids = torch.where(runs, ids, -1)
-        if state is not None:
-            # The one wait for the device in a step: which experts run is decided on the host.
-            seen = whole[:, :past]
-            facts = torch.stack([mask.sum(1), state.differs(seen)], dim=1)
-            *columns, counts, remasked = torch.cat([ids, facts], dim=1).T.tolist()
-            if any(remasked):
-                state.remask(seen)
-            chosen = [list(row) for row in zip(*columns, strict=True)]
-            state.budget = options.expert_cache_budget
-            history = state.append(input_ids, position_ids, mask, counts)
-            if options.hysteresis:
-                state.remember(ids, kept)
-            if options.expert_prefill == "eager" and past == 0:
-                for expert in range(len(self.experts)):
-                    rows = [row for row, length in enumerate(history.lengths) if length and expert not in chosen[row]]
-                    if rows:
-                        state.run(expert, rows, [history.lengths[row] for row in rows], 1)
-            parts = lazy_parts(self.experts, state, chosen)
-        else:
-            parts = full_parts(self.experts, ids, input_ids, attention_mask, position_ids, logits_to_keep)
-        parts = [part._replace(logits=part.logits.to(router_logits.device)) for part in parts]
-        result["expert_ids"] = ids
-        if call is not None and call.recorder is not None:
-            share = selected_share(weights, ids.clamp(min=0), allowed)
-            own = torch.full_like(ids, -1)
-            for part in parts:
-                own[part.rows, part.positions] = part.logits[:, :V].argmax(-1)
-            call.recorder.add(past + S, ids, share, own)
-        if not fuse:
-            result |= {"router_logits": router_logits, "expert_logits": tuple(part.logits for part in parts)}
-            return FusionRouteOutput(**result)
-        logits = fuse_parts(router_logits[..., :V], parts, options.alpha, options.complementary)
-        if labels is not None:
-            result["loss"] = self.loss_function(logits=logits, labels=labels, vocab_size=V, **kwargs)
-        return FusionRouteOutput(**result, logits=logits)
-
-    def _run_router(self, **inputs: Any) -> tuple[Tensor, Tensor, Any]:
-        """The router's logits ``[B, K, V_router]``, the input of its LM head ``[B, K, D]``, and its output object."""
+        Returns:
+            Its logits, ``[B, K, V_router]``; the input that its LM head has at all positions, ``[B, S, D]``; its output
+            object.
+        """
         head = self.router.get_output_embeddings()
         with _listening:
             if _listen not in head._forward_pre_hooks.values():
                 head.register_forward_pre_hook(_listen)
-        box: list[Tensor] = []
-        token = _heard.set(box)
+        heard = _HeadInput(keep)
+        token = _head_input.set(heard)
         try:
             out = self.router(**inputs, return_dict=True)
         finally:
-            _heard.reset(token)
-        if len(box) != 1:
+            _head_input.reset(token)
+        if len(heard.seen) != 1:
             raise ValueError(
-                f"the router {type(self.router).__name__} called its LM head {len(box)} times in one forward: "
+                f"the router {type(self.router).__name__} called its LM head {len(heard.seen)} times in one forward: "
                 "FusionRoute needs a causal LM that calls the module get_output_embeddings() returns once"
             )
-        return out.logits, box[0], out
+        return out.logits, heard.seen[0], out
+
+    def _routing_weights(self, hidden: Tensor) -> Tensor:
+        """``W h_t``, ``[B, K, n]`` in the dtype of W, for ``[B, K, D]``; under autocast too."""
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            weights: Tensor = self.route_head(hidden.to(self.route_head.weight.dtype))
+        return weights
+
+
+def _new_tokens(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, state: FusionRouteCache | None
+) -> NewTokens:
+    """The columns of one forward, with what is not given filled in."""
+    B, S = input_ids.shape
+    past = 0 if state is None else state.columns
+    if attention_mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+        mask = mask if state is None else state.mask_of(mask)
+    elif attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions: pass [B, T] with 0 at padding")
+    elif attention_mask.shape != (B, past + S):
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}: pass [{B}, {past + S}], "
+            f"{past} columns of the cache and {S} of input_ids"
+        )
+    else:
+        mask = attention_mask.bool()
+    if position_ids is None:
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+    return NewTokens(input_ids, position_ids.expand(B, S), mask)
 
 
 AutoModelForCausalLM.register(FusionRouteConfig, FusionRouteForCausalLM, exist_ok=True)

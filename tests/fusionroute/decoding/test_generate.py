@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from transformers import (
 
 from ebpo_core.fusionroute import FusionRouteCache, FusionRouteForCausalLM, RoutingOptions
 from ebpo_core.fusionroute.compat import CACHE
-from ebpo_core.fusionroute.decoding.routing import permitted, select
+from ebpo_core.fusionroute.decoding.routing import permitted
 
 FAMILIES = ["llama", "qwen2", "mistral", "gemma3"]
 NEW = 24
@@ -352,6 +351,71 @@ def test_calls_run_side_by_side(model: Any) -> None:
             assert torch.equal(expected, got)
 
 
+def first_tokens_and_experts(model: Any, tokens: list[int], start: int, count: int) -> tuple[list[int], list[int]]:
+    """The oracle's greedy tokens after ``tokens[:start]``, as long as margins are wide, and the experts they are of."""
+    found, experts = list(tokens[:start]), []
+    for _ in range(count):
+        with torch.no_grad():
+            weights = model(input_ids=torch.tensor([found]), router_only=True, logits_to_keep=1).routing_weights[0, -1]
+        logits = oracle_logits(model, found, int(weights.argmax()))
+        best, route = logits.topk(2).values, weights.topk(2).values
+        if best[0] - best[1] < 5e-4 * logits.abs().max() or route[0] - route[1] < 5e-4:
+            break
+        experts.append(int(weights.argmax()))
+        found.append(int(logits.argmax()))
+    return found[start:], experts
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_logits_of_a_whole_prompt_may_be_asked_for(seed: int) -> None:
+    """The next token comes from the last position, whatever other positions selected: the run-everything oracle's."""
+    model: Any = fusionroute(["llama", "qwen2", "mistral"], seed=seed)
+    ids, mask = padded_prompts([4, 9, 6], seed=seed)
+    prompts = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(**prompts, logits_to_keep=0)
+    for keep in (1, 3, 9):
+        assert torch.equal(out, model.generate(**prompts, logits_to_keep=keep))
+    assert torch.equal(out, model.generate(**prompts, logits_to_keep=0, output_scores=True))
+    checked = 0
+    for row, length in enumerate([4, 9, 6]):
+        tokens = out[row, 9 - length :].tolist()
+        expected, experts = first_tokens_and_experts(model, tokens, length, 6)
+        assert tokens[length : length + len(expected)] == expected
+        trace = model.generate(**prompts, logits_to_keep=0, output_routing=True).routing[row]
+        assert [token.expert for token in trace.tokens][: len(experts)] == experts
+        checked += len(expected)
+    assert checked > 9
+
+
+def test_as_many_positions_as_rows_that_selected_an_expert_are_not_taken_for_the_batch() -> None:
+    """One expert selected at as many positions of the prompt as the batch has rows, by fewer rows at the last one."""
+    found = 0
+    for seed in range(40):
+        model: Any = fusionroute(["llama", "qwen2"], seed=seed)
+        ids, mask = padded_prompts([2, 2], seed=seed)
+        with torch.no_grad():
+            experts = model(input_ids=ids, attention_mask=mask, use_cache=False).expert_ids
+        if not any((experts == expert).sum() == 2 and (experts[:, -1] == expert).sum() == 1 for expert in (0, 1)):
+            continue
+        found += 1
+        prompts = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 1, "eos_token_id": None}
+        with torch.no_grad():
+            expected = [
+                int(oracle_logits(model, row.tolist(), int(chosen[-1])).argmax())
+                for row, chosen in zip(ids, experts, strict=True)
+            ]
+        assert model.generate(**prompts, pad_token_id=0, logits_to_keep=0)[:, -1].tolist() == expected
+    assert found > 5
+
+
+@pytest.mark.filterwarnings("ignore:.*right-padding was detected")
+def test_prompts_that_end_in_padding_are_the_same_with_and_without_the_kernels(model: Any, prompts: Any) -> None:
+    ids, mask = prompts["input_ids"].roll(-5, 1), prompts["attention_mask"].clone()
+    mask[0, :], ids[0, :] = torch.tensor([1] * 4 + [0] * 5), torch.tensor([7, 8, 9, 10, 0, 0, 0, 0, 0])
+    right = {**prompts, "input_ids": ids, "attention_mask": mask, "max_new_tokens": 4}
+    assert torch.equal(model.generate(**right), model.generate(**right, output_scores=True))
+
+
 # -------------------------------------------------------------------------------------------- logits that others change
 
 
@@ -497,45 +561,6 @@ def test_a_trace_of_a_continued_conversation_covers_the_new_turn(model: Any, one
 
 
 # -------------------------------------------------------------------------------------------------------------- routing
-
-
-def test_hysteresis_switches_by_a_margin_only(model: Any, one: dict[str, Any]) -> None:
-    def switches(margin: float) -> int:
-        trace = model.generate(**one, hysteresis=margin, output_routing=True).routing[0]
-        experts = [token.expert for token in trace.tokens]
-        return sum(a != b for a, b in pairwise(experts))
-
-    assert switches(1e9) == 0
-    assert switches(1e9) < switches(2.0) < switches(0.0)
-
-
-def test_hysteresis_of_a_batch_survives_beam_reordering(model: Any, prompts: dict[str, Any]) -> None:
-    """The previous expert moves with its beam: replaying the returned sequences gives the recorded experts."""
-    out = model.generate(**prompts, num_beams=3, hysteresis=1.5, output_routing=True)
-    longest = prompts["input_ids"].shape[1]
-    for row, (sequence, trace) in enumerate(zip(out.sequences, out.routing, strict=True)):
-        tokens = sequence[longest - int(prompts["attention_mask"][row].sum()) :].tolist()
-        start = len(tokens) - NEW
-        with torch.no_grad():
-            weights = model(input_ids=torch.tensor([tokens[:-1]]), router_only=True).routing_weights[:, start - 1 :]
-        replayed = select(weights, RoutingOptions(hysteresis=1.5))[0].tolist()
-        assert [token.expert for token in trace.tokens] == replayed
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_hysteresis_does_not_begin_at_padding(model: Any, seed: int) -> None:
-    ids, mask = padded_prompts([5, 9], seed=seed)
-    options = {"hysteresis": 4.0}
-    with torch.no_grad():
-        padded = model(input_ids=ids, attention_mask=mask, **options).expert_ids[0, 4:]
-        assert torch.equal(padded, model(input_ids=ids[:1, 4:], **options).expert_ids[0])
-        cached = model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
-    assert torch.equal(cached.expert_ids[0, 4:], padded)
-
-
-def test_hysteresis_needs_a_cache_in_generate(model: Any, one: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="hysteresis is 1.0 and use_cache is False"):
-        model.generate(**one, hysteresis=1.0, use_cache=False)
 
 
 def test_sampled_routes_follow_the_softmax(one: dict[str, Any]) -> None:

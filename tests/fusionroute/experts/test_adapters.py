@@ -15,9 +15,9 @@ from fusionroute_tiny import put_in_hub_cache, save_tiny, save_tiny_adapter, tin
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from ebpo_core.fusionroute.experts.expert import Experts
-from ebpo_core.fusionroute.experts.residency import OffloadPool, exact_device
-from ebpo_core.fusionroute.experts.weights import ADAPTER_WEIGHTS
+from ebpo_core.fusionroute.experts.experts import Experts
+from ebpo_core.fusionroute.experts.files import ADAPTER_WEIGHTS
+from ebpo_core.fusionroute.experts.offload import OffloadPool, exact_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +30,12 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=IDS).logits
     return result
+
+
+def resident(pool: OffloadPool, device: torch.device) -> Any:
+    """The model whose turn it is on a device; None at first."""
+    hook = pool._resident.get(device)
+    return None if hook is None else hook.model
 
 
 class Family:
@@ -153,7 +159,7 @@ def test_changed_or_unfit_adapters_are_refused(family: Family, tmp_path: Path) -
     live = tiny_model("llama")
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), live)
     with pytest.raises(ValueError, match="expert 'x' is a live model with adapters"):
-        Experts.of([live], ["x"])
+        Experts.load({"x": live})
 
 
 def test_adapters_from_the_hub_cache(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,11 +187,11 @@ def test_an_offloaded_expert_stays_until_another_one_is_needed(family: Family, t
     )
     pool, cpu = experts["first"]._pool, torch.device("cpu")
     assert pool is not None
-    assert pool.resident(cpu) is None
+    assert resident(pool, cpu) is None
     for name in ("first", "first", "here", "second", "first", "adapted", "second"):
         out = logits(experts[name])
         if name != "here":
-            assert pool.resident(cpu) is experts[name].model
+            assert resident(pool, cpu) is experts[name].model
         expected = family.expected["math" if name == "adapted" else "base"] if name != "second" else None
         torch.testing.assert_close(out, logits(tiny_model("gemma3", 4)) if expected is None else expected, **TOLERANCE)
     assert experts["first"].model is experts["adapted"].model is not experts["here"].model
@@ -198,17 +204,17 @@ def test_the_hook_moves_a_model_when_it_runs_and_not_before() -> None:
     for each in (model, other):
         pool.add(each, cpu)
     pool.bring(model)
-    assert pool.resident(cpu) is model
+    assert resident(pool, cpu) is model
     for each in (model, other):
         pool.move(each, meta)
-    assert pool.resident(cpu) is pool.resident(meta) is None
+    assert resident(pool, cpu) is resident(pool, meta) is None
     assert (pool.device(model), model.device) == (meta, cpu)
     with pool.lock, torch.no_grad():
         pool.bring(model)
         assert model.device == cpu
         out: Any = model(input_ids=IDS)
     assert out.logits.device == model.device == meta
-    assert pool.resident(meta) is model
+    assert resident(pool, meta) is model
     pool.bring(model)  # its turn again: it stays
     with pytest.raises(NotImplementedError, match="meta tensor"):
         pool.bring(other)  # another one's turn: it goes back

@@ -36,8 +36,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ebpo_core.fusionroute import ExpertReference, FusionRouteForCausalLM
 from ebpo_core.fusionroute.cli import main
 from ebpo_core.fusionroute.conversion import convert_checkpoint
-from ebpo_core.fusionroute.experts.plain import needs_conversion
-from ebpo_core.fusionroute.experts.weights import files_hash, weight_files
+from ebpo_core.fusionroute.experts.export import needs_conversion
+from ebpo_core.fusionroute.experts.files import weight_files
+from ebpo_core.fusionroute.experts.hashes import files_hash
 
 pytestmark = pytest.mark.slow
 

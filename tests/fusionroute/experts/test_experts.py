@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations import deepspeed
 
-from ebpo_core.fusionroute.experts.expert import Experts
+from ebpo_core.fusionroute.experts.experts import Experts
 from ebpo_core.fusionroute.experts.references import ExpertReference
 
 if TYPE_CHECKING:
@@ -67,21 +67,16 @@ def test_a_sequence_that_is_also_found_by_name(loaded: Experts) -> None:
     assert loaded.names == list(FAMILIES)
     assert loaded["qwen3"] is loaded[2] is list(loaded)[2] is loaded[-4]
     assert loaded[1:3].names == ["qwen2", "qwen3"]
-    assert [loaded.index_of(each) for each in ("gemma2", 4, -2)] == [4, 4, 4]
-    assert loaded.vocab_sizes == [200] * 6
     assert loaded.num_parameters() == sum(tiny_model(family).num_parameters() for family in FAMILIES)
     with pytest.raises(KeyError, match=r"'math'.*\['llama', 'qwen2'"):
         loaded["math"]
-    for wrong in ("math", 6, -7):
-        with pytest.raises(ValueError, match=r"no expert .*'llama', 'qwen2'"):
-            loaded.index_of(wrong)
     assert len(Experts()) == 0
     assert Experts().to("cpu").names == []
 
 
 def test_frozen_whatever_others_do(loaded: Experts) -> None:
     model = tiny_model("llama", attention_dropout=0.5)
-    (expert,) = Experts.of([model], ["math"])
+    (expert,) = Experts.load({"math": model})
     expected = logits(expert)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.train()
@@ -188,7 +183,7 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
 def test_live_models_are_stored_by_where_they_came_from(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "math", "llama", dtype=torch.bfloat16)
     model = Experts.load([folder])[0].model
-    stored = Experts.of([model, tiny_model("qwen2")], ["math", "code"]).stored(tmp_path)
+    stored = Experts.load({"math": model, "code": tiny_model("qwen2")}).stored(tmp_path)
     assert [reference.path for reference in stored] == ["./math", None]
     assert all(str(reference.hash).startswith("sha256:tensors:") for reference in stored)
     (again,) = Experts.load(stored[:1], base_dir=tmp_path, default_dtype="float32")
@@ -198,12 +193,9 @@ def test_live_models_are_stored_by_where_they_came_from(tmp_path: Path) -> None:
         Experts.load(stored, base_dir=tmp_path)
     with torch.no_grad():
         model.model.norm.weight[3] += 1
-    changed = Experts.of([model], ["math"]).stored(tmp_path)
+    changed = Experts.load({"math": model}).stored(tmp_path)
     with pytest.raises(ValueError, match="expert 'math'.*sha256:tensors:"):
         Experts.load(changed, base_dir=tmp_path)
-    for names in (["a"], ["a", "a"]):
-        with pytest.raises(ValueError, match="for 2 models"):
-            Experts.of([model, model], names)
 
 
 def test_save_into(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BitsAndBytesConfig
 
+from ebpo_core.fusionroute.experts.naming import named, overridden, parse_experts
 from ebpo_core.fusionroute.experts.references import ExpertReference, is_hub_id
-from ebpo_core.fusionroute.experts.roster import named, overridden, parse_experts
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -70,7 +70,7 @@ def test_answers_without_the_routing_are_refused(chat: bool) -> None:
         refused("expected the logprobs of", nothing)
     refused(f"token 0 has no log-probability of 'token_id:{V}'", logprobs_of(SCRIPT, {"logprobs": 1}, chat=chat))
     refused("has no log-probability of", logprobs_of(SCRIPT, request, chat=chat), experts=3)
-    refused("are no routing", logprobs_of(SCRIPT, request | routing_request(V, 1, chat=chat), chat=chat), experts=1)
+    refused("carry no routing", logprobs_of(SCRIPT, request | routing_request(V, 1, chat=chat), chat=chat), experts=1)
     masked = [Step(step.id, step.text, step.own_text, [-1.0] * V + [-9999.0] * 4) for step in SCRIPT]
     refused("under a grammar", logprobs_of(masked, request, chat=chat))
     for name in ("the", "token_id:", "token_id:x", "token_id:-1", "token_id:1.0"):

@@ -16,10 +16,8 @@ from transformers.cache_utils import Cache
 
 from ebpo_core.fusionroute.experts.expert import Expert
 
-from .history import TokenHistory
+from .history import NewTokens, TokenHistory
 from .lazy import lazy_expert
-
-_REMEMBERED = 256  # columns whose selection is kept, more than any draft that may be cropped
 
 
 class FusionRouteCache(Cache):
@@ -39,8 +37,6 @@ class FusionRouteCache(Cache):
         self._experts = list(experts)
         self.states: list[Any] = []
         self.history: TokenHistory | None = None
-        self.previous: Tensor | None = None  # ids of the last position's experts [B]; kept for hysteresis
-        self._selected: list[Tensor] = []  # ids [B] of every column, while hysteresis is on
         self._used: list[int] = []  # the step in which each expert last ran
         self._step = 0
         # What DynamicCache has and transformers' loops look at.
@@ -49,15 +45,48 @@ class FusionRouteCache(Cache):
 
     # ---------------------------------------------------------------------------------------------------- one step
 
-    def append(self, ids: Tensor, positions: Tensor, mask: Tensor, counts: Sequence[int]) -> TokenHistory:
-        """Take new columns into the history; see :meth:`TokenHistory.append`."""
+    def append(self, new: NewTokens, selected: Tensor, wanted: Tensor) -> list[list[int]]:
+        """Take new columns into the history.
+
+        A mask of the earlier columns that is not the one they came with is taken over. So it is when a conversation
+        goes on after a batch whose rows ended early: what ``generate`` filled them up with was no padding then, and is
+        now. Experts read changed rows anew from their first difference.
+
+        Args:
+            new: the tokens.
+            selected: experts of the last columns, ``[B, S]`` or fewer.
+            wanted: experts whose logits are asked for at the last K columns, ``[B, K]``; -1 for none.
+
+        Returns:
+            ``wanted`` as lists, one per row.
+        """
         if self.history is None:
-            self.history = TokenHistory(len(ids), ids.device)
-            self.states = [lazy_expert(expert, len(ids)) for expert in self._experts]
+            self.history = TokenHistory(len(new.ids), new.ids.device)
+            self.states = [lazy_expert(expert, len(new.ids)) for expert in self._experts]
             self._used = [0] * len(self.states)
-        self.history.append(ids, positions, mask, counts)
+        # The one wait for the device in a step: which experts run is decided on the host.
+        facts = torch.stack([new.real.sum(1), (new.seen != self.history.mask).any(1)], dim=1)
+        *columns, counts, remasked = torch.cat([wanted, facts], dim=1).T.tolist()
+        if any(remasked):
+            kept = self.history.remask(new.seen)
+            for state in self.states:
+                state.keep(kept)
+        self.history.append(new, selected, counts)
         self._step += 1
-        return self.history
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def last_selected(self, mask: Tensor) -> Tensor | None:
+        """The expert of each row's last real column, ``[B]``; see :meth:`TokenHistory.last_selected`."""
+        return None if self.history is None or not self.history.columns else self.history.last_selected(mask)
+
+    @property
+    def columns(self) -> int:
+        """Columns held, padding included."""
+        return 0 if self.history is None else self.history.columns
+
+    def mask_of(self, new_columns: Tensor) -> Tensor:
+        """The mask of all columns, ``[B, T]`` bool, from that of the new ones, ``[B, S]``."""
+        return new_columns if self.history is None else torch.cat([self.history.mask, new_columns], dim=1)
 
     def check_rows(self, rows: int) -> None:
         """Raise a ValueError unless the cache is empty or holds so many rows."""
@@ -68,39 +97,33 @@ class FusionRouteCache(Cache):
                 "cache first (batch_select_indices)"
             )
 
-    def differs(self, mask: Tensor) -> Tensor:
-        """Rows whose padding in the columns so far is not what it was, ``[B]`` bool."""
-        return (mask if self.history is None else mask != self.history.mask).any(1)
-
-    def remask(self, mask: Tensor) -> None:
-        """Take over a mask of the columns so far, ``[B, T]`` bool, that is not the one they came with.
-
-        So it is when a conversation goes on after a batch whose rows ended early: what ``generate`` filled them up with
-        was no padding then, and is now. Experts read changed rows anew from their first difference.
-        """
-        if self.history is None:
-            raise RuntimeError("the cache holds no tokens: append them first")
-        kept = self.history.remask(mask)
-        for state in self.states:
-            state.keep(kept)
-
     def run(self, expert: int, rows: Sequence[int], ends: Sequence[int], keep: int) -> Tensor:
         """Last logits ``[rows, keep, V]`` of an expert after it has caught up on ``rows`` to ``ends``."""
-        if self.history is None:
-            raise RuntimeError("the cache holds no tokens: append them before running an expert")
         self._used[expert] = self._step
-        logits: Tensor = self.states[expert].logits(self.history, rows, ends, keep)
+        logits: Tensor = self.states[expert].logits(self._tokens, rows, ends, keep)
         self._evict(expert)
         return logits
 
-    def places(self, rows: Sequence[int], columns: int) -> list[list[int]]:
-        """Where the last ``columns`` columns stand in each row, counted from its first real token."""
+    @property
+    def _tokens(self) -> TokenHistory:
         if self.history is None:
             raise RuntimeError("the cache holds no tokens: append them first")
-        lengths = self.history.lengths
+        return self.history
+
+    def read_with_the_others(self, wanted: Sequence[Sequence[int]]) -> None:
+        """Let every expert read the rows that did not select it; ``wanted`` is what :meth:`append` returned."""
+        lengths = self._tokens.lengths
+        for expert in range(len(self.states)):
+            rows = [row for row, length in enumerate(lengths) if length and expert not in wanted[row]]
+            if rows:
+                self.run(expert, rows, [lengths[row] for row in rows], 1)
+
+    def places(self, rows: Sequence[int], columns: int) -> list[list[int]]:
+        """Places of the last ``columns`` columns in each row, counted from its first real token."""
+        lengths, mask = self._tokens.lengths, self._tokens.mask
         if columns == 1:
             return [[lengths[row] - 1] for row in rows]
-        mask = self.history.mask[torch.tensor(list(rows), device=self.history.mask.device), -columns:]
+        mask = mask[torch.tensor(list(rows), device=mask.device), -columns:]
         after = mask.flip(1).cumsum(1).flip(1).tolist()
         return [[lengths[row] - count for count in counts] for row, counts in zip(rows, after, strict=True)]
 
@@ -121,14 +144,6 @@ class FusionRouteCache(Cache):
     def forwarded(self) -> list[list[int]]:
         """Tokens that went through each expert, per row: ``forwarded[expert][row]``."""
         return [list(state.forwarded) for state in self.states]
-
-    def remember(self, ids: Tensor, mask: Tensor) -> None:
-        """Keep the experts selected at the last columns, ``[B, K]``, where hysteresis needs them later."""
-        for column, real in zip(ids.unbind(1), mask.unbind(1), strict=True):
-            last = column if not self._selected else torch.where(real, column, self._selected[-1])
-            self._selected.append(last)
-        self.previous = self._selected[-1]
-        del self._selected[:-_REMEMBERED]
 
     # ------------------------------------------------------------------------------------- what transformers calls
 
@@ -174,9 +189,6 @@ class FusionRouteCache(Cache):
         self.history.take(rows)
         for state in self.states:
             state.take(rows)
-        if self._selected:
-            self._selected = [ids[torch.tensor(rows, device=ids.device)] for ids in self._selected]
-            self.previous = self._selected[-1]
 
     def activate_past_recording(self) -> None:
         """The router's windows must be able to roll back; the experts' always are."""
@@ -192,10 +204,8 @@ class FusionRouteCache(Cache):
         self.history.crop(-tokens_to_remove)
         for state in self.states:
             state.shorten(self.history)
-        self._selected = self._selected[:tokens_to_remove]
-        self.previous = self._selected[-1] if self._selected else None
 
     def reset(self) -> None:
         """Empty, for a new prompt."""
         self.router.reset()
-        self.states, self.history, self.previous, self._selected = [], None, None, []
+        self.states, self.history = [], None

@@ -27,12 +27,12 @@ class Chunk(NamedTuple):
 
     @property
     def uniform(self) -> bool:
-        """Whether all rows cover the same positions, as a stock batch without padding does."""
+        """True if all rows cover the same positions, as a stock batch without padding does."""
         return len(set(self.starts)) == 1 and len(set(self.ends)) == 1
 
 
 class Columns:
-    """Where the layers of one window keep their tokens: position p of a slot in column ``p - bases[slot]``."""
+    """The columns of all layers of one window: position p of a slot lies in column ``p - bases[slot]``."""
 
     def __init__(self, window: int | None) -> None:
         self.window = window
@@ -42,7 +42,7 @@ class Columns:
         self.chunk_bases: list[int] = []
 
     def remembers(self, slot: int, length: int) -> bool:
-        """Whether a row cut to ``length`` would still hold all that its next query may look at."""
+        """True if a row cut to ``length`` would still hold all that its next query may look at."""
         return self.window is None or self.bases[slot] <= max(0, length - self.window + 1)
 
     def fit(self, layers: list[RaggedLayer], slots: list[int], ends: list[int], live: dict[int, int]) -> None:

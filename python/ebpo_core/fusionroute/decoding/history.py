@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,37 @@ from .columns import Chunk, writable
 _FIRST_COLUMNS = 64
 
 
+class NewTokens(NamedTuple):
+    """Tokens of one forward: S columns behind the T - S columns of the cache.
+
+    Attributes:
+        ids: ``[B, S]`` int64.
+        positions: rotary positions, ``[B, S]`` int64.
+        mask: of all columns, ``[B, T]`` bool, False at padding. What the cache holds may become padding.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+
+    @property
+    def past(self) -> int:
+        """Columns of the cache, T - S."""
+        return self.mask.shape[1] - self.ids.shape[1]
+
+    @property
+    def real(self) -> Tensor:
+        """The mask of the new columns, ``[B, S]``."""
+        return self.mask[:, self.past :]
+
+    @property
+    def seen(self) -> Tensor:
+        """The mask of the cache's columns, ``[B, T - S]``."""
+        return self.mask[:, : self.past]
+
+
 class TokenHistory:
-    """Token ids and rotary positions of every row, padding left out, and the padding mask as the router saw it.
+    """Token ids and rotary positions of every row, padding left out, and the columns as the router saw them.
 
     ``lengths`` (real tokens per row) is kept on the host, so that planning a step never waits for the device.
     """
@@ -26,18 +56,39 @@ class TokenHistory:
         self.ids = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
         self.positions = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
         self.mask = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
+        self.selected = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)  # expert ids, -1: not asked for
 
     @property
     def columns(self) -> int:
         """T, padding included."""
         return self.ids.shape[1]
 
-    def append(self, ids: Tensor, positions: Tensor, mask: Tensor, counts: Sequence[int]) -> None:
-        """Add columns: ids and positions ``[B, S]`` int64, mask ``[B, S]`` bool, and the mask's sum per row."""
-        self.ids = torch.cat([self.ids, ids], dim=1)
-        self.positions = torch.cat([self.positions, positions], dim=1)
-        self.mask = torch.cat([self.mask, mask], dim=1)
-        self._write(ids, positions, mask, counts)
+    def append(self, new: NewTokens, selected: Tensor, counts: Sequence[int]) -> None:
+        """Add S columns.
+
+        Args:
+            new: the tokens; what they say about earlier columns is for :meth:`remask`.
+            selected: experts of the last columns, ``[B, S]`` or fewer.
+            counts: real tokens among the columns, per row.
+        """
+        self.ids = torch.cat([self.ids, new.ids], dim=1)
+        self.positions = torch.cat([self.positions, new.positions], dim=1)
+        self.mask = torch.cat([self.mask, new.real], dim=1)
+        unknown = new.ids.shape[1] - selected.shape[1]
+        if unknown:
+            selected = torch.nn.functional.pad(selected, (unknown, 0), value=-1)
+        self.selected = torch.cat([self.selected, selected], dim=1)
+        self._write(new.ids, new.positions, new.real, counts)
+
+    def last_selected(self, mask: Tensor) -> Tensor:
+        """The expert of each row's last real column, ``[B]`` int64; -1 where there is none.
+
+        Args:
+            mask: of the columns so far, ``[B, T]`` bool, which may know of more padding than :attr:`mask`.
+        """
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask, columns, -1).amax(1, keepdim=True)
+        return torch.where(last < 0, -1, self.selected.gather(1, last.clamp(min=0)))[:, 0]
 
     def remask(self, mask: Tensor) -> list[int]:
         """Let ``mask``, ``[B, T]`` bool, say what is padding; returns how many of each row's first tokens stay."""
@@ -81,7 +132,8 @@ class TokenHistory:
         index = torch.tensor(list(rows), device=self.ids.device)
         self.lengths = [self.lengths[row] for row in rows]
         self._tokens = self._tokens[:, index]
-        self.ids, self.positions, self.mask = self.ids[index], self.positions[index], self.mask[index]
+        self.ids, self.positions = self.ids[index], self.positions[index]
+        self.mask, self.selected = self.mask[index], self.selected[index]
 
     def crop(self, columns: int) -> None:
         """Remove the last ``columns`` columns."""
@@ -90,4 +142,4 @@ class TokenHistory:
         removed = self.mask[:, -columns:].sum(1).tolist()
         self.lengths = [length - count for length, count in zip(self.lengths, removed, strict=True)]
         self.ids, self.positions = self.ids[:, :-columns], self.positions[:, :-columns]
-        self.mask = self.mask[:, :-columns]
+        self.mask, self.selected = self.mask[:, :-columns], self.selected[:, :-columns]

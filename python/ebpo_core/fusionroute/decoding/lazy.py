@@ -133,7 +133,7 @@ class LazyExpert:
 
 
 def _cheapest_cuts(lags: list[int], forward: int) -> list[int]:
-    """Where to cut rows sorted by lag into forwards, minimising the sum of ``forward + rows * longest lag``."""
+    """The places to cut rows sorted by lag into forwards, minimising the sum of ``forward + rows * longest lag``."""
     best, cut = [0.0], [0]
     for end in range(1, len(lags) + 1):
         costs = [best[start] + forward + (end - start) * lags[end - 1] for start in range(end)]

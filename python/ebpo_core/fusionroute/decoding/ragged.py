@@ -22,7 +22,7 @@ from .columns import Chunk, Columns, RaggedLayer
 
 
 class RaggedCache(Cache):
-    """What ``forward`` of an expert gets as its cache. Prepared for a :class:`Chunk` by :meth:`begin`.
+    """The cache that ``forward`` of an expert gets. Prepared for a :class:`Chunk` by :meth:`begin`.
 
     Args:
         windows: per layer, how many positions a query sees (itself included), None for all; see :func:`windows_of`.
@@ -50,7 +50,7 @@ class RaggedCache(Cache):
 
     @property
     def uniform(self) -> bool:
-        """Whether the rows of the chunk lie alike, so that transformers' own masks (or none) are right."""
+        """True if the rows of the chunk lie alike, so that transformers' own masks (or none) are right."""
         return self._chunk.uniform and all(len(set(group.chunk_bases)) == 1 for group in self.columns.values())
 
     def finish(self) -> None:
@@ -72,7 +72,7 @@ class RaggedCache(Cache):
         return lengths
 
     def mask(self, window: int | None, positions: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Who attends to whom, ``[rows, 1, queries, columns]``: bool, or additive of ``dtype`` for eager attention.
+        """The attention mask, ``[rows, 1, queries, columns]``: bool, or additive of ``dtype`` for eager attention.
 
         Args:
             window: one of the windows given at construction.

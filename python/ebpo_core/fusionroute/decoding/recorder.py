@@ -12,14 +12,14 @@ from ebpo_core.fusionroute.traces.trace import RoutingTrace
 
 
 class RoutingRecorder:
-    """What each forward selected, by column; a column that is run again (after a rejected draft) replaces the old.
+    """The experts selected, by column; a column that is run again (after a rejected draft) replaces the old.
 
     The record at a column decides the token of the next one.
     """
 
     def __init__(self) -> None:
         self._columns: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.eos_token_id: Any = None  # one id, several, or None
+        self.end_tokens: Tensor | None = None  # ids, 1-D
 
     def add(self, end: int, ids: Tensor, share: Tensor, own: Tensor) -> None:
         """The last K columns before ``end``: expert ids, their softmax weight, their own argmax; ``[B, K]`` each."""
@@ -39,7 +39,7 @@ class RoutingRecorder:
         records = [self._columns[first + step] for step in range(new.shape[1])]
         ids, share, own = (torch.stack(column, dim=1).cpu() for column in zip(*records, strict=True))
         beams = result.get("beam_indices")
-        ends = _as_list(self.eos_token_id)
+        ends = [] if self.end_tokens is None else self.end_tokens.tolist()
         traces = []
         for row, tokens in enumerate(new.tolist()):
             stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
@@ -51,11 +51,3 @@ class RoutingRecorder:
                 RoutingTrace.from_columns(names, written, ids[at, step], share[at, step], written != own[at, step])
             )
         return traces
-
-
-def _as_list(value: Any) -> list[int]:
-    if value is None:
-        return []
-    if isinstance(value, Tensor):
-        return [int(item) for item in value.flatten().tolist()]
-    return [int(value)] if isinstance(value, int) else [int(item) for item in value]

@@ -74,7 +74,7 @@ class ColumnExpert:
             self.evict()
 
     def keep(self, lengths: Sequence[int]) -> None:  # noqa: ARG002 -- the interface of LazyExpert
-        """What some rows have seen is padding now (or the reverse): nor can a state forget that."""
+        """Start anew: what some rows have seen is padding now (or the reverse), and a state cannot forget it."""
         self.evict()
 
     def evict(self) -> None:

@@ -1,4 +1,4 @@
-"""Which expert each position selects: argmax or a draw of the weights, allowed and forced experts, hysteresis."""
+"""The selection of an expert at each position: argmax or draw, allowed and forced experts, hysteresis."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ ExpertName = str | int
 
 @dataclass(frozen=True)
 class RoutingOptions:
-    """How experts are selected and what their logits count for: arguments of ``generate`` and ``forward``.
+    """The selection of experts and the weight of their logits: arguments of ``generate`` and ``forward``.
 
     Attributes:
         alpha: weight of the expert's term: fused logits are ``z_router + alpha * z_expert`` (1 in the paper).
         complementary: False leaves the router's logits out: fused logits are ``z_expert`` (the paper's "routing only").
         route: "argmax" of the routing weights (ties to the lowest index), or "sample" from their softmax.
         hysteresis: keep the expert of the position before unless another's weight exceeds its weight by more than this.
+            Positions are counted from the start of the text, in however many forwards it was read.
         allowed_experts: names or indices for all rows, or one such list per row, or a bool tensor ``[B, n]``.
         forced_expert: one name or index for all rows, or one per row; for debugging.
         expert_prefill: "lazy" runs an expert when it is first selected; "eager" runs all on the prompt, so that no
@@ -82,7 +83,7 @@ def permitted(options: RoutingOptions, names: Sequence[str], batch_size: int, de
 
 
 def permitted_rows(options: RoutingOptions, names: Sequence[str]) -> Tensor | None:
-    """What ``allowed_experts`` and ``forced_expert`` say, ``[rows given, n]`` bool; None where they say nothing.
+    """The table of ``allowed_experts`` and ``forced_expert``, ``[rows given, n]`` bool; None without them.
 
     Raises:
         ValueError: both are given, an expert is unknown, or a row may select none.
@@ -114,14 +115,14 @@ def select(
     previous: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Expert ids ``[B, K]`` int64 for routing weights ``[B, K, n]``.
+    """Expert ids ``[B, S]`` int64 for routing weights ``[B, S, n]`` of consecutive positions.
 
     Args:
         weights: ``W h_t``, any floating dtype.
         options: route and hysteresis.
         allowed: ``[B, n]`` bool, or None for all.
         previous: ids of the position before the first, ``[B]``; -1 where there is none. Used with hysteresis.
-        mask: ``[B, K]`` bool, False at padding, which no later position compares itself with; None: no padding.
+        mask: ``[B, S]`` bool, False at padding, which no later position compares itself with; None: no padding.
     """
     scores = weights.detach()
     if allowed is not None:
@@ -133,17 +134,32 @@ def select(
         chosen = scores.argmax(-1)
     if options.hysteresis == 0:
         return chosen
-    rows = torch.arange(len(scores), device=scores.device)
-    last = torch.full_like(chosen[:, 0], -1) if previous is None else previous
-    kept = []
-    for position in range(chosen.shape[1]):
-        here = scores[:, position]
-        new = chosen[:, position]
-        gain = here[rows, new] - here[rows, last.clamp(min=0)]
-        picked = torch.where((last >= 0) & (gain <= options.hysteresis), last, new)
-        kept.append(picked)
-        last = picked if mask is None else torch.where(mask[:, position], picked, last)
-    return torch.stack(kept, dim=1)
+    start = torch.full_like(chosen[:, 0], -1) if previous is None else previous
+    return _with_hysteresis(scores, chosen, options.hysteresis, start, mask)
+
+
+def _with_hysteresis(scores: Tensor, best: Tensor, margin: float, start: Tensor, mask: Tensor | None) -> Tensor:
+    """Expert ids ``[B, S]``: at each position the one before it, unless ``best`` exceeds it by more than the margin.
+
+    A position is a map from the expert before it to its own, ``[B, S, n + 1]`` for all of them, where the last entry
+    is for no expert before it. Maps are composed in log2(S) rounds: after a round with stride d, position t maps what
+    stood before position t - 2 d + 1.
+    """
+    n = scores.shape[-1]
+    every = torch.arange(n + 1, device=scores.device)
+    gain = scores.gather(-1, best[..., None]) - scores
+    maps = torch.where(gain <= margin, every[:n], best[..., None])
+    maps = torch.cat([maps, best[..., None]], dim=-1)
+    if mask is not None:
+        maps = torch.where(mask[..., None], maps, every)  # padding passes on what stood before it
+    stride = 1
+    while stride < maps.shape[1]:
+        composed = maps[:, stride:].gather(-1, maps[:, :-stride])
+        maps = torch.cat([maps[:, :stride], composed], dim=1)
+        stride *= 2
+    first = torch.where(start < 0, n, start)[:, None, None].expand(-1, maps.shape[1], -1)
+    ids = maps.gather(-1, first)[..., 0]
+    return torch.where(ids == n, -1, ids)
 
 
 def selected_share(weights: Tensor, ids: Tensor, allowed: Tensor | None = None) -> Tensor:

@@ -1,8 +1,9 @@
-"""The frozen experts: where they are, what their weights hash to, how they are loaded, shared, placed and copied."""
+"""The frozen experts: where they are, what their weights hash to, how they are loaded, shared, offloaded, exported."""
 
 from __future__ import annotations
 
-from .expert import Expert, Experts
+from .expert import Expert
+from .experts import Experts
 from .references import ExpertReference
 from .tokenizers import check_tokenizers
 

@@ -1,45 +1,128 @@
-"""Loading one expert: the frozen base model from safetensors or GGUF, adapters on top, errors that name the expert."""
+"""Experts loaded from references: base models once for all that share them, adapters on top, hashes compared."""
 
 from __future__ import annotations
 
 import importlib
 import os
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
-from .references import ADAPTER_CONFIG, ExpertReference, Source
-from .weights import ADAPTER_WEIGHTS, adapter_files, local_folder, weight_files
+from ebpo_core.models import load_weights
+
+from .adapters import AdapterSwitch, load_adapter
+from .errors import check_complete, explained, require
+from .expert import Expert
+from .files import checkpoint_folder, weight_files
+from .hashes import FILES, TENSORS, check_hash, check_sources, kind, sources_hash, tensors_hash
+from .naming import parse_experts
+from .offload import OffloadPool, exact_device
+from .references import ExpertReference
 
 _FSDP_SETTING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
-EXTRA = 'pip install "ebpo-core[fusionroute]"'
+
+def load_experts(
+    experts: Iterable[Any] | Mapping[str, Any],
+    *,
+    base_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    default_dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    verify: bool = True,
+) -> list[Expert]:
+    """Experts in the order given. Arguments and errors are those of :meth:`~.experts.Experts.load`."""
+    parsed = parse_experts(experts)
+    folder = checkpoint_folder([reference for reference, _ in parsed], base_dir, revision)
+    default_device = exact_device(device)
+    loaded: dict[int, Expert] = {}
+    shared: dict[str, list[tuple[int, ExpertReference]]] = {}
+    for number, (reference, model) in enumerate(parsed):
+        if model is not None:
+            loaded[number] = _live(reference, model)
+        else:
+            reference = reference.anchored(folder)
+            recorded = reference.hash if verify else None
+            shared.setdefault(_base_of(reference), []).append((number, replace(reference, hash=recorded)))
+    pool = OffloadPool()
+    for members in shared.values():
+        own = members[0][1].device
+        where = default_device if own is None else exact_device(own)
+        for expert, (number, _) in zip(_load_shared(members, pool, default_dtype, where, verify), members, strict=True):
+            loaded[number] = expert
+    return [loaded[number] for number in range(len(parsed))]
 
 
-def load_base(
-    reference: ExpertReference, source: Source, *, default_dtype: torch.dtype | str | None, device: torch.device
-) -> Any:
-    """A reference's model without its adapter: frozen, in eval mode, on ``device`` (the CPU if it is offloaded).
+def _base_of(reference: ExpertReference) -> str:
+    """A key that is equal for references whose base model is loaded once."""
+    return repr(replace(reference, name="", adapter=None, adapter_revision=None, hash=None, vocab_size=None))
+
+
+def _live(reference: ExpertReference, model: PreTrainedModel) -> Expert:
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"expert {reference.name!r} is a live model with adapters: pass a dict with path and adapter, or merge the "
+            "adapter"
+        )
+    return Expert(reference, model, live=True)
+
+
+def _load_shared(
+    members: Sequence[tuple[int, ExpertReference]],
+    pool: OffloadPool,
+    default_dtype: torch.dtype | str | None,
+    device: torch.device,
+    verify: bool,
+) -> Iterator[Expert]:
+    """Experts on one base model, which is loaded once; each adapter is put into it."""
+    base = members[0][1]
+    by_tensors = False
+    # Hashes of local files are compared before anything is loaded.
+    for _, reference in members:
+        if reference.hash is not None:
+            source = reference.source()
+            with explained(reference.name):
+                by_tensors |= kind(reference.hash) == TENSORS
+                if kind(reference.hash) == FILES and source.folder is not None:
+                    check_sources(reference.name, reference.hash, source, reference.adapter_source())
+    model = load_base(base, default_dtype=default_dtype, device=device)
+    tensors = tensors_hash(model.state_dict()) if by_tensors else ""  # before adapters change the names
+    switch = AdapterSwitch(model) if any(reference.adapter for _, reference in members) else None
+    if base.offload:
+        pool.add(model, device)
+    for number, reference in members:
+        source, adapter_source = reference.source(), reference.adapter_source()
+        adapter = None
+        if adapter_source is not None:
+            adapter = f"expert_{number}"  # a name of torch's modules, which an expert's need not be
+            load_adapter(model, reference.name, adapter, adapter_source)
+        with explained(reference.name):
+            if reference.hash is None:
+                reference = replace(reference, hash=sources_hash(source, adapter_source) if verify else None)
+            elif not check_sources(reference.name, reference.hash, source, adapter_source):
+                check_hash(reference.name, reference.hash, tensors)
+        yield Expert(reference, model, adapter=adapter, switch=switch, pool=pool if reference.offload else None)
+
+
+def load_base(reference: ExpertReference, *, default_dtype: torch.dtype | str | None, device: torch.device) -> Any:
+    """A reference's model without its adapter, on ``device`` (the CPU if it is offloaded).
 
     Raises:
         ImportError: a package that the reference needs is missing.
         OSError: no such repository or revision, nor a copy in the local cache (FileNotFoundError: a folder's weights).
         ValueError: a folder of pickles, weights that lack tensors, a model that transformers cannot load.
     """
+    source = reference.source()
     dtype: Any = reference.dtype or default_dtype or "auto"
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    options: dict[str, Any] = {"revision": source.revision, "subfolder": source.subfolder}
+    options: dict[str, Any] = {"dtype": dtype, "revision": source.revision, "subfolder": source.subfolder}
     if source.gguf_file:
         require("gguf", reference.name, f"gguf_file={source.gguf_file!r}")
-        options["gguf_file"] = source.gguf_file
-    else:
-        options["use_safetensors"] = True
     if reference.attn_implementation:
         options["attn_implementation"] = reference.attn_implementation
     if reference.offload:
@@ -56,47 +139,11 @@ def load_base(
             quantizers: Any = importlib.import_module("transformers.quantizers")
             config = dict(reference.quantization_config)
             options["quantization_config"] = quantizers.AutoQuantizationConfig.from_dict(config)
-        loader: Any = AutoModelForCausalLM
         with whole_models():
-            model, info = loader.from_pretrained(source.path, dtype=dtype, output_loading_info=True, **options)
-        _check_complete({name: value for name, value in info.items() if name != "unexpected_keys"}, source.path)
-    if source.gguf_file:
-        # What came out of the file is plain float weights, see ebpo_core.models.
-        for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-            vars(model).pop(mark, None)
-        vars(model.config).pop("quantization_config", None)
-    return freeze(model)
-
-
-def load_adapter(model: Any, expert: str, adapter: str, source: Source) -> None:
-    """Put an adapter's weights into ``model`` under the name ``adapter``. Errors as for :func:`load_base`."""
-    require("peft", expert, f"adapter={source.path!r}")
-    with explained(expert, source):
-        folder = source.folder
-        if folder is None:
-            # Fetched by its name: transformers would fall back to a pickle.
-            from huggingface_hub import hf_hub_download
-
-            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                hf_hub_download(source.path, name, revision=source.revision)
-            folder = local_folder(source)
-        from peft import PeftConfig
-        from peft.functional import inject_adapter_in_model, set_peft_model_state_dict
-        from safetensors.torch import load_file
-
-        (weights,) = adapter_files(folder).values()
-        config = PeftConfig.from_pretrained(os.fspath(folder))
-        config.inference_mode = True
-        with warnings.catch_warnings():
-            # Several adapters in one model are the point.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            inject_adapter_in_model(config, model, adapter)
-        # The model's own load_adapter() reports the other adapters' weights as missing.
-        tensors = {name.removeprefix("base_model.model."): value for name, value in load_file(weights).items()}
-        result: Any = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
-        missing = [name for name in result.missing_keys if adapter in name.split(".")]
-        _check_complete({"missing_keys": missing, "unexpected_keys": result.unexpected_keys}, source.path)
-    freeze(model)
+            model, report = load_weights(source.path, source.gguf_file, **options)
+        # Unread tensors of a whole model are left to transformers.
+        check_complete({name: found for name, found in report.items() if name != "unexpected_keys"}, source.path)
+    return model
 
 
 @contextmanager
@@ -116,57 +163,3 @@ def whole_models() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
         if setting is not None:
             os.environ[_FSDP_SETTING] = setting
-
-
-def freeze(model: Any) -> Any:
-    """In eval mode, without gradients; the same object."""
-    model.eval()
-    model.requires_grad_(False)
-    return model
-
-
-def logit_width(model: Any) -> int:
-    """The number of logits a position gets."""
-    head = model.get_output_embeddings()
-    width = getattr(head, "out_features", None)
-    return int(model.config.get_text_config().vocab_size if width is None else width)
-
-
-def require(package: str, expert: str, what: str) -> None:
-    """Raise an ImportError with the remedy where a package is missing."""
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"expert {expert!r}: {what} needs the package {package!r}: {EXTRA}") from error
-
-
-@contextmanager
-def explained(expert: str, source: Source | None = None) -> Iterator[None]:
-    """Errors of libraries, with the expert's name, what was asked for, and what can be done."""
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(f"expert {expert!r}: {error}\nInstall what is named, or {EXTRA}") from error
-    except OSError as error:
-        if source is None or source.folder is not None:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-            raise kind(f"expert {expert!r}: {error}") from error
-        asked = f"{source.path!r} at revision {source.revision or 'main'!r}"
-        raise OSError(
-            f"expert {expert!r} ({asked}): {error}\nCheck its path and revision; without the hub in reach fetch it "
-            "once into the local cache, or name a local folder instead"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"expert {expert!r}: {error}") from error
-    except SafetensorError as error:
-        raise ValueError(f"expert {expert!r}: broken safetensors: {error}; fetch or save them again") from error
-
-
-def _check_complete(info: Mapping[str, Any], path: str) -> None:
-    """``info``: lists of tensors, by the problem they had. Unread tensors of a whole model are left to transformers."""
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := info.get(problem):
-            raise ValueError(
-                f"the weights in {path!r} do not fit the model, {problem.replace('_', ' ')}: "
-                f"{sorted(map(str, found))[:5]}; save them again, from the model that the config describes"
-            )

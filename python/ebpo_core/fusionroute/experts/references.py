@@ -23,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
 class Source(NamedTuple):
-    """What ``from_pretrained`` is asked for.
+    """The place of a model's files, as ``from_pretrained`` takes it.
 
     Attributes:
         path: an absolute folder (``subfolder`` already joined), or a hub id.
@@ -57,7 +57,7 @@ class ExpertReference:
         adapter, adapter_revision: folder or hub id of a PEFT adapter on top of ``path``. Experts that differ in their
             adapter alone share one base model.
         attn_implementation: as for ``from_pretrained``.
-        hash: of the weights, see :mod:`~.weights`; checked when the expert is loaded.
+        hash: of the weights, see :mod:`~.hashes`; checked when the expert is loaded.
         vocab_size: width of the logits.
 
     Raises:
@@ -86,7 +86,7 @@ class ExpertReference:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, function(value))
-        object.__setattr__(self, "quantization_config", _plain(self.quantization_config))
+        object.__setattr__(self, "quantization_config", _json_safe(self.quantization_config))
         for field in fields(self):
             value, optional = getattr(self, field.name), field.default is None
             kind = {"offload": bool, "quantization_config": dict, "vocab_size": int}.get(field.name, str)
@@ -122,7 +122,7 @@ class ExpertReference:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: a key that is no field.
+            ValueError: an unknown key.
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(str(key) for key in values if key not in known)
@@ -132,7 +132,7 @@ class ExpertReference:
 
     @classmethod
     def parse(cls, obj: Any) -> ExpertReference:
-        """A reference from a path or hub id, a dict, a reference, or a live model (which :class:`~.expert.Experts`
+        """A reference from a path or hub id, a dict, a reference, or a live model (which :class:`~.experts.Experts`
         keeps beside it).
 
         The folder of a PEFT adapter becomes the adapter of the base model that its config names. A live model's path is
@@ -168,7 +168,7 @@ class ExpertReference:
         return cls(path=path)
 
     def source(self, base_dir: str | os.PathLike[str] | None = None) -> Source:
-        """Where the weights are; relative paths are looked up in ``base_dir``, then in the working directory.
+        """The place of the weights; relative paths are looked up in ``base_dir``, then in the working directory.
 
         Raises:
             FileNotFoundError: a local path that does not exist.
@@ -198,7 +198,7 @@ class ExpertReference:
         return found._replace(path=path, gguf_file=gguf_file)
 
     def adapter_source(self, base_dir: str | os.PathLike[str] | None = None) -> Source | None:
-        """Where the adapter is, None without one. Errors as for :meth:`source`."""
+        """The place of the adapter, None without one. Errors as for :meth:`source`."""
         if self.adapter is None:
             return None
         return _locate(self._owner, "adapter", self.adapter, self.adapter_revision, None, base_dir)
@@ -222,14 +222,14 @@ class ExpertReference:
         return replace(self, **changes)
 
     def stored(self, checkpoint_dir: str | os.PathLike[str]) -> ExpertReference:
-        """What is written into the config of a checkpoint: paths in its folder relative to it, other local paths
-        absolute, hub ids and packages as they are."""
+        """The reference in the config of a checkpoint: paths in its folder relative to it, other local paths absolute,
+        hub ids and packages as they are."""
         root = Path(checkpoint_dir).resolve()
         return replace(self, path=_stored(self.path, root), adapter=_stored(self.adapter, root))
 
 
 def is_hub_id(path: str | None) -> bool:
-    """Whether a stored path names a repository on the hub, not a package nor a folder (of the checkpoint, or here)."""
+    """True for a path of a repository on the hub; not for a package or a folder (of the checkpoint, or here)."""
     if path is None or path.startswith((PACKAGE_PREFIX, f"{EXPERTS_FOLDER}/")) or not _HUB_ID.fullmatch(path):
         return False
     return not Path(path).exists()
@@ -308,7 +308,7 @@ def _device(value: Any) -> str:
         ) from error
 
 
-def _plain(config: Any) -> Any:
+def _json_safe(config: Any) -> Any:
     """A quantization config, or its dict, as JSON would give it back."""
     if config is None:
         return None

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from .loading import explained, require
+from .errors import explained, require
 from .references import ExpertReference, Source
 
 # Any of them makes a folder one with a tokenizer.
@@ -91,7 +91,7 @@ def _has_tokenizer(expert: str, source: Source) -> bool:
 
 
 def _in_repository(source: Source, name: str) -> bool | None:
-    """Whether a repository has a file; None if the hub cannot be asked."""
+    """True if a repository has a file; None if the hub cannot be asked."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Which expert wrote which token: the record, its JSON form, its picture in a terminal or browser. Needs no torch."""
+"""Traces of which expert wrote which token: their JSON form, their picture in a terminal or browser, without torch."""
 
 from __future__ import annotations
 

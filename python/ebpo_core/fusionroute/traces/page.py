@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ebpo_core.files import write_text
 from ebpo_core.fusionroute.traces.palette import color_of, letter_of
 from ebpo_core.fusionroute.traces.show import expert_names, percent, token_text
 from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace
@@ -78,7 +79,7 @@ def write_page(
     target = Path(path)
     content = render_page(traces, title=title)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(content, encoding="utf-8", newline="\n")
+    write_text(target, content)
     return target
 
 

@@ -1,4 +1,4 @@
-"""What stands for an expert in pictures: a colour, a letter, and model text made safe to look at."""
+"""The signs of an expert in pictures: a colour, a letter, and model text made safe to look at."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def print_traces(
 
 
 def has_color(console: Console) -> bool:
-    """Whether colours are there and wanted: no with ``NO_COLOR``, on a dumb terminal, or where there is no terminal."""
+    """True if colours are there and wanted: not with ``NO_COLOR``, on a dumb terminal, or without a terminal."""
     return console.color_system is not None and not console.no_color
 
 
@@ -151,7 +151,7 @@ def _parts(
 
 
 def _places(trace: RoutingTrace, names: Sequence[str]) -> list[int]:
-    """Where each of the trace's experts is in ``names``."""
+    """The places of the trace's experts in ``names``."""
     order = {name: place for place, name in enumerate(names)}
     missing = [name for name in trace.experts if name not in order]
     if missing:

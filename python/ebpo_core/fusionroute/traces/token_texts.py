@@ -1,4 +1,4 @@
-"""Which part of a decoded text each token adds, for tokens that may end inside a character."""
+"""The part of a decoded text that each token adds, for tokens that may end inside a character."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _WINDOW = 64
 
 
 def token_texts(decode: Callable[[list[int]], str], context: Sequence[int], ids: Sequence[int]) -> list[str]:
-    """What each of ``ids`` adds to the decoded text after ``context``; the pieces always concatenate to the whole.
+    """The pieces that ``ids`` add to the decoded text after ``context``; the pieces always concatenate to the whole.
 
     Token i ends where the decoding of the tokens up to i leaves the decoding of all of them: an incomplete character
     decodes to U+FFFD and therefore ends before it. This asks nothing of the tokenizer but ``decode``.

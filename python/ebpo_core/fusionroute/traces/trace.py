@@ -1,4 +1,4 @@
-"""Which expert wrote which token: the record that generation returns, and its JSON form. Needs no torch.
+"""The record of which expert wrote which token, as generation returns it, and its JSON form. Needs no torch.
 
 One object per sequence::
 
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ebpo_core.files import write_text
 from ebpo_core.fusionroute.traces.token_texts import token_texts
 
 FORMAT = "fusionroute/trace"
@@ -180,7 +181,7 @@ class RoutingTrace:
 
     @property
     def decoded(self) -> bool:
-        """Whether every token has its text."""
+        """True if every token has its text."""
         return all(token.text is not None for token in self.tokens)
 
     @property
@@ -203,7 +204,7 @@ class RoutingTrace:
 
     @property
     def switches(self) -> int:
-        """How many tokens come from another expert than the token before them."""
+        """The number of tokens that come from another expert than the token before them."""
         return sum(a.expert != b.expert for a, b in zip(self.tokens, self.tokens[1:], strict=False))
 
     def with_text(
@@ -253,13 +254,7 @@ def dump(path: str | os.PathLike[str], traces: RoutingTrace | Sequence[RoutingTr
         content = objects[0] if len(objects) == 1 else objects
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_text(target, text)
     return target
 
 
@@ -268,7 +263,7 @@ def load(path: str | os.PathLike[str]) -> list[RoutingTrace]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not JSON, or an object that is no trace; the message has the file and the place in it.
+        ValueError: Not JSON, or an object that is not a trace; the message has the file and the place in it.
     """
     file = Path(path)
     if not file.is_file():
@@ -317,7 +312,7 @@ def _check_text(name: str, value: Any) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}={value!r}: holds a lone surrogate, which is no character") from error
+        raise ValueError(f"{name}={value!r}: holds a lone surrogate, which is not a character") from error
 
 
 def _check_keys(what: str, content: Any, *, required: tuple[str, ...], optional: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ebpo_core.fusionroute.experts.expert import Experts
+from ebpo_core.fusionroute.experts.experts import Experts
 from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 

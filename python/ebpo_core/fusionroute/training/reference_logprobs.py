@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from ebpo_core.fusionroute.experts.weights import tensors_hash
+from ebpo_core.fusionroute.experts.hashes import tensors_hash
 
 from .columns import Compute, StoredColumns
 from .config import FusionRouteArguments

@@ -1,4 +1,4 @@
-"""From the log-probabilities in an answer of OpenAI's API to routed tokens and their texts. Needs no torch.
+"""Routed tokens and their texts from the log-probabilities in an answer of OpenAI's API. Needs no torch.
 
 The answer may be JSON or what the ``openai`` package made of it, of a chat or of a text completion, whole or one chunk
 of a stream. The request must have asked for the routing: see :mod:`.columns` and :func:`routing_request`.
@@ -55,7 +55,7 @@ def routed_tokens(logprobs: Any, vocab_size: int, num_experts: int, text: str | 
             get "".
 
     Raises:
-        ValueError: No log-probabilities, tokens that are no ids, no columns of the routing, or columns that carry none.
+        ValueError: No log-probabilities, tokens that are not ids, or columns that do not carry the routing.
     """
     rows = _rows(logprobs)
     ids = [f"{_PLACEHOLDER}{column}" for column in routing_ids(vocab_size, num_experts)]
@@ -116,7 +116,7 @@ def _own_text(content: Any) -> str | None:
 
 
 def _texts(text: str | None, rows: Sequence[_Row]) -> list[str | None]:
-    """Of ``text``, the part of each row."""
+    """The part of ``text`` that each row wrote."""
     if text is None or not rows:
         return [None] * len(rows)
     parts: list[str | None] = []

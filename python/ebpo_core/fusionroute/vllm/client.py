@@ -54,7 +54,7 @@ class RoutedServer:
 
     Raises:
         ServerError: The server is not to be reached, refuses, or does not serve a FusionRoute checkpoint.
-        ValueError: A url that is none, or a model that the server does not offer.
+        ValueError: A malformed url, or a model that the server does not offer.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class RoutedServer:
 
 
 def _endpoint(prompt: Prompt) -> tuple[str, dict[str, Any]]:
-    """Where a prompt goes, and the field that it is in."""
+    """The path that a prompt is sent to, and the field that it is in."""
     if isinstance(prompt, str):
         return "/completions", {"prompt": prompt}
     items: list[Any] = list(prompt)
@@ -200,7 +200,7 @@ def _endpoint(prompt: Prompt) -> tuple[str, dict[str, Any]]:
 
 
 def _shown(prompt: Prompt) -> str | None:
-    """What a trace says was asked."""
+    """The prompt as a trace shows it."""
     if isinstance(prompt, str):
         return prompt
     last = prompt[-1]
@@ -255,7 +255,7 @@ def _events(answer: http.client.HTTPResponse, where: str) -> Iterator[dict[str, 
             line, problem = b"", _problem(error)
         if not line:
             raise ServerError(
-                f"{where}: the answer ended in the middle ({problem}). What arrived is no whole answer: see the "
+                f"{where}: the answer ended in the middle ({problem}). The part that arrived is incomplete: see the "
                 "server's log, and ask again"
             )
         line = line.rstrip(b"\r\n")
@@ -270,7 +270,7 @@ def _events(answer: http.client.HTTPResponse, where: str) -> Iterator[dict[str, 
             except ValueError:
                 content = None
             if not isinstance(content, dict):
-                raise ServerError(f"{where}: an event is no JSON object: {event[:_SHOWN].decode(errors='replace')}")
+                raise ServerError(f"{where}: an event is not a JSON object: {event[:_SHOWN].decode(errors='replace')}")
             yield content
 
 

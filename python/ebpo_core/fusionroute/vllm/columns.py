@@ -1,4 +1,4 @@
-"""How a server's log-probabilities carry the routing: extra vocabulary ids behind the V real ones.
+"""The routing in a server's log-probabilities: extra vocabulary ids behind the V real ones.
 
 An engine's API returns log-probabilities of tokens and nothing else from inside a model. So the served model has n + 2
 more columns than its vocabulary, which no request can make it emit (see :mod:`.guard`), and a client asks for the
@@ -32,7 +32,7 @@ _SHARE_SLACK = 1e-3  # and a weight by below 1e-6
 
 
 class RoutedColumn(NamedTuple):
-    """What the columns say about one token: the selected expert's index, its softmax weight, its own argmax."""
+    """The routing of one token: the selected expert's index, its softmax weight, its own argmax."""
 
     expert: int
     weight: float
@@ -40,7 +40,7 @@ class RoutedColumn(NamedTuple):
 
 
 def extra_columns(num_experts: int) -> int:
-    """How many columns stand behind the vocabulary."""
+    """The number of columns behind the vocabulary."""
     return num_experts + OWN_COLUMNS
 
 
@@ -68,10 +68,10 @@ def encode(expert_ids: Tensor, weights: Tensor, own: Tensor) -> Tensor:
 
 
 def decode(values: Sequence[float]) -> RoutedColumn:
-    """What :func:`encode` wrote, from the n + 2 log-probabilities of one token.
+    """The routing that :func:`encode` wrote, from the n + 2 log-probabilities of one token.
 
     Raises:
-        ValueError: these are no such columns: another server's, or ones that a grammar or a setting masked.
+        ValueError: these are not such columns: another server's, or ones that a grammar or a setting masked.
     """
     if len(values) > OWN_COLUMNS and all(map(math.isfinite, values)) and min(values) >= _LOWEST:
         *experts, high, low = [value + BASE for value in values]
@@ -85,6 +85,6 @@ def decode(values: Sequence[float]) -> RoutedColumn:
             weight = min(experts[selected[0]] / SCALE, 1.0)
             return RoutedColumn(selected[0], weight, digits[0] * DIGIT + digits[1])
     raise ValueError(
-        f"log-probabilities {list(values)} are no routing: the server must serve a FusionRoute checkpoint with "
+        f"log-probabilities {list(values)} carry no routing: the server must serve a FusionRoute checkpoint with "
         "logprobs_mode raw_logprobs, and under a grammar (structured outputs) the columns are masked"
     )

@@ -31,14 +31,14 @@ _HELP = {
 
 
 class Counts(Protocol):
-    """Where an engine's process counts."""
+    """The counter of an engine's process."""
 
     def add(self, expert: int, *, overruled: bool) -> None:
         """One more token of the expert with this index."""
 
 
 def publish(names: Sequence[str], vocab_size: int) -> None:
-    """In the server's process: make the folder, tell later processes of it, and show the sums in ``/metrics``.
+    """Make the folder of counts, tell later processes of it, and show the sums in the server's ``/metrics``.
 
     Args:
         names: of the experts.
@@ -59,7 +59,7 @@ def publish(names: Sequence[str], vocab_size: int) -> None:
 
 
 def open_counts(names: Sequence[str], vocab_size: int) -> Counts | None:
-    """In an engine's process: where to count, or None if nobody asked."""
+    """The counter of this engine's process; None where no server asked for one."""
     if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         return PrometheusCounts(names, vocab_size)
     folder = os.environ.get(FOLDER)

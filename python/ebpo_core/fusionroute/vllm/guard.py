@@ -21,7 +21,7 @@ _PREFIX = "Vocabulary"
 
 
 class _Selections:
-    """Which expert each row of one step selected, and that expert's own token; moved to the host when first asked."""
+    """The experts that the rows of one step selected, and their own tokens; moved to the host when first asked."""
 
     def __init__(self, ids: Tensor, own: Tensor) -> None:
         self.rows = len(ids)
@@ -36,7 +36,7 @@ class _Selections:
 
 
 class _Step:
-    """Where the model leaves what it selected for the processor of the same process, which runs right after it."""
+    """The model's selections of one step, for the processor of the same process, which runs right after it."""
 
     def __init__(self) -> None:
         self.selections: _Selections | None = None

@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.model_executor.models.utils import WeightsMapper
 
 _ROOTS = ("model.", "transformer.", "gpt_neox.", "backbone.", "language_model.", "lm_head", "embed_out", "output.")
-"""How names of layers begin. A part of a name ("mlp.gate"), which some methods look for anywhere, stays as it is."""
+"""Beginnings of layers' names. A part of a name ("mlp.gate"), which some methods look for anywhere, stays as it is."""
 _PATTERN = "re:"
 
 

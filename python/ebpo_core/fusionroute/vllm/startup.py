@@ -1,4 +1,4 @@
-"""What happens before an engine starts: experts found and checked, limits set, what cannot be served refused.
+"""The start of an engine: experts found and checked, limits set, what cannot be served refused.
 
 vLLM calls :class:`Startup` once, in the process that builds the engine's configuration, so that every refusal is that
 process' error message. The processes that run the model get the configuration as it is left here.
@@ -10,27 +10,19 @@ from __future__ import annotations
 import copy
 import json
 import os
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from ebpo_core.fusionroute.config import FusionRouteConfig
-from ebpo_core.fusionroute.experts.expert import base_folder
-from ebpo_core.fusionroute.experts.loading import explained
-from ebpo_core.fusionroute.experts.plain import needs_conversion
+from ebpo_core.fusionroute.experts.errors import explained
+from ebpo_core.fusionroute.experts.export import needs_conversion
+from ebpo_core.fusionroute.experts.files import checkpoint_folder, fetched_folder, weight_files
+from ebpo_core.fusionroute.experts.hashes import check_sources
+from ebpo_core.fusionroute.experts.naming import overridden
 from ebpo_core.fusionroute.experts.references import ExpertReference
-from ebpo_core.fusionroute.experts.roster import overridden
-from ebpo_core.fusionroute.experts.weights import (
-    COMMIT,
-    FILES,
-    check_hash,
-    commit_hash,
-    kind,
-    sources_hash,
-    weight_files,
-)
 
 from .columns import extra_columns
 from .counters import publish
@@ -147,7 +139,7 @@ def resolved(config: FusionRouteConfig, model: str, revision: str | None) -> lis
         raise ValueError(f"the checkpoint {model!r} names no experts: save it again from the model")
     moved = overridden(stored, getattr(config, "expert_paths", None))
     wanted = [ExpertReference.parse(expert) for expert in moved.values()]
-    base = base_folder(wanted, model, revision)
+    base = checkpoint_folder(wanted, model, revision)
     verify = bool(getattr(config, "verify_experts", True))
     return [_resolved(expert.anchored(base), verify) for expert in wanted]
 
@@ -160,32 +152,18 @@ def _resolved(expert: ExpertReference, verify: bool) -> ExpertReference:
         )
     source = expert.source()
     with explained(expert.name, source):
-        if source.folder is None:
-            from huggingface_hub import snapshot_download
-
-            inside = f"{source.subfolder}/" if source.subfolder else ""
-            patterns = [f"{inside}*.{ending}" for ending in ("json", "safetensors")]
-            fetched = snapshot_download(source.path, revision=source.revision, allow_patterns=patterns)
-            folder = Path(fetched) / source.subfolder
-        else:
-            folder = source.folder
+        folder = fetched_folder(source, "*.json", "*.safetensors")
         weight_files(folder)  # says what is missing, and refuses pickles
-        if verify and expert.hash is not None:
-            if kind(expert.hash) == FILES:
-                check_hash(expert.name, expert.hash, sources_hash(source, None))
-            elif kind(expert.hash) == COMMIT:
-                check_hash(expert.name, expert.hash, commit_hash(source, None))
-            else:
-                logger.warning(
-                    "expert %r was saved from a live model: its weights are not compared with those it had then",
-                    expert.name,
-                )
-    changes = {"path": str(folder), "revision": None, "subfolder": None}
-    return ExpertReference.from_dict({**expert.to_dict(), **changes})
+        if verify and expert.hash is not None and not check_sources(expert.name, expert.hash, source):
+            logger.warning(
+                "expert %r was saved from a live model: its weights are not compared with those it had then",
+                expert.name,
+            )
+    return replace(expert, path=str(folder), revision=None, subfolder=None)
 
 
 def _mixture_of(model_config: Any, name: str) -> int:
-    """How many feed-forward experts a sub-model has inside its layers, 0 for most.
+    """The number of feed-forward experts that a sub-model has inside its layers, 0 for most.
 
     Raises:
         ValueError: it keeps a state per request other than keys and values.

@@ -14,7 +14,7 @@ from vllm.config.utils import replace
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.transformers_utils.config import get_config
 
-from ebpo_core.fusionroute.experts.loading import explained
+from ebpo_core.fusionroute.experts.errors import explained
 from ebpo_core.fusionroute.experts.references import ExpertReference
 
 from .quantisation import own_quantisation

@@ -36,8 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ebpo_core.fusionroute import ExpertReference, FusionRouteForCausalLM
 from ebpo_core.fusionroute.cli import main
 from ebpo_core.fusionroute.conversion import convert_checkpoint
-from ebpo_core.fusionroute.experts.expert import Experts
-from ebpo_core.fusionroute.experts.plain import needs_conversion, write_plain
+from ebpo_core.fusionroute.experts.experts import Experts
+from ebpo_core.fusionroute.experts.export import export_expert, needs_conversion
 
 pytestmark = pytest.mark.slow
 
@@ -172,7 +172,7 @@ def test_adapters_of_all_sorts(settings: dict[str, Any], tied: bool, tmp_path: P
     (expert,) = Experts.load([reference])
     expected, without = own(expert), own(tiny_model("llama", 1, tie_word_embeddings=tied))
     assert (expected - without).abs().max() > 0.5, "the test could not tell the adapter"
-    written, done = write_plain(reference, "code", tmp_path / "out")
+    written, done = export_expert(reference, "code", tmp_path / "out")
     assert done == "adapter merged into its base"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(own(model), expected, atol=5e-4, rtol=0.0)
@@ -200,7 +200,7 @@ def test_an_adapter_on_a_gguf_file(tmp_path: Path) -> None:
     adapted = save_tiny_adapter(tmp_path / "lora", base, 2)
     reference = ExpertReference(name="code", path=tmp_path / "base.gguf", adapter=tmp_path / "lora")
     assert needs_conversion(reference) == "it is a PEFT adapter on a base model"
-    write_plain(reference, "code", tmp_path / "out")
+    export_expert(reference, "code", tmp_path / "out")
     torch.testing.assert_close(own(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), own(adapted), **MERGED)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="base.gguf")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()

@@ -10,72 +10,27 @@ A hash names its kind::
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .references import Source
+from .files import adapter_files, local_folder, weight_files
+from .references import Source
 
 FILES = "sha256:files:"
 TENSORS = "sha256:tensors:"
 COMMIT = "commit:"
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _BLOCK = 1 << 24
 
 _digests: dict[tuple[str, int, int], str] = {}
 _digests_lock = threading.Lock()
-
-
-def weight_files(folder: str | os.PathLike[str], gguf_file: str | None = None) -> dict[str, Path]:
-    """The files that hold a model's weights, in name order: the GGUF file, ``model.safetensors``, or all of its shards.
-
-    Raises:
-        FileNotFoundError: no weights, or a shard of the index is missing.
-        ValueError: the folder holds pickles only, which are never loaded.
-    """
-    root = Path(folder)
-    if gguf_file is not None:
-        names = [gguf_file]
-    elif (root / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    elif (root / INDEX).is_file():
-        index = json.loads((root / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    else:
-        raise _no_weights(root, WEIGHTS)
-    missing = [name for name in names if not (root / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{str(root)!r} lacks {missing} of its weights: restore the folder")
-    return {name: root / name for name in names}
-
-
-def adapter_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """The file that holds a PEFT adapter's weights. Errors as for :func:`weight_files`."""
-    file = Path(folder) / ADAPTER_WEIGHTS
-    if not file.is_file():
-        raise _no_weights(Path(folder), ADAPTER_WEIGHTS)
-    return {ADAPTER_WEIGHTS: file}
-
-
-def _no_weights(root: Path, wanted: str) -> Exception:
-    pickles = sorted(file.name for pattern in _PICKLES for file in root.glob(pattern))
-    if pickles:
-        return ValueError(
-            f"{str(root)!r} has its weights as pickles ({', '.join(pickles[:3])}), which can run code and are never "
-            f"loaded: save the model again with safetensors, as save_pretrained does, so that {wanted} is there"
-        )
-    return FileNotFoundError(f"{str(root)!r} has no {wanted}: restore the folder, or correct the path")
 
 
 def files_hash(files: Mapping[str, Path]) -> str:
@@ -122,13 +77,13 @@ def tensors_hash(tensors: Mapping[str, Any]) -> str:
     return TENSORS + digest.hexdigest()
 
 
-def sources_hash(source: Source, adapter: Source | None) -> str:
+def sources_hash(source: Source, adapter: Source | None = None) -> str:
     """The hash of an expert's files: its own, and its adapter's under ``adapter/``.
 
     A hub id counts by its files in the local cache, where loading has put them, else by :func:`commit_hash`.
 
     Raises:
-        FileNotFoundError, ValueError: as for :func:`weight_files`.
+        FileNotFoundError, ValueError: as for :func:`~.files.weight_files`.
     """
     try:
         files = dict(weight_files(local_folder(source), source.gguf_file))
@@ -142,35 +97,13 @@ def sources_hash(source: Source, adapter: Source | None) -> str:
     return files_hash(files)
 
 
-def commit_hash(source: Source, adapter: Source | None) -> str:
+def commit_hash(source: Source, adapter: Source | None = None) -> str:
     """Commits of the snapshots that a hub id, and its adapter's, stand for in the local cache."""
     return COMMIT + "+".join(_commit(local_folder(part)) for part in (source, adapter) if part is not None)
 
 
-def local_folder(source: Source) -> Path:
-    """The folder of a source: its own, or its snapshot in the hub's local cache.
-
-    Raises:
-        FileNotFoundError: a hub id that was never fetched.
-    """
-    if source.folder is not None:
-        return source.folder
-    from huggingface_hub import try_to_load_from_cache
-
-    prefix = f"{source.subfolder}/" if source.subfolder else ""
-    for name in (source.gguf_file, "config.json", "adapter_config.json"):
-        if name is not None:
-            found = try_to_load_from_cache(source.path, prefix + name, revision=source.revision)
-            if isinstance(found, str):
-                return Path(found).parent
-    raise FileNotFoundError(
-        f"{source.path!r} at revision {source.revision or 'main'!r} is not in the local cache: fetch it once with the "
-        "hub in reach, or give a local folder"
-    )
-
-
 def _commit(folder: Path) -> str:
-    """Of a folder in a snapshot, ``.../snapshots/<commit>/...``; of another folder, "local"."""
+    """The commit of a folder in a snapshot, ``.../snapshots/<commit>/...``; "local" for another folder."""
     parts = folder.parts
     return parts[len(parts) - parts[::-1].index("snapshots")] if "snapshots" in parts else "local"
 
@@ -187,6 +120,22 @@ def check_hash(expert: str, recorded: str, actual: str) -> None:
             f"{recorded}, found {actual}. Restore the expert's folder, train the router again, or pass "
             "verify_experts=False (verify=False to Experts.load) to use it as it is"
         )
+
+
+def check_sources(expert: str, recorded: str, source: Source, adapter: Source | None = None) -> bool:
+    """Compare the hash in a checkpoint with an expert's files, or with the commits they are from.
+
+    Returns:
+        False for a hash of tensors, which only a loaded model can be compared with; True after comparing.
+
+    Raises:
+        FileNotFoundError, ValueError: they differ, a file is missing, or a hash of no known kind.
+    """
+    if kind(recorded) == TENSORS:
+        return False
+    found = sources_hash(source, adapter) if kind(recorded) == FILES else commit_hash(source, adapter)
+    check_hash(expert, recorded, found)
+    return True
 
 
 def kind(recorded: str) -> str:

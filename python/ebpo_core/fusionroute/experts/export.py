@@ -1,25 +1,38 @@
-"""Experts as plain folders: which are none, and how one becomes a folder of ordinary safetensors that engines load."""
+"""Experts written into folders: copied into a checkpoint as they are, or as ordinary safetensors that engines load."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .copies import COMPANIONS, WEIGHT_PATTERNS, copy_folder
-from .expert import Expert, Experts
-from .loading import explained
-from .references import ExpertReference, Source
+from .adapters import merge_adapter
+from .errors import explained
+from .expert import Expert
+from .files import (
+    COMPANIONS,
+    WEIGHT_PATTERNS,
+    adapter_files,
+    copy_model,
+    fetched_folder,
+    local_folder,
+    weight_files,
+)
+from .hashes import FILES, check_sources, sources_hash
+from .loading import load_experts
+from .naming import unused_name
+from .references import EXPERTS_FOLDER, ExpertReference, Source
 from .tokenizers import TOKENIZER_FILES, load_tokenizer
-from .weights import COMMIT, FILES, check_hash, commit_hash, kind, sources_hash, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -34,8 +47,68 @@ _REPLACED = (
 )
 
 
+def copy_experts(experts: Iterable[Expert], checkpoint_dir: Path) -> list[ExpertReference]:
+    """Copy experts into ``checkpoint_dir/experts``; returns references to the copies, relative to the checkpoint.
+
+    An expert without an adapter goes to the folder of its name, and so does an adapter. A base model that only adapters
+    use goes to a folder of its own name. Experts with the same files share one copy. Folders of these names that are
+    there already are replaced, after everything is copied.
+
+    Raises:
+        FileNotFoundError, ValueError: weights that are not there any more, or pickles, with the expert's name.
+    """
+    experts = list(experts)
+    taken = {expert.name.casefold() for expert in experts}
+    bases: dict[Source, str] = {}  # the folder of each base model: of an expert without an adapter, by its name
+    for expert in experts:
+        if not expert.live and expert.reference.adapter is None:
+            bases.setdefault(expert.reference.source(), expert.name)
+    root = checkpoint_dir / EXPERTS_FOLDER
+    root.mkdir(parents=True, exist_ok=True)
+    copies: list[ExpertReference] = []
+    # Filled beside their targets, and moved there at the end: an expert may be copied from where another one goes.
+    with TemporaryDirectory(dir=root, prefix=".") as staging:
+
+        def add(name: str, fill: Callable[[Path], object]) -> str:
+            folder = Path(staging) / name
+            if not folder.exists():
+                folder.mkdir()
+                fill(folder)
+            return f"{EXPERTS_FOLDER}/{name}"
+
+        for expert in experts:
+            copied = replace(expert.reference, revision=None, subfolder=None, adapter_revision=None)
+            if expert.live:
+                path = add(expert.name, expert.model.save_pretrained)
+                copies.append(replace(copied, path=path, hash=None))
+                continue
+            source, adapter = expert.reference.source(), expert.reference.adapter_source()
+            if source not in bases:
+                bases[source] = unused_name(Path(source.gguf_file or source.path).name.removesuffix(".gguf"), taken)
+            with explained(expert.name):
+                folder = local_folder(source)
+                path = add(bases[source], partial(copy_model, folder, weight_files(folder, source.gguf_file)))
+                copied = replace(copied, path=path, gguf_file=source.gguf_file)
+                if adapter is not None:
+                    folder = local_folder(adapter)
+                    path = add(expert.name, partial(copy_model, folder, adapter_files(folder)))
+                    copied = replace(copied, adapter=path)
+            copies.append(replace(copied, hash=expert.hash))
+        for folder in Path(staging).iterdir():
+            if (root / folder.name).exists():
+                shutil.rmtree(root / folder.name)
+            folder.replace(root / folder.name)
+    return [_with_files_hash(copied, checkpoint_dir) for copied in copies]
+
+
+def _with_files_hash(copied: ExpertReference, checkpoint_dir: Path) -> ExpertReference:
+    if copied.hash is not None and copied.hash.startswith(FILES):
+        return copied
+    return replace(copied, hash=sources_hash(copied.source(checkpoint_dir), copied.adapter_source(checkpoint_dir)))
+
+
 def needs_conversion(reference: ExpertReference) -> str | None:
-    """Why an engine that loads plain folders only, such as vLLM, cannot serve an expert as it is.
+    """The reason why an engine that loads folders of safetensors only, such as vLLM, cannot serve an expert as it is.
 
     Args:
         reference: paths in it do not depend on a checkpoint's folder (:meth:`ExpertReference.anchored`). No weights are
@@ -59,7 +132,7 @@ def needs_conversion(reference: ExpertReference) -> str | None:
     return None
 
 
-def write_plain(
+def export_expert(
     expert: ExpertReference | PreTrainedModel,
     name: str,
     folder: Path,
@@ -92,17 +165,17 @@ def write_plain(
     """
     if isinstance(expert, PreTrainedModel):
         model = copy.deepcopy(expert).to(getattr(torch, dtype)) if dtype else expert
-        (loaded,) = Experts.load({name: model})
+        (loaded,) = load_experts({name: model})
         reference, done = loaded.reference, "live model saved"
         _save(loaded, folder)
     else:
         reference = replace(expert, name=name)
         done = _what_to_do(reference, dtype)
         if done == _COPIED:
-            _copy_plain(reference, folder, verify)
+            _copy_files(reference, folder, verify)
         else:
             reference = _convert(reference, folder, dtype, default_dtype, verify)
-    written = sources_hash(Source(str(folder), None, None, "", folder), None)
+    written = sources_hash(Source(str(folder), None, None, "", folder))
     gone: dict[str, Any] = {"adapter": None, "adapter_revision": None, "quantization_config": None, "gguf_file": None}
     return replace(reference, path=str(folder), revision=None, subfolder=None, hash=written, **gone), done
 
@@ -130,27 +203,15 @@ def _what_to_do(reference: ExpertReference, dtype: str | None) -> str:
     return f"saved as {dtype}" if dtype else _COPIED
 
 
-def _copy_plain(reference: ExpertReference, folder: Path, verify: bool) -> None:
-    source, recorded = reference.source(), reference.hash if verify else None
+def _copy_files(reference: ExpertReference, folder: Path, verify: bool) -> None:
+    source = reference.source()
     with explained(reference.name, source):
-        origin = _fetched(source, *COMPANIONS, *WEIGHT_PATTERNS)  # no pickles
+        origin = fetched_folder(source, *COMPANIONS, *WEIGHT_PATTERNS)  # no pickles
         weights = weight_files(origin)
-        if recorded is not None and kind(recorded) in (FILES, COMMIT):
-            found = sources_hash(source, None) if kind(recorded) == FILES else commit_hash(source, None)
-            check_hash(reference.name, recorded, found)
-    if recorded is not None and kind(recorded) not in (FILES, COMMIT):
-        Experts.load([replace(reference, device=None, offload=False)])  # of tensors: compared when they are loaded
-    copy_folder(origin, weights, folder)
-
-
-def _fetched(source: Source, *patterns: str) -> Path:
-    """The folder of a source; of a hub id its snapshot, with the files of these patterns."""
-    if source.folder is not None:
-        return source.folder
-    from huggingface_hub import snapshot_download
-
-    wanted = [f"{source.subfolder}/{pattern}".lstrip("/") for pattern in patterns]
-    return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=wanted)) / source.subfolder
+        compared = not verify or reference.hash is None or check_sources(reference.name, reference.hash, source)
+    if not compared:
+        load_experts([replace(reference, device=None, offload=False)])  # of tensors: compared when they are loaded
+    copy_model(origin, weights, folder)
 
 
 def _convert(
@@ -168,9 +229,9 @@ def _convert(
     loading = replace(reference, dtype=dtype, quantization_config=None)
     # Where it runs, and by which attention, is nothing to its weights, and need not be at hand here.
     loading = replace(loading, device=None, offload=False, attn_implementation=None)
-    (expert,) = Experts.load([loading], default_dtype=default_dtype, verify=verify and reference.hash is not None)
+    (expert,) = load_experts([loading], default_dtype=default_dtype, verify=verify and reference.hash is not None)
     if expert.adapter is not None:
-        _merge(expert)
+        merge_adapter(expert.model, expert.name, expert.adapter)
     _save(expert, folder)
     _save_companions(reference, folder)
     return replace(reference, dtype=dtype, vocab_size=expert.vocab_size)
@@ -181,63 +242,11 @@ def _save(expert: Expert, folder: Path) -> None:
         expert.model.save_pretrained(folder)
 
 
-def _merge(expert: Expert) -> None:
-    """Put an expert's adapter into the weights of its base, in place, and take PEFT's modules out of the model."""
-    from peft.functional import set_adapter
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    model, adapter = expert.model, str(expert.adapter)
-    try:
-        if getattr(model.peft_config[adapter], "layer_replication", None):
-            raise ValueError("it repeats layers of the base, which then share weights")
-        set_adapter(model, adapter, inference_mode=True)
-        _untie(model)
-        options: dict[str, Any] = {"safe_merge": True, "adapter_names": [adapter]}
-        merged: list[str] = []
-        for path, module in list(model.named_modules()):
-            if any(path.startswith(f"{outer}.") for outer in merged):
-                continue  # inside of one that is gone
-            if hasattr(module, "unload_and_optionally_merge_module"):
-                plain = module.unload_and_optionally_merge_module(merge=True, **options)
-            elif isinstance(module, BaseTunerLayer):
-                module.merge(**options)
-                plain = module.get_base_layer()
-            else:
-                continue
-            model.set_submodule(path, plain)
-            merged.append(path)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"expert {expert.name!r}: its adapter cannot be merged into the base: {error}. Name a folder with both in "
-            f"one: expert_paths={{{expert.name!r}: {{'path': ..., 'adapter': None}}}} with verify_experts=False"
-        ) from error
-    del model.peft_config
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embeddings.weight.data_ptr() != head.weight.data_ptr():
-        for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings = False
-
-
-def _untie(model: Any) -> None:
-    """Where an adapter changes the embeddings or the head, give each weights of its own: it may change one alone."""
-    outer = [model.get_input_embeddings(), model.get_output_embeddings()]
-    inner = [_innermost(module) for module in outer]
-    if inner != outer and inner[0].weight is inner[1].weight:
-        inner[1].weight = nn.Parameter(inner[1].weight.detach().clone(), requires_grad=False)
-
-
-def _innermost(module: Any) -> Any:
-    """What PEFT has wrapped."""
-    while (inner := getattr(module, "original_module", None) or getattr(module, "base_layer", None)) is not None:
-        module = inner
-    return module
-
-
 def _save_companions(reference: ExpertReference, folder: Path) -> None:
     """Licences, and the tokenizer: the adapter's own, where there is one, else its base's."""
     source, adapter = reference.source(), reference.adapter_source()
     with explained(reference.name, source):
-        folders = [_fetched(each, *COMPANIONS) for each in (source, adapter) if each is not None]
+        folders = [fetched_folder(each, *COMPANIONS) for each in (source, adapter) if each is not None]
     tokenizers = [each for each in folders if any((each / name).is_file() for name in TOKENIZER_FILES)]
     if not tokenizers and source.gguf_file is not None:
         load_tokenizer(reference).save_pretrained(folder)

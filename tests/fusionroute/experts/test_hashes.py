@@ -18,19 +18,20 @@ import torch
 from fusionroute_tiny import put_in_hub_cache, save_tiny, save_tiny_adapter, save_tiny_gguf, tiny_model
 from safetensors.torch import load_file, save_file
 
-from ebpo_core.fusionroute.experts import weights
-from ebpo_core.fusionroute.experts.references import ExpertReference
-from ebpo_core.fusionroute.experts.weights import (
-    adapter_files,
+from ebpo_core.fusionroute.experts import hashes
+from ebpo_core.fusionroute.experts.files import ADAPTER_WEIGHTS, INDEX, adapter_files, local_folder, weight_files
+from ebpo_core.fusionroute.experts.hashes import (
+    COMMIT,
+    FILES,
+    TENSORS,
     check_hash,
     commit_hash,
     files_hash,
     kind,
-    local_folder,
     sources_hash,
     tensors_hash,
-    weight_files,
 )
+from ebpo_core.fusionroute.experts.references import ExpertReference
 
 
 def test_hash_of_files_is_sha256_over_digests_and_names(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_all_shards_count_by_the_index(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "sharded", "llama", max_shard_size="100KB")
     files = weight_files(folder)
     assert len(files) > 2
-    assert list(files) == sorted(set(json.loads((folder / weights.INDEX).read_text())["weight_map"].values()))
+    assert list(files) == sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     before = files_hash(files)
     for name, file in files.items():
         content = file.read_bytes()
@@ -113,7 +114,7 @@ def test_blocks_do_not_change_the_hash(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "one").write_bytes(b"0123456789")
     (tmp_path / "two").write_bytes(b"0123456789")
     whole, file = tensors_hash(state), files_hash({"w": tmp_path / "one"})
-    monkeypatch.setattr(weights, "_BLOCK", 7)
+    monkeypatch.setattr(hashes, "_BLOCK", 7)
     assert (tensors_hash(state), files_hash({"w": tmp_path / "two"})) == (whole, file)
 
 
@@ -140,8 +141,8 @@ def test_sources(tmp_path: Path) -> None:
     save_tiny_gguf(tmp_path / "m.gguf")
     found.add(sources_hash(ExpertReference(path=str(tmp_path / "m.gguf")).source(), None))
     assert len(found) == 4
-    tensors = load_file(tmp_path / "lora1" / weights.ADAPTER_WEIGHTS)
-    save_file({name: value + 1 for name, value in tensors.items()}, tmp_path / "lora1" / weights.ADAPTER_WEIGHTS)
+    tensors = load_file(tmp_path / "lora1" / ADAPTER_WEIGHTS)
+    save_file({name: value + 1 for name, value in tensors.items()}, tmp_path / "lora1" / ADAPTER_WEIGHTS)
     reference = ExpertReference(path=str(base), adapter=str(tmp_path / "lora1"))
     assert sources_hash(reference.source(), reference.adapter_source()) not in found
 
@@ -165,10 +166,10 @@ def test_a_changed_hash_names_the_expert_both_hashes_and_the_remedies() -> None:
     check_hash("math", "sha256:files:1", "sha256:files:1")
     with pytest.raises(ValueError, match="expert 'math'.*sha256:files:1.*sha256:files:2.*Restore.*train.*verify"):
         check_hash("math", "sha256:files:1", "sha256:files:2")
-    assert [kind(prefix + "00") for prefix in (weights.FILES, weights.TENSORS, weights.COMMIT)] == [
-        weights.FILES,
-        weights.TENSORS,
-        weights.COMMIT,
+    assert [kind(prefix + "00") for prefix in (FILES, TENSORS, COMMIT)] == [
+        FILES,
+        TENSORS,
+        COMMIT,
     ]
     with pytest.raises(ValueError, match=r"'blake3:00'.*upgrade"):
         kind("blake3:00")
@@ -179,7 +180,8 @@ def test_the_same_in_another_process(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "gemma2")
     code = (
         "import sys; from fusionroute_tiny import tiny_model;"
-        "from ebpo_core.fusionroute.experts.weights import files_hash, tensors_hash, weight_files;"
+        "from ebpo_core.fusionroute.experts.files import weight_files;"
+        "from ebpo_core.fusionroute.experts.hashes import files_hash, tensors_hash;"
         "print(files_hash(weight_files(sys.argv[1])), tensors_hash(tiny_model('gemma2').state_dict()))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "support"), "PYTHONHASHSEED": "5"}

@@ -1,0 +1,120 @@
+"""``Experts``: the frozen models that a router chooses from, in the order of the route head's rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from .expert import Expert
+from .export import copy_experts
+from .loading import load_experts
+from .offload import exact_device
+from .references import ExpertReference
+
+
+class Experts(Sequence[Expert]):
+    """The experts of a model, in the order of the route head's rows; also found by name.
+
+    They are frozen and shared: a deep copy of a model that holds them holds the same ones.
+    """
+
+    def __init__(self, experts: Iterable[Expert] = ()) -> None:
+        self._experts = tuple(experts)
+
+    @classmethod
+    def load(
+        cls,
+        experts: Iterable[Any] | Mapping[str, Any],
+        *,
+        base_dir: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        default_dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        verify: bool = True,
+    ) -> Experts:
+        """Load experts.
+
+        Args:
+            experts: folders, hub ids, dicts, references or live models, in order; or a mapping from names to these.
+                A live model is frozen and used where it is.
+            base_dir: the checkpoint the references come from: relative paths are looked up there. A hub id: experts
+                that the checkpoint brings along are fetched from it.
+            revision: of that hub id.
+            default_dtype: of experts whose reference has none; None: as they were saved.
+            device: of experts whose reference has none; None: the CPU.
+            verify: compare the weights with the hash in the reference, and take their hash where there is none. False
+                reads no hash: the reference's is dropped, and taken anew when it is asked for.
+
+        Raises:
+            FileNotFoundError, ImportError, OSError, TypeError, ValueError: with the expert's name and the remedy.
+        """
+        return cls(
+            load_experts(
+                experts,
+                base_dir=base_dir,
+                revision=revision,
+                default_dtype=default_dtype,
+                device=device,
+                verify=verify,
+            )
+        )
+
+    @property
+    def names(self) -> list[str]:
+        return [expert.name for expert in self]
+
+    @property
+    def references(self) -> list[ExpertReference]:
+        return [expert.reference for expert in self]
+
+    def num_parameters(self) -> int:
+        """Parameters of all experts, those of a shared base model once."""
+        models = {id(expert.model): expert.model for expert in self}
+        return sum(model.num_parameters() for model in models.values())
+
+    def to(self, device: str | int | torch.device) -> Experts:
+        """Move the experts that have no device of their own (offloaded ones will run there). Returns itself."""
+        where = exact_device(device)
+        for expert in self:
+            expert.to(where)
+        return self
+
+    def stored(self, checkpoint_dir: str | os.PathLike[str]) -> list[ExpertReference]:
+        """References for a checkpoint's config: hashes taken, paths as :meth:`ExpertReference.stored` writes them."""
+        for expert in self:
+            _ = expert.hash
+        return [expert.reference.stored(checkpoint_dir) for expert in self]
+
+    def save_into(self, checkpoint_dir: str | os.PathLike[str]) -> list[ExpertReference]:
+        """Copy every expert into ``checkpoint_dir/experts/<name>``; returns references to the copies.
+
+        Files are copied verbatim: weights, configs, tokenizers, licences. A live model is saved with
+        ``save_pretrained``. A base model that experts share is copied once.
+        """
+        return copy_experts(self, Path(checkpoint_dir))
+
+    @overload
+    def __getitem__(self, index: int | str) -> Expert: ...
+    @overload
+    def __getitem__(self, index: slice) -> Experts: ...
+    def __getitem__(self, index: int | str | slice) -> Expert | Experts:
+        if isinstance(index, slice):
+            return Experts(self._experts[index])
+        if isinstance(index, str):
+            if index not in self.names:
+                raise KeyError(f"there is no expert {index!r}: the experts are {self.names}")
+            return self._experts[self.names.index(index)]
+        return self._experts[index]
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Experts:
+        return self
+
+    def __repr__(self) -> str:
+        return f"Experts({list(self._experts)})"
