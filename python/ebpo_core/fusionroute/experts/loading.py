@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from .references import ADAPTER_CONFIG, ExpertReference, Source
 from .weights import ADAPTER_WEIGHTS, adapter_files, local_folder, weight_files
@@ -56,7 +56,7 @@ def load_base(
             quantizers: Any = importlib.import_module("transformers.quantizers")
             config = dict(reference.quantization_config)
             options["quantization_config"] = quantizers.AutoQuantizationConfig.from_dict(config)
-        loader: Any = AutoModelForCausalLM
+        loader: Any = transformers.AutoModelForCausalLM
         with whole_models():
             model, info = loader.from_pretrained(source.path, dtype=dtype, output_loading_info=True, **options)
         _check_complete({name: value for name, value in info.items() if name != "unexpected_keys"}, source.path)

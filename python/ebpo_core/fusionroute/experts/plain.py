@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .copies import COMPANIONS, WEIGHT_PATTERNS, copy_folder
@@ -111,7 +112,9 @@ def _what_to_do(reference: ExpertReference, dtype: str | None) -> str:
     source, stored = reference.source(), None
     if source.gguf_file is None:
         with explained(reference.name, source):
-            config = AutoConfig.from_pretrained(source.path, revision=source.revision, subfolder=source.subfolder)
+            config = transformers.AutoConfig.from_pretrained(
+                source.path, revision=source.revision, subfolder=source.subfolder
+            )
         stored = getattr(config, "quantization_config", None)
     if stored is not None and reference.adapter is not None:
         raise ValueError(
