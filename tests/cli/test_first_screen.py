@@ -62,7 +62,7 @@ class Noisy:
     """A module of a command whose libraries talk."""
 
     @staticmethod
-    def main(argv: list[str]) -> int:
+    def main(_: list[str]) -> int:
         logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
         logger.warning("Failed to load")
         logger.error("an error")
