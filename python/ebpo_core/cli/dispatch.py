@@ -98,8 +98,8 @@ def _execute(command: Command, argv: Sequence[str]) -> int:
             raise ModuleNotFoundError(name=module)
     quiet_imports()
     with warnings.catch_warnings():
-        # TRL 1.16 and PEFT 0.21 use names that transformers 5 renamed, on every start; nobody here can act on it.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|trl|peft)")
+        # TRL 1.16 sets names that transformers 5 renamed, on every start; nobody here can act on it.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|trl)")
         return int(importlib.import_module(command.module).main(argv))
 
 

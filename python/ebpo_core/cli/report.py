@@ -19,6 +19,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers import ProgressCallback as TransformersProgress
 
 from ebpo_core.cli.plot import LOG_NAME
+from ebpo_core.files import write_json
 from ebpo_core.progress import Bar
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def train_shown(trainer: Any, progress: ProgressCallback, output: Path, checkpoi
 
 def write_result(output: Path, result: Mapping[str, Any]) -> None:
     """Write ``result.json``: the settings of a run and the numbers that came of it, for scripts."""
-    (output / RESULT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(output / RESULT_NAME, dict(result))
 
 
 def _step_of(line: str) -> int | None:
@@ -135,7 +136,7 @@ def _json_number(value: Any) -> Any:
 
 
 def print_pass_at_1(console: Console, evaluations: dict[str, Evaluation], title: str) -> None:
-    """A table with a row per (topic, level) cluster, a column per evaluation, and their difference if there are two."""
+    """Print a row per (topic, level) cluster, a column per evaluation, and their difference if there are two."""
     table = Table("topic", "level")
     for name in evaluations:
         table.add_column(name, justify="right")
@@ -156,7 +157,7 @@ def print_pass_at_1(console: Console, evaluations: dict[str, Evaluation], title:
 
 
 def print_samples(console: Console, samples: list[Sample], title: str) -> None:
-    """A table of completions as the policy wrote them, with what they earned."""
+    """Print completions as the policy wrote them, with their rewards."""
     table = Table("prompt", "completion")
     table.add_column("reward", justify="right")
     for sample in samples:
@@ -166,7 +167,7 @@ def print_samples(console: Console, samples: list[Sample], title: str) -> None:
 
 
 def print_titled(console: Console, title: str, table: Table) -> None:
-    """A line above a table; rich's own titles are wrapped to the width of the table."""
+    """Print a line above a table; rich's own titles are wrapped to the width of the table."""
     console.print()
     console.print(Text(title, style="bold"))
     console.print(table)

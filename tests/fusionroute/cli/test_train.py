@@ -211,11 +211,10 @@ def test_experts_typed_for_a_checkpoint_are_refused_before_anything_is_loaded(
 ) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "fusionroute", "router_config": {"model_type": "llama"}}')
     assert train(folder, f"--model_name_or_path={tmp_path}", "--experts", "math=x", f"--output_dir={tmp_path}/run") == 1
-    error = capsys.readouterr().err.splitlines()
-    assert error == [
+    assert capsys.readouterr().err == (
         f"fusionroute train: experts=['math=x']: {str(tmp_path)!r} is a FusionRoute checkpoint and has its experts; "
-        "leave them out, or say with expert_paths where they are now"
-    ]
+        "leave them out, or say with expert_paths where they are now\n"
+    )
     assert train(folder, f"--model_name_or_path={tmp_path}", f"--output_dir={tmp_path}/run") == 1
     assert "experts=" not in capsys.readouterr().err, "those of the file are ignored: what is missing is the weights"
 

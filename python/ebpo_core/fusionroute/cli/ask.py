@@ -74,6 +74,7 @@ def ask(arguments: argparse.Namespace, live: Console | None) -> RoutingTrace:
         for text in render_prompt(prompt, encoding=live.encoding):
             live.print(text)
 
+    # Each token is printed as it arrives.
     def show(token: RoutedToken) -> None:
         if live is not None:
             shown = render_response(RoutingTrace(server.experts, (token,)), encoding=live.encoding)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
     from ebpo_core.fusionroute.evaluation import evaluate, task_manager, write_results
 
-    # The harness warns twice that it was given a loaded model, which is what we mean to give it.
+    # The harness warns twice that it was given a loaded model, and that is on purpose.
     logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "`pretrained`" not in str(record.msg))
     names = [name for item in arguments.tasks for name in item.split(",") if name]
     # A wrong name is found out before minutes of loading.

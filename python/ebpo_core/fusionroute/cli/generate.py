@@ -56,9 +56,9 @@ def main(argv: Sequence[str]) -> int:
         print_traces(trace, prompt=False)
     elif not arguments.stream:
         print(shown(trace.text or ""))
+    # The answer alone goes to standard output, the paths of what is written to standard error.
     for path, write in ((arguments.routing, dump), (arguments.html, write_page)):
         if path is not None:
-            # The answer alone goes to standard output.
             print(write(path, trace), file=sys.stderr)
     return 0
 
@@ -113,6 +113,7 @@ def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
 def _generation_config(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
     from transformers import GenerationConfig
 
+    # The end of text, by the checkpoint's generation config or else by its tokenizer; padding is never seen.
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
     pad = tokenizer.pad_token_id
@@ -139,6 +140,8 @@ def _streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
     class Printer(TextStreamer):
+        """transformers' streamer, printing through :func:`shown`."""
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print(shown(text), flush=True, end="\n" if stream_end else "")
 

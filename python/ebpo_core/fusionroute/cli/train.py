@@ -153,11 +153,13 @@ def run(arguments: TrainArguments, config: Any, model_config: Any, console: Cons
         torch.set_num_threads(arguments.cpu_threads)
     output = Path(config.output_dir)
     checkpoint = resolve_resume(config.resume_from_checkpoint, config.output_dir)
-    set_seed(config.seed)  # the trainer does so too, but after a new route head has been drawn
+    # The trainer sets the seed too, but after a new route head has been drawn.
+    set_seed(config.seed)
     model, tokenizer = load_model(arguments, config, model_config)
     trainer = build_trainer(arguments, config, model_config, model, tokenizer)
     progress = ProgressCallback(console, f"Training ({arguments.stage})", SHOWN)
     seconds = train_shown(trainer, progress, output, checkpoint)
+    # Evaluate, merge an adapter into the router, and write; the first process writes the result.
     metrics = trainer.evaluate() if arguments.eval_data or arguments.eval_preferences else {}
     if model_config.use_peft:
         trainer.save_merged(config.output_dir)
