@@ -13,6 +13,7 @@ import pytest
 import ebpo_core
 from ebpo_core.checkpoint import PRIOR_NAME, write_prior
 from ebpo_core.cli import COMMANDS, main
+from ebpo_core.cli.dispatch import Command, Program, extras_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +79,46 @@ def test_a_missing_extra_is_named(command: str, module: str, tmp_path: Path) -> 
     assert f"'{module}'" in done.stderr
     assert 'pip install "ebpo-core[train]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ModuleNotFoundError("No module named 'yaml'", name="yaml"), 'pip install "ebpo-core[train]" '),
+        (ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"), "'torch' is not installed; pip install"),
+        (ModuleNotFoundError(name="math_verify"), 'pip install "ebpo-core[train,math]" '),
+        (ModuleNotFoundError(name="lm_eval"), 'pip install "ebpo-core[train,eval]" '),
+        (ModuleNotFoundError(name="no_such"), "'no_such' is not installed, and no extra of ebpo-core brings it"),
+        (ModuleNotFoundError("reading needs x:\n  pip install x", name="x"), "run: reading needs x: pip install x\n"),
+        (ImportError("a\nbroken library"), "program run: a broken library\n"),
+        (ConnectionError("no\n\nserver"), "program run: no server\n"),
+    ],
+)
+def test_every_error_is_one_line_with_the_remedy(
+    error: Exception, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing:
+        @staticmethod
+        def main(_: list[str]) -> int:
+            raise error
+
+    monkeypatch.setitem(sys.modules, "failing", Failing)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    program = Program("program", "", "train", {"run": Command("", "failing")})
+    assert program.run(["run"]) == 1
+    written = capsys.readouterr().err
+    assert shown in written
+    assert written.count("\n") == 1
+    monkeypatch.setenv("EBPO_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        program.run(["run"])
+
+
+def test_extras_are_those_of_the_distribution() -> None:
+    assert {"train", "fusionroute"} <= set(extras_of("yaml"))
+    assert extras_of("lm_eval") == ["eval"]
+    assert extras_of("peft") == ["fusionroute"], "not the one for developers"
+    assert extras_of("numpy") == extras_of("no_such") == []
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ pytest.importorskip("tensorboard")
 from matplotlib.image import imread
 
 from ebpo_core.cli import main
-from ebpo_core.cli.compare import paired_interval, student_quantile
+from ebpo_core.cli.compare import paired_interval
 from ebpo_core.cli.plot import plot_runs, read_log, series, smooth
 
 if TYPE_CHECKING:
@@ -90,8 +90,10 @@ def test_compare_pairs_runs_by_seed_and_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize(("degrees", "expected"), [(1, 12.7062), (2, 4.30265), (7, 2.36462), (30, 2.04227)])
-def test_student_quantile(degrees: int, expected: float) -> None:
-    assert student_quantile(0.975, degrees) == pytest.approx(expected, rel=1e-5)
+def test_the_interval_is_students(degrees: int, expected: float) -> None:
+    differences = np.random.default_rng(degrees).normal(size=degrees + 1)
+    standard_error = differences.std(ddof=1) / math.sqrt(degrees + 1)
+    assert paired_interval(differences).half_width / standard_error == pytest.approx(expected, rel=1e-5)
 
 
 def test_paired_interval() -> None:

@@ -123,6 +123,8 @@ def test_yaml_is_the_default_and_flags_win(model: str, tmp_path: Path) -> None:
         (["--prior=nowhere"], "no EBPO prior"),
         (["--resume_from_checkpoint=nowhere"], "no such directory"),
         (["--eval_completions=0"], "eval_completions"),
+        (["--cpu_threads=0"], "cpu_threads=0: expected at least 1"),
+        (["--train_size=0"], "train_size=0: expected at least 1"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -139,8 +141,17 @@ def test_a_file_with_an_unknown_name_is_refused(model: str, tmp_path: Path, caps
     file.write_text("learning_rat: 0.1\n")
     assert main(["train", *flags(model, tmp_path / "run"), "--config", str(file)]) == 1
     assert "learning_rat" in capsys.readouterr().err
+    file.write_text("a: [")
+    assert main(["train", *flags(model, tmp_path / "run"), "--config", str(file)]) == 1
+    assert "not YAML" in capsys.readouterr().err
     with pytest.raises(ValueError, match="model_name_or_path"):
         parse(SMALL)
+
+
+def test_paths_are_looked_at_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ("--prior=nowhere", "--resume_from_checkpoint=nowhere"):
+        assert main(["train", *flags("no/model", tmp_path, more, "--task=no.jsonl", "--reward=exact")]) == 1
+        assert "nowhere" in capsys.readouterr().err
 
 
 def test_resume_auto_continues_log_and_prior_as_if_never_stopped(model: str, tmp_path: Path) -> None:

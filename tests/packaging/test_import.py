@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,30 @@ print(AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model("fusionroute
 def test_models_import_at_the_root_of_a_checkout():
     """Its folder ``kernels`` has the name of a package that transformers looks for."""
     assert run("import ebpo_core.fusionroute as f; print(f.FusionRouteConfig.model_type)", cwd=ROOT) == "fusionroute"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each import gets a child of one process that has torch")
+def test_every_module_that_the_model_needs_can_be_imported_first():
+    """Loading the auto classes imports the model, so no module that it needs may load them while it is read itself."""
+    package = ROOT / "python" / "ebpo_core" / "fusionroute"
+    files = [*package.glob("[a-df-z]*.py"), *package.glob("experts/[a-z]*.py")]  # evaluation needs the harness
+    names = [".".join(("ebpo_core.fusionroute", *file.relative_to(package).with_suffix("").parts)) for file in files]
+    assert {"ebpo_core.fusionroute.conversion", "ebpo_core.fusionroute.experts.loading"} <= set(names)
+    code = f"""
+import importlib, os, sys
+import torch, transformers.modeling_utils
+assert "transformers.models.auto.modeling_auto" not in sys.modules
+for name in {names}:
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            print(name, error, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(name)
+"""
+    assert run(code) == ""

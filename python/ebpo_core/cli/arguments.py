@@ -3,15 +3,16 @@
 # No `from __future__ import annotations` here: TrlParser reads the field types of this dataclass at run time.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
+
+from ebpo_core.cli.parsing import check_at_least, early_value, parse_with_trl, read_flags
 
 Method = Literal["ebpo", "grpo"]
 
 
 @dataclass
 class TrainArguments:
-    """What ``ebpo train`` adds to TRL's ``GRPOConfig`` and ``ModelConfig``."""
+    """Options of ``ebpo train`` beside those of TRL's ``GRPOConfig`` and ``ModelConfig``."""
 
     task: str = field(
         default="countdown",
@@ -51,42 +52,11 @@ class TrainArguments:
     cpu_threads: int | None = field(default=None, metadata={"help": "Threads of torch on a CPU."})
 
     def __post_init__(self) -> None:
-        for name in ("eval_completions", "eval_completions_batch", "warm_up_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("eval_prompts", "warm_up_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 0")
+        check_at_least(self, 0, "eval_prompts", "warm_up_steps")
+        check_at_least(self, 1, "eval_completions", "eval_completions_batch", "warm_up_batch_size")
+        check_at_least(self, 1, "train_size", "tiny_hidden_size", "tiny_layers", "cpu_threads")
         if self.method == "grpo" and self.prior is not None:
-            raise ValueError("prior: plain GRPO has none; use method ebpo")
-
-
-def _split_config_flag(argv: Sequence[str]) -> list[str]:
-    """TrlParser knows ``--config FILE``; write ``--config=FILE`` that way, and see that the file is there."""
-    arguments: list[str] = []
-    for argument in argv:
-        arguments.extend(["--config", argument[9:]] if argument.startswith("--config=") else [argument])
-    if "--config" in arguments:
-        following = arguments[arguments.index("--config") + 1 :][:1]
-        if not following or not Path(following[0]).is_file():
-            raise FileNotFoundError(f"config={following[0] if following else ''!r}: no such YAML file")
-    return arguments
-
-
-def _method_of(arguments: Sequence[str]) -> str:
-    """The method, known before the rest is parsed, since it decides which of the two configs parses the rest."""
-    method = ""
-    for index, argument in enumerate(arguments):
-        if argument == "--method":
-            method = (list(arguments[index + 1 :]) or [""])[0]
-        elif argument.startswith("--method="):
-            method = argument[9:]
-    if not method and "--config" in arguments:
-        import yaml
-
-        content = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
-        method = str(content.get("method", "")) if isinstance(content, dict) else ""
-    return method or "ebpo"
+            raise ValueError(f"prior={self.prior!r}: plain GRPO has no prior; use method ebpo")
 
 
 def parse(
@@ -100,27 +70,24 @@ def parse(
         prog: The command's name in its help.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: A value that does not fit, or a name in the file that is no option. ``ebpo_`` options in a file are
             ignored for method grpo, so that one file serves both methods; as flags they are refused.
     """
-    from trl import GRPOConfig, ModelConfig, TrlParser  # type: ignore[attr-defined]
+    from trl import GRPOConfig, ModelConfig  # type: ignore[attr-defined]
 
     from ebpo_core.trainer import EBPOConfig
 
-    arguments = _split_config_flag(argv)
-    config_type = GRPOConfig if _method_of(arguments) == "grpo" else EBPOConfig
-    types: list[Any] = [TrainArguments, config_type, ModelConfig]
-    parser = TrlParser(types, prog=prog, allow_abbrev=False)
-    unknown = parser.set_defaults_with_config(**(defaults or {}))
-    *parsed, in_file, flags = parser.parse_args_and_config(
-        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    flags, in_file = read_flags(argv)
+    plain = early_value("method", flags, in_file, default="ebpo") == "grpo"
+    train, config, model = parse_with_trl(
+        (TrainArguments, GRPOConfig if plain else EBPOConfig, ModelConfig),
+        flags,
+        prog=prog,
+        defaults=defaults,
+        foreign=lambda name: plain and name.startswith("--ebpo_"),
+        hint="ebpo_ options need method ebpo",
     )
-    # Each unknown option of the file comes as a name and a value.
-    names = [name for name in (unknown + in_file)[::2] if config_type is EBPOConfig or not name.startswith("--ebpo_")]
-    if names or flags:
-        hint = " (ebpo_ options need method ebpo)" if config_type is GRPOConfig else ""
-        raise ValueError(f"no such option: {', '.join([*names, *flags])}{hint}; see {prog} --help")
-    train, config, model = parsed
     if model.model_name_or_path is None:
         raise ValueError(
             "model_name_or_path is missing: give a model directory, a hub id, a .gguf file, "

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
+from scipy import stats
 
 from ebpo_core.cli.arguments import parse
+from ebpo_core.cli.parsing import has_flag
 from ebpo_core.cli.report import print_titled
-from ebpo_core.cli.train import prepare_tiny_model, run
+from ebpo_core.cli.train import TINY_MODEL, prepare_tiny_model, run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,28 +40,17 @@ class Interval(NamedTuple):
     pairs: int
 
 
-def student_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t for ``probability`` in [0.5, 1), to about 1e-6, by integrating its density."""
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    # With t = sqrt(df) tan(a) the density becomes cos(a)^(df - 1): smooth, on a bounded interval.
-    angles = np.linspace(0.0, math.pi / 2, 200_001)
-    density = scale * math.sqrt(degrees) * np.cos(angles) ** (degrees - 1)
-    steps = (density[1:] + density[:-1]) * (angles[1] - angles[0]) / 2
-    cumulative = 0.5 + np.concatenate([[0.0], np.cumsum(steps)])
-    return math.sqrt(degrees) * math.tan(float(np.interp(probability, cumulative, angles)))
-
-
 def paired_interval(differences: NDArray[np.float64]) -> Interval:
-    """Mean paired difference with its 95% t-interval; infinitely wide for a single pair."""
+    """Mean of paired differences, (seeds,) float64, with its 95% t-interval; infinitely wide for a single pair."""
     count = len(differences)
     half = math.inf
     if count > 1:
-        half = student_quantile(0.975, count - 1) * float(differences.std(ddof=1)) / math.sqrt(count)
+        half = float(stats.t.ppf(0.975, count - 1) * differences.std(ddof=1) / math.sqrt(count))
     return Interval(float(differences.mean()), half, int((differences > 0).sum()), count)
 
 
 def _without_output(flags: Sequence[str]) -> list[str]:
-    """The flags that decide what a run does, which its place on the disk does not."""
+    """Flags that decide what a run does: all but those of its place on the disk."""
     names = ("--output_dir", "--output-dir")
     return [
         flag
@@ -69,17 +60,18 @@ def _without_output(flags: Sequence[str]) -> list[str]:
 
 
 def compare(flags: Sequence[str], settings: dict[str, Any], seeds: int, console: Console) -> list[dict[str, Any]]:
-    """Run what is missing of ``seeds`` x two methods and print the table.
+    """Run what is missing of ``seeds`` times two methods, print the table and return the records of all runs.
 
     Records are appended to ``compare.jsonl`` in the output directory as runs end, so an interrupted comparison goes on
     where it was; runs with other settings do not count.
     """
-    for fixed in ("--seed", "--method"):
-        if any(flag.split("=")[0] == fixed for flag in flags):
-            raise ValueError(f"{fixed} is what a comparison varies itself; leave it out")
+    for fixed in ("seed", "method"):
+        if has_flag(fixed, flags):
+            raise ValueError(f"--{fixed} is varied by the comparison itself; leave it out")
     arguments, config, model_config = parse(flags, settings, prog="ebpo demo --compare grpo")
     if not arguments.eval_prompts:
-        raise ValueError("eval_prompts=0: a comparison needs held-out prompts")
+        raise ValueError("eval_prompts=0: a comparison needs held-out prompts; give at least 1")
+    # What an earlier start left: the records of runs with the same settings.
     directory = Path(config.output_dir) / "compare"
     directory.mkdir(parents=True, exist_ok=True)
     records_file = directory / RECORDS_NAME
@@ -87,8 +79,9 @@ def compare(flags: Sequence[str], settings: dict[str, Any], seeds: int, console:
     records = [json.loads(line) for line in records_file.read_text().splitlines()] if records_file.is_file() else []
     records = [record for record in records if record["key"] == key and record["seed"] < seeds]
     name = model_config.model_name_or_path
-    if name.startswith("tiny:"):
+    if name == TINY_MODEL:
         name = str(prepare_tiny_model(directory / "warm-up", arguments, console))
+    # The runs that are missing, both methods of a seed before the next seed.
     have = {(record["method"], record["seed"]) for record in records}
     for seed in range(seeds):
         for method in METHODS:
@@ -120,7 +113,7 @@ def compare(flags: Sequence[str], settings: dict[str, Any], seeds: int, console:
 
 
 def print_comparison(records: list[dict[str, Any]], console: Console) -> Interval:
-    """A row per seed, the means, and the paired difference with its interval."""
+    """Print a row per seed, the means, and the paired difference with its interval, which is returned."""
     after = {(record["method"], record["seed"]): record["after"] for record in records}
     seeds = sorted({seed for _, seed in after})
     values = {method: np.array([after[method, seed] for seed in seeds]) for method in METHODS}

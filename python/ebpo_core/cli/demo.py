@@ -58,7 +58,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def pick_samples(samples: list[Sample], prompts: int, completions_per_prompt: int) -> list[Sample]:
-    """The first completion of each of the first ``prompts`` prompts: fixed places, so that nothing is selected."""
+    """The first completion of each of the first ``prompts`` prompts: fixed places, so that none is chosen by hand."""
     return samples[: prompts * completions_per_prompt : completions_per_prompt]
 
 
@@ -76,8 +76,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo, or the comparison."""
-    # Everything is local; a library that asks the hub about a local directory would only make the start slower.
+    """Run the demo, or with ``--compare`` the comparison of EBPO and GRPO.
+
+    Raises:
+        ValueError: An option that does not fit, with its name and value.
+    """
+    # Everything is local; a library that asked the hub about a local directory would only make the start slower.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     own, flags = _parser().parse_known_args(argv)
     if own.seeds < 1:
@@ -101,9 +105,11 @@ def main(argv: Sequence[str]) -> int:
     from ebpo_core.cli.report import print_pass_at_1, print_samples
     from ebpo_core.cli.train import run
 
+    # Train, then draw the run's own log.
     done = run(arguments, config, model_config, console)
     title = f"Mini-countdown, {arguments.method}, G = {config.num_generations}, seed {config.seed}"
     picture = plot_runs({arguments.method: read_log(done.directory)}, done.directory / "demo.png", title=title)
+    # Completions and pass@1, where there are held-out prompts.
     if done.before is not None and done.after is not None:
         shown = pick_samples(done.after.samples, 6, arguments.eval_completions)
         print_samples(console, shown, "Completions after training, the first of each of the first prompts")
@@ -120,6 +126,7 @@ def main(argv: Sequence[str]) -> int:
             highlight=False,
             soft_wrap=True,
         )
+    # Time, and where everything is.
     console.print(
         f"{time.perf_counter() - started:.0f} s in all ({time.process_time() - cpu_started:.0f} CPU seconds), "
         f"{done.train_seconds:.0f} s of them training.",

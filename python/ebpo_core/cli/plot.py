@@ -24,11 +24,11 @@ Log = list[dict[str, Any]]
 def read_log(run: str | Path) -> Log:
     """The training records of a run: a directory that holds ``log.jsonl``, or such a file.
 
-    A line that a killed run left half written is passed over if it is the last one.
+    A last line that a killed run left half written is passed over.
 
     Raises:
         FileNotFoundError: There is no log.
-        ValueError: There is one, but it is damaged or holds no training step.
+        ValueError: The log is damaged or holds no training step.
     """
     file = Path(run)
     if file.is_dir():
@@ -56,7 +56,8 @@ def series(log: Log, *keys: str) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Centred moving average; at both ends it is over the part of its window that exists."""
+    """Centred moving average of ``values``, (steps,) float64; at both ends over the part of the window that exists."""
+    # Differences of cumulative sums: the sum over [first, last) around each index.
     totals = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     first, last = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
@@ -75,7 +76,7 @@ def _draw(axes: Axes, log: Log, keys: tuple[str, ...], color: str, label: str | 
 
 
 def plot_runs(logs: dict[str, Log], output: str | Path, *, title: str | None = None) -> Path:
-    """Draw the four panels of every log into ``output`` (PNG, PDF or SVG by its suffix) and return its path.
+    """Draw every log into four panels, write them to ``output`` (PNG, PDF or SVG by its suffix) and return its path.
 
     The saturated share is that of groups whose rewards are all equal. An EBPO run splits it into failed and passed
     groups; for a run of plain GRPO there is the total only, and no shrinkage.
@@ -89,6 +90,7 @@ def plot_runs(logs: dict[str, Log], output: str | Path, *, title: str | None = N
     figure, panels = plt.subplots(2, 2, figsize=(10, 6.4), dpi=130, sharex=True, layout="constrained")
     (reward, entropy), (shrinkage, saturated) = panels
     several = len(logs) > 1
+    # Curves: a colour for each run, or one for each part of the saturated share where there is one run.
     for index, (label, log) in enumerate(logs.items()):
         color = COLORS[index % len(COLORS)]
         _draw(reward, log, ("reward",), color, label if several else None)
@@ -98,6 +100,7 @@ def plot_runs(logs: dict[str, Log], output: str | Path, *, title: str | None = N
         passed = _draw(saturated, log, ("ebpo/saturated_pass",), color if several else COLORS[2], "all passed", ":")
         total = ("ebpo/saturated_fail", "ebpo/saturated_pass") if failed and passed else ("frac_reward_zero_std",)
         _draw(saturated, log, total, color, "total")
+    # Titles and axes.
     for axes, name, unit in (
         (reward, "Reward", "mean of a batch"),
         (entropy, "Entropy", "nats per token"),
@@ -115,6 +118,7 @@ def plot_runs(logs: dict[str, Log], output: str | Path, *, title: str | None = N
         shrinkage.text(0.5, 0.5, "not logged by plain GRPO", ha="center", transform=shrinkage.transAxes, color="0.5")
     for axes in (shrinkage, saturated):
         axes.set_xlabel("step")
+    # Legends stand to the right of the panels' titles.
     beside_title: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98), "borderaxespad": 0.2}
     if several:
         reward.legend(frameon=False, ncols=len(logs), **beside_title)
@@ -140,7 +144,7 @@ def plot_runs(logs: dict[str, Log], output: str | Path, *, title: str | None = N
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse the runs and the output file, draw, and say where the picture is."""
+    """Draw the runs and print the path of the picture."""
     parser = argparse.ArgumentParser(prog="ebpo plot", description=__doc__)
     parser.add_argument("runs", nargs="+", help="output directories of runs, or their log.jsonl files")
     parser.add_argument("--output", help="PNG, PDF or SVG file; by default plot.png in the first run's directory")

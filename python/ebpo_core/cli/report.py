@@ -1,4 +1,4 @@
-"""What a run shows and writes: its progress, a JSON Lines log, tables of pass@1 and of sampled completions."""
+"""A run on the screen and on the disk: progress, a JSON Lines log, the result file, tables."""
 
 # ruff: noqa: ARG002 (transformers fixes the signatures of callbacks)
 
@@ -6,31 +6,44 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PrinterCallback, TrainerCallback
 from transformers import ProgressCallback as TransformersProgress
 
 from ebpo_core.cli.plot import LOG_NAME
+from ebpo_core.files import write_json
 from ebpo_core.progress import Bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ebpo_core.tasks.evaluation import Evaluation, Sample
 
-SHOWN = {"reward": "reward", "entropy": "entropy", "ebpo/shrinkage": "S"}
+RESULT_NAME = "result.json"
+
+
+def main_console() -> Console:
+    """The console of this process: of several the first one talks. torchrun and accelerate set the variable."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows the steps of a trainer with its reward, entropy and shrinkage."""
+    """The bar of a trainer's steps, with numbers from its log behind it.
 
-    def __init__(self, console: Console, name: str) -> None:
-        self.console, self.name = console, name
+    Args:
+        console: Where the bar is drawn.
+        name: In front of the bar.
+        shown: The keys of the log that are shown, each with its label.
+    """
+
+    def __init__(self, console: Console, name: str, shown: Mapping[str, str] | None = None) -> None:
+        self.console, self.name, self.shown = console, name, dict(shown or {})
         self.bar: Bar | None = None
         self.note = ""
 
@@ -39,8 +52,8 @@ class ProgressCallback(TrainerCallback):
             self.bar = Bar(self.console, self.name, state.max_steps, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        values = {label: (logs or {}).get(key) for key, label in SHOWN.items()}
-        note = "  ".join(f"{label} {value:.3f}" for label, value in values.items() if isinstance(value, float))
+        values = {label: (logs or {}).get(key) for key, label in self.shown.items()}
+        note = "  ".join(f"{label} {value:.3f}" for label, value in values.items() if isinstance(value, (int, float)))
         self.note = note or self.note
         if self.bar is not None:
             self.bar.update(state.global_step, self.note)
@@ -56,7 +69,7 @@ class ProgressCallback(TrainerCallback):
 
 
 class JsonlCallback(TrainerCallback):
-    """Appends every record the trainer logs to ``log.jsonl``, one object with its ``step`` a line, flushed at once.
+    """The log of a run, ``log.jsonl``: a line for each record of the trainer, one object with its ``step``, flushed.
 
     On resume, records of steps that will be done again are dropped, so that a log holds each step once.
     """
@@ -85,7 +98,11 @@ class JsonlCallback(TrainerCallback):
 
 
 def train_shown(trainer: Any, progress: ProgressCallback, output: Path, checkpoint: str | None) -> float:
-    """Train, or resume from ``checkpoint``, with our progress and log in the place of transformers'; wall seconds."""
+    """Train, or resume from ``checkpoint``, with our progress and log in place of transformers' own.
+
+    Returns:
+        Wall seconds.
+    """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(TransformersProgress)
     trainer.add_callback(progress)
@@ -100,6 +117,11 @@ def train_shown(trainer: Any, progress: ProgressCallback, output: Path, checkpoi
     return time.perf_counter() - started
 
 
+def write_result(output: Path, result: Mapping[str, Any]) -> None:
+    """Write ``result.json``: the settings of a run and the numbers that came of it, for scripts."""
+    write_json(output / RESULT_NAME, dict(result))
+
+
 def _step_of(line: str) -> int | None:
     """The step of a log line; None for the half line that a killed run leaves."""
     try:
@@ -109,12 +131,12 @@ def _step_of(line: str) -> int | None:
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """The value as JSON can hold it: null stands for NaN and infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_pass_at_1(console: Console, evaluations: dict[str, Evaluation], title: str) -> None:
-    """A table with a row per (topic, level) cluster, a column per evaluation, and their difference if there are two."""
+    """Print a row per (topic, level) cluster, a column per evaluation, and their difference if there are two."""
     table = Table("topic", "level")
     for name in evaluations:
         table.add_column(name, justify="right")
@@ -135,7 +157,7 @@ def print_pass_at_1(console: Console, evaluations: dict[str, Evaluation], title:
 
 
 def print_samples(console: Console, samples: list[Sample], title: str) -> None:
-    """A table of completions as the policy wrote them, with what they earned."""
+    """Print completions as the policy wrote them, with their rewards."""
     table = Table("prompt", "completion")
     table.add_column("reward", justify="right")
     for sample in samples:
@@ -145,7 +167,7 @@ def print_samples(console: Console, samples: list[Sample], title: str) -> None:
 
 
 def print_titled(console: Console, title: str, table: Table) -> None:
-    """A line above a table; rich's own titles are wrapped to the width of the table."""
+    """Print a line above a table; rich's own titles are wrapped to the width of the table."""
     console.print()
     console.print(Text(title, style="bold"))
     console.print(table)

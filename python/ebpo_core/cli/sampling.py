@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from ebpo_core.cli.quiet import hide_loading_bars
 from ebpo_core.evaluation.journal import Journal
 from ebpo_core.evaluation.local_model import LocalModel
 from ebpo_core.evaluation.problems import BUILT_IN, Problem, PromptFormat, fingerprint, load_problems
@@ -102,6 +103,7 @@ class Sampling:
         """The model that draws the samples; a local one is loaded when the first is drawn."""
         given = self.arguments
         if given.server is None:
+            hide_loading_bars()
             return LocalModel(
                 given.model, self.options, batch_size=given.batch_size, device=given.device, dtype=given.dtype
             )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
-
-from ebpo_core.checkpoint import resolve_resume
+from ebpo_core.checkpoint import read_prior, resolve_resume
 from ebpo_core.cli.arguments import TrainArguments, parse
-from ebpo_core.cli.report import ProgressCallback, print_pass_at_1, train_shown
+from ebpo_core.cli.quiet import hide_loading_bars
+from ebpo_core.cli.report import ProgressCallback, main_console, print_pass_at_1, train_shown, write_result
 from ebpo_core.models import load_model
 from ebpo_core.progress import bar
 from ebpo_core.tasks.evaluation import Evaluation, evaluate
@@ -20,14 +18,15 @@ from ebpo_core.tasks.loading import Task, load_task
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.console import Console
     from transformers import PreTrainedModel
 
 TINY_MODEL = "tiny:countdown"
-RESULT_NAME = "result.json"
+SHOWN = {"reward": "reward", "entropy": "entropy", "ebpo/shrinkage": "S"}
 
 
 class Run(NamedTuple):
-    """What a run left: its directory and pass@1 before and after, None where nothing was held out."""
+    """A finished run: its directory, pass@1 before and after (None where nothing was held out), seconds of training."""
 
     directory: Path
     before: Evaluation | None
@@ -36,7 +35,7 @@ class Run(NamedTuple):
 
 
 def prepare_tiny_model(directory: Path, arguments: TrainArguments, console: Console) -> Path:
-    """Warm a fresh tiny Llama up, once: the same settings find it in ``directory`` the next time."""
+    """Make a tiny Llama and warm it up in ``directory``, which is returned; with the same settings only once."""
     from ebpo_core.tasks.tiny_model import save_tiny_model
     from ebpo_core.tasks.warmup import warm_up
 
@@ -71,7 +70,7 @@ def prepare_tiny_model(directory: Path, arguments: TrainArguments, console: Cons
 def build_trainer(
     arguments: TrainArguments, config: Any, model_config: Any, model: Any, tokenizer: Any, task: Task
 ) -> Any:
-    """EBPOTrainer, or TRL's own GRPOTrainer for method grpo, over the same model, data and reward."""
+    """The trainer of a run: EBPOTrainer, or TRL's own GRPOTrainer for method grpo, over the same data and reward."""
     from trl import GRPOTrainer, get_peft_config  # type: ignore[attr-defined]
 
     from ebpo_core.trainer import EBPOTrainer
@@ -88,16 +87,23 @@ def build_trainer(
 
 
 def run(arguments: TrainArguments, config: Any, model_config: Any, console: Console) -> Run:
-    """Prepare task and model, measure, train, measure again, and save model, prior, log and result."""
-    import torch
-    from transformers.utils import logging as transformers_logging
+    """Prepare task and model, measure, train, measure again, and save model, prior, log and result.
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    Raises:
+        FileNotFoundError, ValueError: A path or a setting that does not fit, with its name.
+    """
+    import torch
+
+    hide_loading_bars()
     if arguments.cpu_threads:
         torch.set_num_threads(arguments.cpu_threads)
     output = Path(config.output_dir)
+    # Paths that do not exist are found out before anything is loaded.
+    checkpoint = resolve_resume(config.resume_from_checkpoint, config.output_dir)
     if arguments.prior is not None:
+        read_prior(arguments.prior)
         config.ebpo_prior = arguments.prior
+    # Task and model; the model of the demo is made here.
     task = load_task(
         arguments.task,
         train_size=arguments.train_size,
@@ -123,7 +129,6 @@ def run(arguments: TrainArguments, config: Any, model_config: Any, console: Cons
         **options,
     )
     device = config.device
-    checkpoint = resolve_resume(config.resume_from_checkpoint, config.output_dir)
 
     def measure(policy: PreTrainedModel, title: str) -> Evaluation | None:
         if task.test is None:
@@ -142,54 +147,45 @@ def run(arguments: TrainArguments, config: Any, model_config: Any, console: Cons
                 on_batch=lambda done, _: shown.update(done),
             )
 
+    # Measure, train, measure again, always with the same prompts and seeds.
     before = measure(model, "pass@1 before")
     trainer = build_trainer(arguments, config, model_config, model, tokenizer, task)
-    seconds = train_shown(trainer, ProgressCallback(console, f"Training ({arguments.method})"), output, checkpoint)
+    progress = ProgressCallback(console, f"Training ({arguments.method})", SHOWN)
+    seconds = train_shown(trainer, progress, output, checkpoint)
     after = measure(trainer.accelerator.unwrap_model(trainer.model), "pass@1 after")
+    # The model is gathered from all processes; the first one writes the rest.
     trainer.save_model(config.output_dir)
     if trainer.is_world_process_zero():
         if arguments.method == "ebpo":
             trainer.save_prior(output)
-        _write_result(output, arguments, config, trainer.state.global_step, before, after, seconds)
+        result = {
+            "method": arguments.method,
+            "task": arguments.task,
+            "seed": config.seed,
+            "steps": trainer.state.global_step,
+            "train_seconds": round(seconds, 3),
+            "before": _as_json(before),
+            "after": _as_json(after),
+        }
+        write_result(output, result)
     return Run(output, before, after, seconds)
 
 
-def _write_result(
-    output: Path,
-    arguments: TrainArguments,
-    config: Any,
-    steps: int,
-    before: Evaluation | None,
-    after: Evaluation | None,
-    seconds: float,
-) -> None:
-    """``result.json``: what was run and what came of it, for scripts."""
-
-    def part(evaluation: Evaluation | None) -> dict[str, Any] | None:
-        return evaluation and {
-            "pass_at_1": evaluation.pass_at_1,
-            "standard_error": evaluation.standard_error,
-            "completions": evaluation.completions,
-            "clusters": {"/".join(cluster): share for cluster, share in evaluation.clusters.items()},
-        }
-
-    result = {
-        "method": arguments.method,
-        "task": arguments.task,
-        "seed": config.seed,
-        "steps": steps,
-        "train_seconds": round(seconds, 3),
-        "before": part(before),
-        "after": part(after),
+def _as_json(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    return {
+        "pass_at_1": evaluation.pass_at_1,
+        "standard_error": evaluation.standard_error,
+        "completions": evaluation.completions,
+        "clusters": {"/".join(cluster): share for cluster, share in evaluation.clusters.items()},
     }
-    (output / RESULT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> int:
     """Train as the YAML file and the flags say."""
     arguments, config, model_config = parse(argv)
-    # Of several processes the first one talks; the variable is what torchrun and accelerate set.
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    console = main_console()
     done = run(arguments, config, model_config, console)
     if done.before is not None and done.after is not None:
         print_pass_at_1(console, {"before": done.before, "after": done.after}, "pass@1 on held-out prompts")

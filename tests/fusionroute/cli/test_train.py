@@ -181,7 +181,7 @@ def test_rows_from_every_kind_of_file(folder: Path, tmp_path: Path) -> None:
     ("more", "message"),
     [
         (["--no_such_option=1"], "no_such_option"),
-        (["--stage=sft", "--beta=0.5"], "--beta"),
+        (["--stage=sft", "--beta=0.5"], "--beta (stage sft does not have it, mix and cdpo do)"),
         (["--stage=mix"], "preferences is missing"),
         (["--stage=cdpo", "--preferences=p.jsonl"], "stage cdpo does not use it"),
         (["--eval_preferences=p.jsonl"], "stage sft does not use it"),
@@ -194,6 +194,7 @@ def test_rows_from_every_kind_of_file(folder: Path, tmp_path: Path) -> None:
         (["--resume_from_checkpoint=nowhere"], "no such directory"),
         (["--alpha=nan"], "alpha is nan"),
         (["--expert_paths", "math=x"], "expert_paths and experts"),
+        (["--cpu_threads=0"], "cpu_threads=0"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -203,6 +204,19 @@ def test_wrong_input_is_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("fusionroute train: ")
     assert message in error
+
+
+def test_experts_typed_for_a_checkpoint_are_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "fusionroute", "router_config": {"model_type": "llama"}}')
+    assert train(folder, f"--model_name_or_path={tmp_path}", "--experts", "math=x", f"--output_dir={tmp_path}/run") == 1
+    assert capsys.readouterr().err == (
+        f"fusionroute train: experts=['math=x']: {str(tmp_path)!r} is a FusionRoute checkpoint and has its experts; "
+        "leave them out, or say with expert_paths where they are now\n"
+    )
+    assert train(folder, f"--model_name_or_path={tmp_path}", f"--output_dir={tmp_path}/run") == 1
+    assert "experts=" not in capsys.readouterr().err, "those of the file are ignored: what is missing is the weights"
 
 
 def test_a_file_with_an_unknown_name_is_refused(

@@ -1,4 +1,4 @@
-"""Asking a server that serves a FusionRoute checkpoint, for ``fusionroute show --url``."""
+"""Questions to a server of a FusionRoute checkpoint, for ``fusionroute show --url``."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ _FLAGS = (
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """``--url``, and what goes with it alone."""
-    group = parser.add_argument_group("asking a server, instead of reading traces")
-    group.add_argument("--url", help="of vLLM's server, such as http://localhost:8000")
-    group.add_argument("--prompt", help="what to ask; - reads it from standard input")
-    group.add_argument("--completion", action="store_true", help="go on from the prompt, without the chat template")
-    group.add_argument("--model", help="its name on the server, if that offers several")
-    group.add_argument("--api-key-env", metavar="NAME", help="environment variable of the key (default OPENAI_API_KEY)")
+    """``--url``, and the flags that go with it alone."""
+    group = parser.add_argument_group("asking a server instead of reading traces")
+    group.add_argument("--url", help="address of a vLLM server, such as http://localhost:8000")
+    group.add_argument("--prompt", help="the prompt's text; - reads it from standard input")
+    group.add_argument("--completion", action="store_true", help="continue the prompt, without the chat template")
+    group.add_argument("--model", help="name of the model, if the server has several")
+    group.add_argument(
+        "--api-key-env", metavar="NAME", help="environment variable of the key (default: OPENAI_API_KEY)"
+    )
     group.add_argument("--routing", type=Path, metavar="FILE", help="write the routing trace as JSON")
     add_sampling_flags(parser)
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Leave with a usage error unless the flags say one thing: to read traces, or to ask a server.
+    """Exit with a usage error unless the flags say one thing: read traces, or ask a server.
 
     Raises:
-        ValueError: A value that cannot be.
+        ValueError: A number that is impossible for sampling.
     """
     if bool(arguments.traces) == (arguments.url is not None):
         parser.error("give either traces or --url")
@@ -61,17 +63,18 @@ def ask(arguments: argparse.Namespace, live: Console | None) -> RoutingTrace:
             prints nothing.
 
     Raises:
-        ServerError: What :class:`RoutedServer` says.
+        ServerError: As :class:`RoutedServer` raises it.
         ValueError: No such environment variable, or no prompt.
     """
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not prompt:
-        raise ValueError("prompt='': is no token; write something")
+        raise ValueError("prompt='': it is empty; give a text")
     server = RoutedServer(arguments.url, arguments.model, api_key=_key(arguments.api_key_env))
     if live is not None and not arguments.no_prompt:
         for text in render_prompt(prompt, encoding=live.encoding):
             live.print(text)
 
+    # Each token is printed as it arrives.
     def show(token: RoutedToken) -> None:
         if live is not None:
             shown = render_response(RoutingTrace(server.experts, (token,)), encoding=live.encoding)
@@ -88,7 +91,7 @@ def ask(arguments: argparse.Namespace, live: Console | None) -> RoutingTrace:
             seed=arguments.seed,
         )
     finally:
-        if live is not None:  # whatever comes now, an error too, begins a line
+        if live is not None:  # what comes now, perhaps an error, begins on a line of its own
             live.print()
     if live is not None:
         live.print()
@@ -100,5 +103,5 @@ def _key(name: str | None) -> str | None:
     if name is None:
         return None
     if not (key := os.environ.get(name)):
-        raise ValueError(f"api-key-env={name!r}: no such environment variable, or an empty one; export it")
+        raise ValueError(f"api-key-env={name!r}: this environment variable is not set or empty; export it")
     return key

@@ -1,11 +1,12 @@
-"""``fusionroute convert``: a checkpoint whose experts are plain folders, as vLLM needs it, from one whose are not."""
+"""``fusionroute convert``: a copy of a checkpoint in which all experts are plain folders, as vLLM needs them."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from ebpo_core.fusionroute.cli.options import expert_paths
+from ebpo_core.cli.quiet import hide_loading_bars
+from ebpo_core.fusionroute.cli.options import add_expert_path_flag, named_paths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Write a checkpoint with the same router whose experts are plain safetensors folders. GGUF experts are dequantised,
 adapters merged into a copy of their base, and experts quantised while loading are written unquantised; the others
-stay references. vLLM serves such a checkpoint only.
+stay references. vLLM serves only such checkpoints.
 """
 
 
@@ -29,20 +30,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="write these only, whether they need it or not; by default those that need it",
+        help="write these alone, needed or not; by default all that need conversion",
     )
-    which.add_argument("--all", action="store_true", help="write all: those that need no conversion are copied")
-    parser.add_argument(
-        "--expert-path",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="where an expert is now, if the checkpoint's reference is out of date; may be repeated",
-    )
+    which.add_argument("--all", action="store_true", help="write all; those that need no conversion are copied")
+    add_expert_path_flag(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of the experts that are written (default: of each reference, then the router's)",
+        help="dtype of the experts that are written (default: that of each reference, else the router's)",
     )
     parser.add_argument(
         "--no-verify-experts",
@@ -53,16 +48,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Convert, print a line per expert and the output's path."""
+    """Convert, and print a line per expert and the output's path."""
     arguments = _parser().parse_args(argv)
+    paths = named_paths("expert-path", arguments.expert_path)
+
     from ebpo_core.fusionroute.conversion import convert_checkpoint
+
+    hide_loading_bars()
 
     convert_checkpoint(
         arguments.checkpoint,
         arguments.output,
         experts=arguments.expert,
         copy_all=arguments.all,
-        expert_paths=expert_paths(arguments) or None,
+        expert_paths=paths or None,
         dtype=arguments.dtype,
         verify_experts=not arguments.no_verify_experts,
         report=_print,

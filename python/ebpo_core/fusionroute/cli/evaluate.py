@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ebpo_core.fusionroute.cli.options import add_model_flags, add_routing_flags, load, routing_options
-from ebpo_core.fusionroute.evaluation import evaluate, task_manager, write_results
+from ebpo_core.fusionroute.cli.options import (
+    add_model_flags,
+    add_routing_flags,
+    load_model,
+    load_tokenizer,
+    routing_options,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,15 +26,17 @@ if TYPE_CHECKING:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusionroute eval", description=__doc__, allow_abbrev=False)
     add_model_flags(parser)
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names, apart by spaces or commas")
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with tasks of your own")
-    parser.add_argument("--limit", type=float, help="documents per task, or their share below 1; for trials only")
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, metavar="TASK", help="names, with spaces or commas between"
+    )
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with YAML files of your own tasks")
+    parser.add_argument("--limit", type=float, help="documents per task, or a share of them below 1; for trials only")
     parser.add_argument("--num-fewshot", type=int, help="examples in the prompt; by default the task's")
-    parser.add_argument("--batch-size", default="8", help="rows at once, or auto (default: %(default)s)")
+    parser.add_argument("--batch-size", default="8", help="rows in a batch, or auto (default: %(default)s)")
     parser.add_argument("--max-length", type=int, help="longest input in tokens; by default the router's limit")
-    parser.add_argument("--max-gen-toks", type=int, help="most new tokens, in place of the task's; 400 in the paper")
+    parser.add_argument("--max-gen-toks", type=int, help="longest answer, instead of the task's; 400 in the paper")
     parser.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of examples and sampling (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--log-samples", action="store_true", help="keep every document and answer in the results")
     add_routing_flags(parser)
@@ -41,11 +49,17 @@ def main(argv: Sequence[str]) -> int:
     size = arguments.batch_size
     if not size.startswith("auto") and not (size.isdigit() and int(size) > 0):
         raise ValueError(f"batch-size={size!r}: expected a whole number of at least 1, or auto")
+
+    from ebpo_core.fusionroute.evaluation import evaluate, task_manager, write_results
+
+    # The harness warns twice that it was given a loaded model, and that is on purpose.
+    logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "`pretrained`" not in str(record.msg))
     names = [name for item in arguments.tasks for name in item.split(",") if name]
-    manager = task_manager(names, arguments.include_path)  # a wrong name is worth no minutes of loading
-    model, tokenizer = load(arguments)
+    # A wrong name is found out before minutes of loading.
+    manager = task_manager(names, arguments.include_path)
+    tokenizer = load_tokenizer(arguments)
     results = evaluate(
-        model,
+        load_model(arguments),
         names,
         tokenizer=tokenizer,
         manager=manager,
@@ -66,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def print_results(console: Console, results: dict[str, Any]) -> None:
-    """A row per task and metric: its value, its standard error where the harness gives one, and the documents."""
+    """Print a row per task and metric: value, standard error where the harness gives one, number of documents."""
     table = Table("task", "metric")
     for name in ("value", "s.e.", "documents"):
         table.add_column(name, justify="right")

@@ -13,7 +13,8 @@ from ebpo_core.fusionroute.cli.options import (
     add_routing_flags,
     add_sampling_flags,
     check_sampling,
-    load,
+    load_model,
+    load_tokenizer,
     routing_options,
 )
 from ebpo_core.fusionroute.traces.page import write_page
@@ -33,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sampling_flags(parser)
     add_routing_flags(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--stream", action="store_true", help="print text as it comes")
+    group.add_argument("--stream", action="store_true", help="print the text as it is generated")
     group.add_argument("--show", action="store_true", help="print the answer with its tokens coloured by expert")
     group.add_argument("--routing", type=Path, metavar="FILE", help="write the routing trace as JSON")
     group.add_argument("--html", type=Path, metavar="FILE", help="write the routing as an HTML page")
@@ -45,26 +46,35 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     check_sampling(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    model, tokenizer = load(arguments)
-    trace = answer(model, tokenizer, prompt, arguments)
+    # A prompt that cannot be encoded is found out before minutes of loading.
+    tokenizer = load_tokenizer(arguments)
+    encoded = _encode(tokenizer, prompt, chat=arguments.chat)
+    trace = answer(load_model(arguments), tokenizer, prompt, encoded, arguments)
     if arguments.show:
         if arguments.stream:
             print()
         print_traces(trace, prompt=False)
     elif not arguments.stream:
         print(shown(trace.text or ""))
+    # The answer alone goes to standard output, the paths of what is written to standard error.
     for path, write in ((arguments.routing, dump), (arguments.html, write_page)):
         if path is not None:
-            # The answer alone goes to standard output.
             print(write(path, trace), file=sys.stderr)
     return 0
 
 
-def answer(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> RoutingTrace:
-    """The trace of the answer, with texts; the answer itself is its ``text``."""
+def answer(model: Any, tokenizer: Any, prompt: str, encoded: Any, arguments: argparse.Namespace) -> RoutingTrace:
+    """The trace of the answer, with texts; the answer itself is its ``text``.
+
+    Args:
+        model: The checkpoint.
+        tokenizer: Its tokenizer.
+        prompt: The text as the user gave it, for the trace.
+        encoded: ``input_ids`` and ``attention_mask`` of the prompt, (1, tokens) int64 each.
+        arguments: The flags of sampling and routing.
+    """
     import torch
 
-    encoded = _encode(tokenizer, prompt, chat=arguments.chat)
     ids = encoded["input_ids"].to(model.device)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
@@ -82,13 +92,12 @@ def answer(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Namespac
 
 
 def shown(text: str) -> str:
-    """Model text for standard output: as it is, but for a terminal with the control characters that it would obey
-    written out.
-    """
+    """Model text for standard output: as it is for a file, with its control characters written out for a terminal."""
     return visible(text, sys.stdout.encoding or "utf-8") if sys.stdout.isatty() else text
 
 
 def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
+    """``input_ids`` and ``attention_mask`` of the prompt, (1, tokens) int64 each."""
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("chat: the checkpoint's tokenizer has no chat template; leave --chat out")
@@ -97,13 +106,14 @@ def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
     # A template brings its own special tokens.
     encoded = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")
     if not encoded["input_ids"].numel():
-        raise ValueError(f"prompt={prompt!r}: is no token; write something")
+        raise ValueError(f"prompt={prompt!r}: it has no tokens; give a longer text")
     return encoded
 
 
 def _generation_config(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
     from transformers import GenerationConfig
 
+    # The end of text, by the checkpoint's generation config or else by its tokenizer; padding is never seen.
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
     pad = tokenizer.pad_token_id
@@ -130,6 +140,8 @@ def _streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
     class Printer(TextStreamer):
+        """transformers' streamer, printing through :func:`shown`."""
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print(shown(text), flush=True, end="\n" if stream_end else "")
 

@@ -1,8 +1,9 @@
-"""Flags that several commands share: which model, on what device, and how it routes."""
+"""Flags that several commands share: the checkpoint and its device, sampling, routing."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
-    """``PATH``, ``--device``, ``--dtype``, ``--expert-path``."""
+    """``PATH``, ``--device``, ``--dtype`` and ``--expert-path``: the checkpoint, as :func:`load_model` loads it."""
     parser.add_argument("path", help="directory or hub id of a FusionRoute checkpoint")
     parser.add_argument("--device", help="e.g. cpu or cuda:1; by default the first GPU, else the CPU")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+    add_expert_path_flag(parser)
+
+
+def add_expert_path_flag(parser: ArgumentParser) -> None:
+    """``--expert-path``, whose values :func:`named_paths` reads."""
     parser.add_argument(
         "--expert-path",
         action="append",
@@ -26,17 +32,17 @@ def add_model_flags(parser: ArgumentParser) -> None:
 def add_sampling_flags(parser: ArgumentParser) -> None:
     """``--max-new-tokens`` and how to sample; :func:`check_sampling` checks their values."""
     group = parser.add_argument_group(
-        "sampling", "nothing is taken from the checkpoint's generation config but its end"
+        "sampling", "of the checkpoint's generation config, the end-of-text token alone is used"
     )
-    group.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily (default)")
-    group.add_argument("--top-p", type=float, help="sample from the smallest set of this probability")
-    group.add_argument("--top-k", type=int, help="sample from so many tokens")
-    group.add_argument("--seed", type=int, help="of sampling")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    group.add_argument("--top-p", type=float, help="sample from the likeliest tokens up to this probability")
+    group.add_argument("--top-k", type=int, help="sample from this many of the likeliest tokens")
+    group.add_argument("--seed", type=int, help="seed of the sampling")
 
 
 def check_sampling(arguments: Namespace) -> None:
-    """Refuse numbers of tokens and temperatures that are none, and settings of sampling without a temperature.
+    """Refuse impossible numbers of tokens and temperatures, and settings of sampling without a temperature.
 
     Raises:
         ValueError: The flag, its value and what to give.
@@ -51,13 +57,13 @@ def check_sampling(arguments: Namespace) -> None:
 
 
 def add_routing_flags(parser: ArgumentParser) -> None:
-    """What a person would set by hand of :class:`~ebpo_core.fusionroute.decoding.routing.RoutingOptions`."""
+    """The fields of :class:`~ebpo_core.fusionroute.decoding.routing.RoutingOptions` that a person would set by hand."""
     group = parser.add_argument_group("routing", "by default as the checkpoint's config says")
     group.add_argument("--alpha", type=float, help="weight of the expert's logits; 1 in the paper")
     group.add_argument("--routing-only", action="store_true", help="leave the router's own logits out")
-    group.add_argument("--forced-expert", metavar="NAME", help="this expert at every token")
+    group.add_argument("--forced-expert", metavar="NAME", help="use this expert at every token")
     group.add_argument("--allowed-experts", nargs="+", metavar="NAME", help="the experts to choose among")
-    group.add_argument("--hysteresis", type=float, help="switch only where another expert's weight is larger by this")
+    group.add_argument("--hysteresis", type=float, help="keep the expert unless another's weight is larger by this")
 
 
 def routing_options(arguments: Namespace) -> dict[str, Any]:
@@ -72,44 +78,72 @@ def routing_options(arguments: Namespace) -> dict[str, Any]:
     return options
 
 
-def expert_paths(arguments: Namespace) -> dict[str, str]:
-    """``--expert-path`` as a mapping.
+def named_paths(argument: str, items: Sequence[str]) -> dict[str, str]:
+    """``NAME=PATH`` items as a mapping; ``argument`` is what the user calls them.
 
     Raises:
-        ValueError: A value without a name or a path.
+        ValueError: An item without a name or a path, or a name that is there twice.
     """
-    paths = {}
-    for item in arguments.expert_path:
-        name, _, path = item.partition("=")
+    paths: dict[str, str] = {}
+    for item in items:
+        name, _, path = str(item).partition("=")
         if not name or not path:
-            raise ValueError(f"expert-path={item!r}: expected NAME=PATH, e.g. math=models/math")
+            raise ValueError(f"{argument}={item!r}: expected NAME=PATH, e.g. math=models/math")
+        if name in paths:
+            raise ValueError(f"{argument}={item!r}: {name!r} is there twice; give each name once")
         paths[name] = path
     return paths
 
 
-def load(arguments: Namespace) -> tuple[Any, Any]:
-    """The checkpoint with its experts on their devices, and its tokenizer.
+def load_tokenizer(arguments: Namespace) -> Any:
+    """The checkpoint's tokenizer, which is cheap to load and shows whether there is a checkpoint at all.
 
     Raises:
-        ValueError: What ``from_pretrained`` raises, or a checkpoint without a tokenizer.
+        FileNotFoundError: No such folder, or one without a config.
+        ValueError: A checkpoint without a tokenizer.
     """
-    import torch
     from transformers import AutoTokenizer
-
-    from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
     folder = Path(arguments.path).expanduser()
     if not folder.exists() and (folder.is_absolute() or arguments.path.startswith(".")):
         raise FileNotFoundError(f"path={arguments.path!r}: no such checkpoint")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"path={arguments.path!r}: no config.json in it; give the checkpoint's own folder")
-    source = str(folder) if folder.exists() else arguments.path
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = FusionRouteForCausalLM.from_pretrained(
-        source, dtype=arguments.dtype, expert_paths=expert_paths(arguments) or None
-    )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(_source(arguments))
     except (OSError, ValueError) as error:
         raise ValueError(f"path={arguments.path!r}: holds no tokenizer; save the router's into it ({error})") from error
-    return model.to(device).eval(), tokenizer
+
+
+def load_model(arguments: Namespace) -> Any:
+    """The checkpoint with its experts, in evaluation mode on their device.
+
+    The parser of ``arguments`` has :func:`add_model_flags` and :func:`add_routing_flags`.
+
+    Raises:
+        ValueError: Not a FusionRoute checkpoint, or routing flags that do not fit it, before weights are read; what
+            ``from_pretrained`` raises.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from ebpo_core.cli.quiet import hide_loading_bars
+    from ebpo_core.fusionroute.decoding.routing import permitted_rows
+    from ebpo_core.fusionroute.model import FusionRouteForCausalLM
+
+    source, paths = _source(arguments), named_paths("expert-path", arguments.expert_path)
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type != "fusionroute":
+        raise ValueError(f"path={arguments.path!r}: a {config.model_type} model, not a FusionRoute checkpoint")
+    names = [expert["name"] for expert in config.experts or []]
+    permitted_rows(config.options().updated(**routing_options(arguments)), names)
+    hide_loading_bars()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = FusionRouteForCausalLM.from_pretrained(source, dtype=arguments.dtype, expert_paths=paths or None)
+    return model.to(device).eval()
+
+
+def _source(arguments: Namespace) -> str:
+    """The checkpoint as transformers takes it: a folder with the home folder's name in full, or a hub id."""
+    folder = Path(arguments.path).expanduser()
+    return str(folder) if folder.exists() else str(arguments.path)

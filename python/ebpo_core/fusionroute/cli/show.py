@@ -1,6 +1,6 @@
 """``fusionroute show``: a routing trace in the terminal, and as a self-contained HTML page.
 
-The trace is read from files, or it is that of an answer which a server gives now.
+The trace is read from files, or a server is asked and the trace is that of its answer.
 """
 
 from __future__ import annotations
@@ -26,20 +26,30 @@ COLORS = {"auto": None, "always": True, "never": False}
 def main(argv: Sequence[str]) -> int:
     """Parse ``TRACE... | --url URL [--html FILE]``, print, and write the page."""
     parser = argparse.ArgumentParser(prog="fusionroute show", description=__doc__, allow_abbrev=False)
-    parser.add_argument("traces", nargs="*", metavar="TRACE", help="JSON or JSON Lines, e.g. of generate --routing")
-    parser.add_argument("--html", type=Path, help="write the page to this file")
+    parser.add_argument(
+        "traces",
+        nargs="*",
+        metavar="TRACE",
+        help="JSON or JSON Lines, e.g. from generate --routing",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the page to this file")
     parser.add_argument(
         "--open", choices=["yes", "no"], default="no", help="open the page in the browser (default: no)"
     )
-    parser.add_argument("--title", default=DEFAULT_TITLE, help="of the page")
-    parser.add_argument("--color", choices=list(COLORS), default="auto", help="letters mark experts without colours")
+    parser.add_argument("--title", default=DEFAULT_TITLE, help="title of the page")
+    parser.add_argument(
+        "--color",
+        choices=list(COLORS),
+        default="auto",
+        help="letters mark experts where there are no colours",
+    )
     parser.add_argument("--no-prompt", action="store_true", help="print the responses only")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the paths of what was written")
     add_flags(parser)
     arguments = parser.parse_args(argv)
     check(parser, arguments)
     if arguments.open == "yes" and arguments.html is None:
-        raise ValueError("open='yes': which page? Name its file with --html")
+        raise ValueError("open='yes': there is no page to open; write one with --html FILE")
     target, color = console(arguments.color), COLORS[arguments.color]
     live = arguments.url is not None and not arguments.quiet and (has_color(target) if color is None else color)
     if arguments.url is not None:
@@ -61,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def console(color: str) -> Console:
-    """Standard output; with colours though it is no terminal where ``color`` is "always"."""
+    """Standard output as a console; with ``color="always"`` it has colours even where it is no terminal."""
     from rich.console import Console
 
     if color == "always":

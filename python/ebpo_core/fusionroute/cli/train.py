@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
-
 from ebpo_core.checkpoint import resolve_resume
-from ebpo_core.cli.report import ProgressCallback, train_shown
-from ebpo_core.cli.train import RESULT_NAME
+from ebpo_core.cli.quiet import hide_loading_bars
+from ebpo_core.cli.report import ProgressCallback, main_console, train_shown, write_result
 from ebpo_core.fusionroute.cli.arguments import TrainArguments, parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from datasets import Dataset
+    from rich.console import Console
 
-_NOTED = {
+CHECKPOINT = "fusionroute"  # the model type
+SHOWN = {
     "loss": "loss",
     "routing/accuracy": "routing",
     "rewards/accuracies": "preferred",
@@ -28,7 +26,7 @@ _NOTED = {
 
 
 class Run(NamedTuple):
-    """What a run left: its directory, the steps done, the last evaluation's metrics (empty without evaluation)."""
+    """A finished run: its directory, the steps done, metrics of the last evaluation (or empty), seconds of training."""
 
     directory: Path
     steps: int
@@ -36,38 +34,68 @@ class Run(NamedTuple):
     train_seconds: float
 
 
-class _Progress(ProgressCallback):
-    """The bar of ``ebpo train`` with this trainer's numbers beside it."""
+def model_type(name: str, revision: str | None) -> str:
+    """The type of the model called ``name``, "fusionroute" for a checkpoint, from its config alone."""
+    from transformers import AutoConfig
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:  # noqa: ARG002
-        values = {label: (logs or {}).get(key) for key, label in _NOTED.items()}
-        note = "  ".join(f"{label} {value:.3f}" for label, value in values.items() if isinstance(value, (int, float)))
-        self.note = note or self.note
-        if self.bar is not None:
-            self.bar.update(state.global_step, self.note)
+    import ebpo_core.fusionroute  # noqa: F401 -- transformers learns our type
+    from ebpo_core.models import resolve_model
+
+    source, gguf_file = resolve_model(name)
+    if gguf_file is not None:  # never a checkpoint of ours, and transformers would read the whole file
+        return "GGUF"
+    return str(AutoConfig.from_pretrained(source, revision=revision).model_type)
+
+
+def check_experts(arguments: TrainArguments, name: str, kind: str) -> None:
+    """See that a router comes with experts, and a checkpoint without any that were typed.
+
+    Args:
+        arguments: The options.
+        name: The model's name as the user gave it.
+        kind: Its :func:`model_type`.
+
+    Raises:
+        ValueError: The option, its value and what to give in its place.
+    """
+    if kind == CHECKPOINT:
+        if arguments.experts_typed:
+            raise ValueError(
+                f"experts={arguments.experts!r}: {name!r} is a FusionRoute checkpoint and has its experts; "
+                "leave them out, or say with expert_paths where they are now"
+            )
+    elif arguments.experts is None:
+        raise ValueError(f"model_name_or_path={name!r}: a {kind} model has no experts; name them with experts")
+    elif arguments.expert_paths is not None:
+        raise ValueError("expert_paths and experts: give the first for a checkpoint, the second for a new router")
 
 
 def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tuple[Any, Any]:
     """The model to train and its tokenizer: a checkpoint, or a router with a fresh route head over ``experts``.
 
-    The experts of a checkpoint stay on the disk where the expert cache is all that the stage needs of them.
-    """
-    from transformers import AutoConfig, AutoTokenizer
+    The experts of a checkpoint stay on the disk where the expert cache is all that the stage needs of them. A file's
+    ``experts`` are ignored for a checkpoint.
 
+    Raises:
+        ValueError: What :func:`check_experts` says, or an ``alpha`` that is no finite number.
+    """
+    from transformers import AutoTokenizer
+
+    from ebpo_core.fusionroute.decoding.routing import RoutingOptions
     from ebpo_core.fusionroute.model import FusionRouteForCausalLM
     from ebpo_core.models import load_model as load_router
 
-    name, dtype = model_config.model_name_or_path, model_config.dtype
-    options: dict[str, Any] = {"revision": model_config.model_revision}
+    name, dtype, revision = model_config.model_name_or_path, model_config.dtype, model_config.model_revision
+    # Wrong settings are found out before anything is loaded.
+    RoutingOptions().updated(alpha=arguments.alpha)
+    kind = model_type(name, revision)
+    check_experts(arguments, name, kind)
+    options: dict[str, Any] = {"revision": revision}
     if model_config.attn_implementation:
         options["attn_implementation"] = model_config.attn_implementation
-    experts = arguments.named_experts()
     model: Any
     tokenizer: Any
-    if experts is None:
-        kind = AutoConfig.from_pretrained(name, revision=model_config.model_revision).model_type
-        if kind != "fusionroute":
-            raise ValueError(f"model_name_or_path={name!r}: a {kind} model has no experts; name them with experts")
+    if kind == CHECKPOINT:
         model = FusionRouteForCausalLM.from_pretrained(
             name,
             dtype=dtype,
@@ -75,22 +103,18 @@ def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tup
             expert_paths=arguments.moved_experts(),
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     else:
-        if arguments.expert_paths is not None:
-            raise ValueError("expert_paths and experts: give the first for a checkpoint, the second for a new router")
         router, tokenizer = load_router(name, dtype=dtype, **options)
-        if router.config.model_type == "fusionroute":
-            raise ValueError(f"experts: {name!r} is a FusionRoute checkpoint, which has its own; leave them out")
+        experts: Any = arguments.named_experts()
         model = FusionRouteForCausalLM.from_experts(router, experts, tokenizer=tokenizer, dtype=dtype)
     if arguments.alpha is not None:
         model.config.alpha = arguments.alpha
-        model.config.options()  # raises for a value that does not fit
     return model, tokenizer
 
 
 def build_trainer(arguments: TrainArguments, config: Any, model_config: Any, model: Any, tokenizer: Any) -> Any:
-    """The stage's trainer over its data. Making it computes the expert cache, or what is missing of it."""
+    """The trainer of the stage, over its data. Making it computes the expert cache, or what is missing of it."""
     from trl import get_peft_config  # type: ignore[attr-defined]
 
     from ebpo_core.fusionroute.training import FusionRouteCDPOTrainer, FusionRouteSFTTrainer
@@ -116,20 +140,26 @@ def build_trainer(arguments: TrainArguments, config: Any, model_config: Any, mod
 
 
 def run(arguments: TrainArguments, config: Any, model_config: Any, console: Console) -> Run:
-    """Load, train, evaluate if there is something to evaluate on, and save model, tokenizer, log and result."""
+    """Load, train, evaluate if there is something to evaluate on, and save model, tokenizer, log and result.
+
+    Raises:
+        FileNotFoundError, ValueError: A path or a setting that does not fit, with its name.
+    """
     import torch
     from transformers import set_seed
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hide_loading_bars()
     if arguments.cpu_threads:
         torch.set_num_threads(arguments.cpu_threads)
     output = Path(config.output_dir)
     checkpoint = resolve_resume(config.resume_from_checkpoint, config.output_dir)
-    set_seed(config.seed)  # the trainer does so too, but after a new route head has been drawn
+    # The trainer sets the seed too, but after a new route head has been drawn.
+    set_seed(config.seed)
     model, tokenizer = load_model(arguments, config, model_config)
     trainer = build_trainer(arguments, config, model_config, model, tokenizer)
-    seconds = train_shown(trainer, _Progress(console, f"Training ({arguments.stage})"), output, checkpoint)
+    progress = ProgressCallback(console, f"Training ({arguments.stage})", SHOWN)
+    seconds = train_shown(trainer, progress, output, checkpoint)
+    # Evaluate, merge an adapter into the router, and write; the first process writes the result.
     metrics = trainer.evaluate() if arguments.eval_data or arguments.eval_preferences else {}
     if model_config.use_peft:
         trainer.save_merged(config.output_dir)
@@ -144,15 +174,14 @@ def run(arguments: TrainArguments, config: Any, model_config: Any, console: Cons
             "train_seconds": round(seconds, 3),
             "evaluation": metrics,
         }
-        (output / RESULT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(output, result)
     return Run(output, steps, metrics, seconds)
 
 
 def main(argv: Sequence[str]) -> int:
     """Train as the YAML file and the flags say."""
     arguments, config, model_config = parse(argv)
-    # Of several processes the first one talks; the variable is what torchrun and accelerate set.
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    console = main_console()
     done = run(arguments, config, model_config, console)
     for name, value in done.metrics.items():
         if name.startswith("eval_loss") or "accurac" in name:

@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+import transformers
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .adapters import merge_adapter
@@ -184,7 +185,9 @@ def _what_to_do(reference: ExpertReference, dtype: str | None) -> str:
     source, stored = reference.source(), None
     if source.gguf_file is None:
         with explained(reference.name, source):
-            config = AutoConfig.from_pretrained(source.path, revision=source.revision, subfolder=source.subfolder)
+            config = transformers.AutoConfig.from_pretrained(
+                source.path, revision=source.revision, subfolder=source.subfolder
+            )
         stored = getattr(config, "quantization_config", None)
     if stored is not None and reference.adapter is not None:
         raise ValueError(
