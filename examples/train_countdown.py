@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import ebpo_core
-from ebpo_core.tasks.evaluation import evaluate
+from ebpo_core.evaluation import evaluate
 from ebpo_core.tasks.loading import Task, load_task
 from ebpo_core.tasks.tiny_model import build_model, build_tokenizer
 from ebpo_core.tasks.warmup import warm_up

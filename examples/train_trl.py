@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ebpo_core.tasks.evaluation import evaluate
+from ebpo_core.evaluation import evaluate
 from ebpo_core.tasks.loading import load_task
 from ebpo_core.tasks.tiny_model import build_model, build_tokenizer
 from ebpo_core.tasks.warmup import warm_up

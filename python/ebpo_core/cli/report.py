@@ -21,7 +21,7 @@ from ebpo_core.progress import Bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ebpo_core.tasks.evaluation import Evaluation, Sample
+    from ebpo_core.evaluation.pass_at_1 import Evaluation, Sample
 
 SHOWN = {"reward": "reward", "entropy": "entropy", "ebpo/shrinkage": "S"}
 

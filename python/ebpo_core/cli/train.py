@@ -11,9 +11,9 @@ from rich.console import Console
 
 from ebpo_core.cli.arguments import AUTO, TrainArguments, parse
 from ebpo_core.cli.report import ProgressCallback, print_pass_at_1, train_shown
+from ebpo_core.evaluation import Evaluation, evaluate
 from ebpo_core.models import load_model
 from ebpo_core.progress import bar
-from ebpo_core.tasks.evaluation import Evaluation, evaluate
 from ebpo_core.tasks.loading import Task, load_task
 from ebpo_core.trainer import last_complete_checkpoint
 
