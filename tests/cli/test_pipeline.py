@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 from ebpo_core.cli import main
 from ebpo_core.cli.plot import read_log
-from ebpo_core.evaluation.rows import read_rows
+from ebpo_core.data.rows import read_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipeline.md"
 
@@ -56,7 +56,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     folder = tmp_path / "runs" / "pipeline"
 
     assert main(run[0]) == 0
-    rows = read_rows(folder / "train.jsonl")
+    rows = list(read_rows(folder / "train.jsonl"))
     assert len(rows) == 24
     for start in range(0, 24, 4):
         assert len({row["topic"] for row in rows[start : start + 4]}) == 1
@@ -64,7 +64,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
     assert main(run[1]) == 0
     assert "96 of 96 samples were there already" in capsys.readouterr().out
-    again = read_rows(folder / "train.jsonl")
+    again = list(read_rows(folder / "train.jsonl"))
     assert sorted(row["id"] for row in again) == sorted(row["id"] for row in rows)
     rates = [row["pass_rate"] for row in again]
     assert rates == sorted(rates, reverse=True)

@@ -19,9 +19,9 @@ from openai_server import serving
 from ebpo_core.cli import main
 from ebpo_core.curriculum.posterior import posterior
 from ebpo_core.curriculum.topics import PAPER_TOPICS
+from ebpo_core.data.rows import read_rows, write_rows
 from ebpo_core.evaluation.journal import read_journal
 from ebpo_core.evaluation.problems import load_problems
-from ebpo_core.evaluation.rows import read_rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_rows_are_kept_and_sorted_by_what_the_model_can_do(
     output = tmp_path / f"train{suffix}"
     assert main(flags(model, output)) == 0
     shown = capsys.readouterr().out
-    rows = read_rows(output)
+    rows = list(read_rows(output))
     problems = {problem.id: problem for problem in load_problems("countdown", size=30, split="train")}
     assert {row["id"] for row in rows} == set(problems)
     assert all(problems[row["id"]].row.items() <= row.items() for row in rows)
@@ -62,7 +62,7 @@ def test_rows_are_kept_and_sorted_by_what_the_model_can_do(
         == 0
     )
     assert "240 of 240 samples were there already" in capsys.readouterr().out
-    again = read_rows(output)
+    again = list(read_rows(output))
     topics = [row["topic"] for row in again]
     assert topics[:12] == [topics[0]] * 12
     assert {row["difficulty"] for row in again} <= {0, 1}

@@ -75,11 +75,13 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     wrong.write_text("[1]\n")
     (tmp_path / "one.json").write_text("{}")
     (tmp_path / "data.csv").write_text("problem,answer\n")
+    (tmp_path / "data.txt").write_text("problem,answer\n")
     for name, message in (
         (empty, "no rows"),
         (wrong, "line 1: expected an object, found a list"),
         (tmp_path / "one.json", "holds a list"),
-        (tmp_path / "data.csv", r"\.jsonl"),
+        (tmp_path / "data.csv", "no rows"),
+        (tmp_path / "data.txt", r"\.jsonl"),
         (tmp_path / "none", "no such file"),
         ("none.parquet", "no such file"),
     ):

@@ -18,7 +18,7 @@ import torch
 from openai_server import OpenAIServer, serving
 
 from ebpo_core.evaluation.journal import Journal
-from ebpo_core.evaluation.local_model import LocalModel, SeededChoice, weights_fingerprint
+from ebpo_core.evaluation.local_model import LocalModel, SeededChoice, complete, weights_fingerprint
 from ebpo_core.evaluation.problems import PromptFormat, load_problems
 from ebpo_core.evaluation.sampling import (
     KEY,
@@ -203,7 +203,10 @@ def test_a_server_draws_what_the_same_model_draws_here(model: str, chat: bool) -
     wanted = requests(6, 2, chat=chat)
     sampling = {"temperature": 0.8, "top_p": 0.9, "top_k": 30}
     with serving(model) as server:
-        assert drawn(served(server, sampling=sampling), wanted) == drawn(local(model, batch_size=1, **sampling), wanted)
+        here = drawn(local(model, batch_size=1, **sampling), wanted)
+        # A server sends no token ids.
+        expected = {name: completion._replace(ids=None) for name, completion in here.items()}
+        assert drawn(served(server, sampling=sampling), wanted) == expected
         assert {tuple(sorted(body)) for body in server.requests} == {
             tuple(sorted([*FIELDS, "messages" if chat else "prompt"]))
         }
@@ -323,3 +326,41 @@ def test_shapes_of_answers(answer: dict[str, Any], text: str, reason: str) -> No
 def test_an_answer_without_a_completion_is_an_error(answer: dict[str, Any]) -> None:
     with pytest.raises(ServerError, match="holds no completion"):
         completion_of(answer)
+
+
+def test_a_loaded_model_draws_what_its_name_draws_and_stays_as_it_was(model: str) -> None:
+    network, tokenizer = load_model(model, dtype="float32")
+    wanted, options = requests(6, 2), SamplingOptions(max_new_tokens=6)
+    config, state = network.generation_config, torch.random.get_rng_state()
+    network.train()
+    loaded = LocalModel(network, options, tokenizer=tokenizer)
+    assert drawn(loaded, wanted) == drawn(local(model), wanted)
+    assert network.training
+    assert network.generation_config is config
+    assert torch.equal(state, torch.random.get_rng_state())
+    with pytest.raises(ValueError, match="a loaded LlamaForCausalLM has no name"):
+        loaded.settings()
+    for arguments, message in (
+        ((model,), "is a name: .* leave it out"),
+        ((network,), "for a model by its name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LocalModel(*arguments, options, tokenizer=tokenizer, dtype="float32")
+    with pytest.raises(ValueError, match="tokenizer is missing"):
+        LocalModel(network, options)
+
+
+def test_completions_of_prompts_are_seeded_counted_and_steered(model: str) -> None:
+    network, tokenizer = load_model(model, dtype="float32")
+    prompts = [problem.prompt for problem in load_problems("countdown", size=3)] * 2
+    done: list[tuple[int, int]] = []
+    options = SamplingOptions(max_new_tokens=6, temperature=2.0)
+    first = complete(network, tokenizer, prompts, options, batch_size=4, on_batch=lambda *count: done.append(count))
+    assert done == [(4, 6), (6, 6)]
+    assert first == complete(network, tokenizer, prompts, options)
+    assert first[:3] != first[3:], "equal prompts are drawn with seeds of their own"
+    seven = [lambda _ids, scores: torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([7]), 0.0)]
+    for temperature in (0.0, 1.0):
+        options = SamplingOptions(max_new_tokens=2, temperature=temperature)
+        found = complete(network, tokenizer, prompts, options, logits_processor=seven)
+        assert [completion.ids for completion in found] == [(7, 7)] * 6

@@ -21,10 +21,10 @@ from matplotlib.image import imread
 from openai_server import serving
 
 from ebpo_core.cli import main
+from ebpo_core.data.rows import write_rows
 from ebpo_core.evaluation.estimators import pass_at_k
 from ebpo_core.evaluation.journal import read_journal
 from ebpo_core.evaluation.report import plot_summaries
-from ebpo_core.evaluation.rows import write_rows
 from ebpo_core.evaluation.summary import summarize
 from ebpo_core.models import load_model
 from ebpo_core.tasks.countdown import is_solution
@@ -228,9 +228,9 @@ def test_a_model_must_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_pictures_of_several_evaluations(tmp_path: Path) -> None:
-    from ebpo_core.evaluation.problems import Problem
+    from ebpo_core.data import Problem
 
-    problems = [Problem(str(n), "p", {}, "t", str(n % 2)) for n in range(4)]
+    problems = [Problem(str(n), "p", topic="t", level=str(n % 2)) for n in range(4)]
     records = [
         {"problem": str(n), "sample": s, "score": float(s < n), "answer": "x", "finish_reason": "stop"}
         for n in range(4)

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from ebpo_core.data import Problem
 from ebpo_core.evaluation.local_model import LocalModel
-from ebpo_core.evaluation.problems import Problem
 from ebpo_core.evaluation.sampling import Request, SamplingOptions
 
 
@@ -60,7 +60,7 @@ class OpenAIServer(ThreadingHTTPServer):
         with self._generating:
             if options not in (loaded := self.__dict__.setdefault("loaded", {})):
                 loaded[options] = LocalModel(self.model, options, dtype="float32", device="cpu")
-            request = Request(Problem("p", prompt, {}), prompt, 0, body["seed"])
+            request = Request(Problem("p", prompt), prompt, 0, body["seed"])
             ((_, done),) = next(loaded[options].generate([request]))
         return done.text, done.finish_reason, done.tokens or 0
 

@@ -19,11 +19,12 @@ pytest.importorskip("datasets")
 def test_every_problem_is_solved_by_its_answer_and_lies_in_its_split(seed: int, topic: str, level: int) -> None:
     for split in ("train", "test"):
         problem = countdown.generate_problem(random.Random(seed), topic, level, split)
-        assert countdown.is_solution(problem.answer, problem.numbers, problem.target, problem.operators)
-        assert 0 <= problem.target <= countdown.LARGEST_TARGET
-        assert all(1 <= number <= countdown.LARGEST_NUMBER for number in problem.numbers)
-        assert problem.level == level
-        assert split_of(problem.key) == split
+        numbers, target = problem["numbers"], problem["target"]
+        assert countdown.is_solution(problem["answer"], numbers, target, problem["operators"])
+        assert 0 <= target <= countdown.LARGEST_TARGET
+        assert all(1 <= number <= countdown.LARGEST_NUMBER for number in numbers)
+        assert problem["level"] == level == len(numbers)
+        assert split_of(countdown.problem_key(topic, numbers, target)) == split
 
 
 def test_dataset_is_reproducible_balanced_and_seeded() -> None:
@@ -40,7 +41,8 @@ def test_dataset_is_reproducible_balanced_and_seeded() -> None:
 
 def test_train_and_test_share_no_problem_in_any_order_of_numbers() -> None:
     def keys(split: str, seed: int) -> set[str]:
-        return {problem.key for problem in countdown.generate(3000, seed, split)}
+        rows = countdown.generate(3000, seed, split)
+        return {countdown.problem_key(row["topic"], row["numbers"], row["target"]) for row in rows}
 
     train = keys("train", 0) | keys("train", 1)
     test = keys("test", 0) | keys("test", 7)

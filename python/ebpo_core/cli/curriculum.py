@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     from ebpo_core.curriculum.difficulty import arrange, check_edges, curriculum_rows, difficulties
     from ebpo_core.curriculum.posterior import JEFFREYS, UNIFORM
     from ebpo_core.curriculum.topics import UNLABELLED
-    from ebpo_core.evaluation.rows import check_writable, write_rows
+    from ebpo_core.data.rows import check_writable, write_rows
 
     given = build_parser().parse_args(argv)
     console = Console()

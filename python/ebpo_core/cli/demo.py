@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ebpo_core.tasks.evaluation import Sample
+    from ebpo_core.evaluation.pass_at_1 import Sample
 
 DEFAULT_DIRECTORY = "runs/demo"
 

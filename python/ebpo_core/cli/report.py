@@ -23,7 +23,7 @@ from ebpo_core.files import write_json
 from ebpo_core.progress import Bar
 
 if TYPE_CHECKING:
-    from ebpo_core.tasks.evaluation import Evaluation, Sample
+    from ebpo_core.evaluation.pass_at_1 import Evaluation, Sample
 
 RESULT_NAME = "result.json"
 

@@ -6,13 +6,15 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ebpo_core.cli.quiet import hide_loading_bars
+from ebpo_core.data import Problem
 from ebpo_core.evaluation.journal import Journal
 from ebpo_core.evaluation.local_model import LocalModel
-from ebpo_core.evaluation.problems import BUILT_IN, Problem, PromptFormat, fingerprint, load_problems
+from ebpo_core.evaluation.problems import PromptFormat, fingerprint, load_problems
 from ebpo_core.evaluation.sampling import KEY, KIND, Backend, SamplingOptions, collect, missing_requests, run_settings
 from ebpo_core.evaluation.scoring import Scorer, load_scorer
 from ebpo_core.evaluation.server import Server, ServerModel
 from ebpo_core.progress import bar
+from ebpo_core.tasks.loading import BUILT_IN
 
 if TYPE_CHECKING:
     import argparse

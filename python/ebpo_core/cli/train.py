@@ -10,9 +10,9 @@ from ebpo_core.checkpoint import read_prior, resolve_resume
 from ebpo_core.cli.arguments import TrainArguments, parse
 from ebpo_core.cli.quiet import hide_loading_bars
 from ebpo_core.cli.report import ProgressCallback, main_console, print_pass_at_1, train_shown, write_result
+from ebpo_core.evaluation import Evaluation, evaluate
 from ebpo_core.models import load_model
 from ebpo_core.progress import bar
-from ebpo_core.tasks.evaluation import Evaluation, evaluate
 from ebpo_core.tasks.loading import Task, load_task
 
 if TYPE_CHECKING:

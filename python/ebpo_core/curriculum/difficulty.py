@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from ebpo_core.curriculum.posterior import UNIFORM, BetaPrior, Posterior, fit_prior, posterior
 from ebpo_core.curriculum.samplers import CurriculumSampler, Order
-from ebpo_core.evaluation.problems import Problem
+from ebpo_core.data import Problem
 from ebpo_core.evaluation.scoring import PASSING
 
 EDGES = (0.2, 0.4, 0.6, 0.8)

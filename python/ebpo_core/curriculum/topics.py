@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
+from ebpo_core.data import Problem
 from ebpo_core.evaluation.journal import Journal
-from ebpo_core.evaluation.problems import Problem
 from ebpo_core.evaluation.sampling import Request
 from ebpo_core.evaluation.server import ServerModel
 from ebpo_core.rewards.text import load_reward

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ebpo_core.data.rows import Row
+
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+
+Prompt = str | list[dict[str, str]]
+"""Text to be continued, or a list of chat messages with role and content."""
 
 
 @dataclass(frozen=True)
@@ -16,20 +21,45 @@ class Problem:
     """A problem as it is trained on or evaluated.
 
     Attributes:
-        id: Unique within its data set: the set's own id where it has one, else "<source>/<row>".
+        id: Unique within its data set: the set's own id where it has one, else "<source>/<row>" or a digest.
         prompt: What the model is asked, with the instruction that says how to state the answer.
-        answer: The reference answer, bare (no solution around it).
+        answer: The reference answer, bare (no solution around it); None where the reward needs none.
         topic: The set's own label (MATH's subject, OlympiadBench's subfield), or None.
         level: The set's own label of difficulty, e.g. "5", or None.
         source: The data set: its hub id, or the file's name.
+        row: Every column of the row with this prompt, for rewards that read more; empty where a published form of
+            another shape was read.
     """
 
     id: str
-    prompt: str
-    answer: str
-    topic: str | None
-    level: str | None
-    source: str
+    prompt: Prompt
+    answer: Any = None
+    topic: str | None = None
+    level: str | None = None
+    source: str = ""
+    row: Row = field(default_factory=dict, repr=False)
+
+    @property
+    def text(self) -> str:
+        """The prompt as one text, without the roles of its messages."""
+        return prompt_text(self.prompt)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text; the contents of a list of messages are joined by newlines."""
+    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content", "")) for message in prompt)
+
+
+def messages(prompt: Prompt, system: str | None = None) -> list[dict[str, str]]:
+    """A text as a conversation of one user message, behind a system message if one is given.
+
+    Raises:
+        ValueError: The prompt is a conversation already.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt={prompt!r}: a conversation already; give text")
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, {"role": "user", "content": prompt}]
 
 
 def with_instruction(question: str, instruction: str | None) -> str:
@@ -56,7 +86,7 @@ def to_rows(
         raise ValueError(f"system={system!r}: a plain prompt has no system message; put it into the prompt")
     return [
         {
-            "prompt": messages(problem, system) if conversational else problem.prompt,
+            "prompt": messages(problem.prompt, system) if conversational else problem.prompt,
             "answer": problem.answer,
             "topic": problem.topic,
             "level": problem.level,
@@ -65,9 +95,3 @@ def to_rows(
         }
         for problem in problems
     ]
-
-
-def messages(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
-    """A problem's prompt as a conversation."""
-    opening = [] if system is None else [{"role": "system", "content": system}]
-    return [*opening, {"role": "user", "content": problem.prompt}]

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ebpo_core.data.formats import FORMATS, detect
 from ebpo_core.data.problem import BOXED, Problem
+from ebpo_core.data.rows import read_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from datasets import Dataset
-
-SUFFIXES = (".jsonl", ".json", ".parquet")
-
-# Configurations for sets that have several, and the form where columns alone would not tell it from others.
-_CONFIGS = {
-    "openai/gsm8k": "main",
-    "open-r1/DAPO-Math-17k-Processed": "all",
-    "Hothan/OlympiadBench": "OE_TO_maths_en_COMP",
-}
-_ARROW_ROWS = 1000
+    from collections.abc import Iterable
 
 
 def read(
@@ -39,12 +27,9 @@ def read(
     """Read a data set in one of the forms of ``FORMATS``.
 
     Args:
-        name_or_path: A ``.jsonl``, ``.json`` (a list of objects) or ``.parquet`` file; a folder written by
-            ``save_to_disk`` or holding such files as a data set's repository does; or a hub id.
+        name_or_path: A file, a folder or a hub id, as :func:`ebpo_core.data.read_rows` takes it.
         format: A key of ``FORMATS``, or "auto" to tell it by the columns.
-        split: Of a folder or a hub id; needed where there are several.
-        config: The hub data set's configuration; known for GSM8K ("main"), OlympiadBench ("OE_TO_maths_en_COMP") and
-            DAPO-Math-17k-Processed ("all").
+        split, config: As for :func:`ebpo_core.data.read_rows`.
         instruction: What is asked after each question; None for the bare question. Forms whose prompts are whole keep
             theirs.
 
@@ -60,11 +45,10 @@ def read(
     """
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format={format!r}: not one of {['auto', *FORMATS]}")
-    rows, source = _rows(name_or_path, split, config)
-    rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
-        raise ValueError(f"{name_or_path}: no rows")
+    path = Path(name_or_path).expanduser()
+    source = path.stem if path.is_file() else path.name if path.is_dir() else str(name_or_path)
+    rows = read_rows(name_or_path, split=split, config=config)
+    first = next(rows)
     form = FORMATS[detect(set(first), first, str(name_or_path)) if format == "auto" else format]
     try:
         problems: Iterable[Problem] = (
@@ -86,9 +70,9 @@ def _distinct(problems: Iterable[Problem], source: str) -> list[Problem]:
     kept: dict[str, Problem] = {}
     conflicting: set[str] = set()
     for problem in problems:
-        first = kept.setdefault(problem.prompt, problem)
+        first = kept.setdefault(problem.text, problem)
         if first.answer != problem.answer:
-            conflicting.add(problem.prompt)
+            conflicting.add(problem.text)
     if conflicting:
         warnings.warn(
             f"{source}: {len(conflicting)} prompts left out, which occur with different answers "
@@ -96,98 +80,3 @@ def _distinct(problems: Iterable[Problem], source: str) -> list[Problem]:
             stacklevel=3,
         )
     return [problem for prompt, problem in kept.items() if prompt not in conflicting]
-
-
-def _rows(name_or_path: str | Path, split: str | None, config: str | None) -> tuple[Iterable[dict[str, Any]], str]:
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        if split is not None or config is not None:
-            raise ValueError(f"{path}: a file has no splits or configurations; leave out split={split!r}, {config=}")
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"{path}: a data file must end in one of {SUFFIXES}")
-        return {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}[path.suffix](path), path.stem
-    if path.is_dir():
-        return _dataset_rows(_folder(path, split, config)), path.name
-    if path.suffix in SUFFIXES or path.is_absolute() or str(name_or_path).count("/") > 1:
-        raise ValueError(f"{path}: no such file or folder")
-    name = str(name_or_path)
-    return _dataset_rows(_hub(name, split, config)), name
-
-
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _object(json.loads(line), f"{path}, line {number}")
-
-
-def _json(path: Path) -> Iterator[dict[str, Any]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, list):
-        raise ValueError(f"{path}: a .json data file holds a list of objects, this one a {type(content).__name__}")
-    for number, row in enumerate(content):
-        yield _object(row, f"{path}, element {number}")
-
-
-def _object(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object, found a {type(row).__name__}")
-    return row
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ImportError(f'{path}: reading Parquet needs pyarrow: pip install "ebpo-core[train]"') from error
-    with ParquetFile(path) as file:
-        # Batch by batch: DAPO's file holds 1.8 million rows of which one in a hundred is kept.
-        for batch in file.iter_batches(batch_size=_ARROW_ROWS):
-            yield from batch.to_pylist()
-
-
-def _folder(path: Path, split: str | None, config: str | None) -> Dataset:
-    load_from_disk, load_dataset = _datasets_library(str(path), "load_from_disk", "load_dataset")
-    saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
-    if saved and config is not None:
-        raise ValueError(f"{path}: config={config!r}: a saved data set has no configurations; leave it out")
-    return _one_split(load_from_disk(str(path)) if saved else load_dataset(str(path), config), str(path), split)
-
-
-def _hub(name: str, split: str | None, config: str | None) -> Dataset:
-    (load_dataset,) = _datasets_library(name, "load_dataset")
-    try:
-        data = load_dataset(name, config or _CONFIGS.get(name))
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"{name}: neither a file nor a folder here, nor a data set that the hub gave us ({error})"
-        ) from error
-    return _one_split(data, name, split)
-
-
-def _one_split(data: Any, name: str, split: str | None) -> Any:
-    if not isinstance(data, dict):
-        if split is not None:
-            raise ValueError(f"{name}: split={split!r}: this data set was saved without splits; leave it out")
-        return data
-    if split is None and len(data) == 1:
-        return next(iter(data.values()))
-    if split not in data:
-        raise ValueError(f"{name}: split={split!r}: name one of {list(data)}")
-    return data[split]
-
-
-def _dataset_rows(data: Dataset) -> Iterator[dict[str, Any]]:
-    # As Arrow tables: cells as they are stored, no image decoded.
-    for table in data.with_format("arrow").iter(batch_size=_ARROW_ROWS):
-        yield from table.to_pylist()
-
-
-def _datasets_library(name: str, *functions: str) -> list[Any]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f'{name}: folders and hub ids need the datasets library: pip install "ebpo-core[train]"'
-        ) from error
-    return [getattr(datasets, function) for function in functions]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebpo_core.data.problem import Problem, messages
-from ebpo_core.files import write_bytes
+from ebpo_core.data.rows import write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,6 @@ def write_verl_parquet(
         raise ValueError("problems: none to write")
     try:
         import pyarrow as pa
-        import pyarrow.parquet as pq
     except ImportError as error:
         raise ImportError(f'{path}: writing Parquet needs pyarrow: pip install "ebpo-core[train]"') from error
     text = pa.string()
@@ -61,7 +60,7 @@ def write_verl_parquet(
     rows = [
         {
             "data_source": problem.source,
-            "prompt": messages(problem, system),
+            "prompt": messages(problem.prompt, system),
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": problem.answer},
             "extra_info": {
@@ -74,8 +73,4 @@ def write_verl_parquet(
         }
         for index, problem in enumerate(problems)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), content)
-    write_bytes(path, content.getvalue().to_pybytes())
-    return path
+    return write_rows(path, rows, schema)

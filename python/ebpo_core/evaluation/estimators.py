@@ -32,6 +32,28 @@ class Interval(NamedTuple):
     high: float | None
 
 
+class Mean(NamedTuple):
+    """A mean and its standard error; NaN for the error of a single value."""
+
+    value: float
+    standard_error: float
+
+
+def mean_and_error(values: Sequence[float]) -> Mean:
+    """The mean of independent values with its standard error.
+
+    Raises:
+        ValueError: No values.
+    """
+    if not values:
+        raise ValueError("values is empty: there is nothing to average")
+    count = len(values)
+    mean = sum(values) / count
+    if count < 2:
+        return Mean(mean, math.nan)
+    return Mean(mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count))
+
+
 def _check(n: int, c: int, k: int) -> None:
     if not 0 <= c <= n:
         raise ValueError(f"c={c}: right samples lie between 0 and n={n}")

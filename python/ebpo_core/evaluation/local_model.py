@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ebpo_core.evaluation.sampling import Batch, Completion, Request, SamplingOptions
+from ebpo_core.data.problem import Problem, Prompt
+from ebpo_core.evaluation.sampling import Batch, Completion, Request, SamplingOptions, sample_seed
 
 if TYPE_CHECKING:
     import torch
@@ -63,36 +64,61 @@ class LocalModel:
     """A causal language model in this process.
 
     Args:
-        name: Any name that ``ebpo_core.models.resolve_model`` takes.
+        model: Any name that ``ebpo_core.models.resolve_model`` takes, or a loaded model of transformers.
         options: How to sample.
+        tokenizer: Of a loaded model; a model by its name brings its own.
         batch_size: Completions drawn at once.
-        device: "auto" takes a CUDA GPU if there is one, else the CPU; or a torch device.
-        dtype: Of the weights: "auto" (the checkpoint's), "float32", "bfloat16"...
+        device: Of a model by its name: "auto" takes a CUDA GPU if there is one, else the CPU; or a torch device.
+        dtype: Of a model by its name: "auto" (the checkpoint's), "float32", "bfloat16"...
+        generation: Further arguments of the model's ``generate``, such as FusionRoute's routing options.
         model_options: Further options of ``from_pretrained``, such as ``attn_implementation``.
 
-    The weights are loaded at the first call of :meth:`generate`, so that a finished file costs nothing.
+    The weights are loaded at the first call of :meth:`generate`, so that a finished file costs nothing. A loaded model
+    stays on its device and is afterwards in training mode if it was.
+
+    Raises:
+        ValueError: ``batch_size`` below 1, or an argument that the model, loaded or not, cannot use.
     """
 
     def __init__(
         self,
-        name: str,
+        model: str | PreTrainedModel,
         options: SamplingOptions,
         *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 64,
         device: str = "auto",
         dtype: str = "auto",
+        generation: Mapping[str, Any] | None = None,
         **model_options: Any,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
-        self.name, self.options, self.batch_size = name, options, batch_size
+        by_name = isinstance(model, str)
+        if by_name != (tokenizer is None):
+            raise ValueError(
+                f"tokenizer is given and model={model!r} is a name: the model's own is loaded with it; leave it out"
+                if by_name
+                else f"tokenizer is missing: the {type(model).__name__} is loaded already, give its tokenizer too"
+            )
+        if not by_name and ((device, dtype) != ("auto", "auto") or model_options):
+            raise ValueError("device, dtype and options of from_pretrained are for a model by its name: load it so")
+        self.options, self.batch_size, self.generation = options, batch_size, dict(generation or {})
         self.device, self.dtype, self.model_options = device, dtype, model_options
-        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self.name = model if isinstance(model, str) else type(model).__name__
+        self._loaded: Any = None if by_name else (model, tokenizer)
+        self._by_name = by_name
 
     def settings(self) -> dict[str, Any]:
-        """The model by the last part of its name and a fingerprint of its weights, and the dtype."""
+        """The model by the last part of its name and a fingerprint of its weights, the dtype and further arguments.
+
+        Raises:
+            ValueError: The model was given loaded: nothing names its weights.
+        """
         from ebpo_core.models import resolve_model
 
+        if not self._by_name:
+            raise ValueError(f"a loaded {self.name} has no name to be written into a file: save it and give its folder")
         source, gguf_file = resolve_model(self.name)
         local = Path(source).is_dir()
         return {
@@ -101,10 +127,11 @@ class LocalModel:
             "weights": weights_fingerprint(Path(source), gguf_file) if local else None,
             "dtype": self.dtype,
             **self.model_options,
+            **self.generation,
         }
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Model and tokenizer, loaded once, the model in evaluation mode on its device."""
+        """Model and tokenizer, loaded once."""
         if self._loaded is None:
             import torch
 
@@ -115,7 +142,8 @@ class LocalModel:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             model, tokenizer = load_model(self.name, dtype=self.dtype, **self.model_options)
             self._loaded = model.to(device).eval(), tokenizer  # type: ignore[arg-type]
-        return self._loaded
+        loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] = self._loaded
+        return loaded
 
     def _generation_config(self) -> Any:
         """A config in which nothing is left for transformers to fill in from the model's own."""
@@ -140,28 +168,39 @@ class LocalModel:
 
     def generate(self, requests: Sequence[Request]) -> Generator[Batch, None, None]:
         """One list of samples a batch, in the order of ``requests``."""
-        import torch
-        from transformers import GenerationConfig
-
         model, tokenizer = self.load()
         config = self._generation_config()
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
             encoded = self._encode(tokenizer, batch).to(model.device)
-            choice = [] if self.options.temperature == 0 else [SeededChoice(self.options, [row.seed for row in batch])]
-            # What `config` leaves unset would come from here: penalties, forced and suppressed tokens.
-            own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
-            try:
-                with torch.inference_mode():
-                    ids = model.generate(  # type: ignore[operator]
-                        input_ids=encoded["input_ids"],
-                        attention_mask=encoded["attention_mask"],
-                        generation_config=config,
-                        logits_processor=choice,
-                    )
-            finally:
-                model.generation_config = own
+            ids = self._tokens(model, encoded, config, [request.seed for request in batch])
             yield self._decode(tokenizer, batch, ids[:, encoded["input_ids"].shape[1] :], config.eos_token_id or [])
+
+    def _tokens(self, model: PreTrainedModel, encoded: Any, config: Any, seeds: Sequence[int]) -> torch.Tensor:
+        """Prompts and answers, ``[rows, columns]`` int64, padded on both sides; the model is left as it was."""
+        import torch
+        from transformers import GenerationConfig
+
+        further = dict(self.generation)
+        processors = list(further.pop("logits_processor", []))
+        if self.options.temperature > 0:
+            processors.append(SeededChoice(self.options, seeds))
+        training = model.training
+        # What `config` leaves unset would come from the model's own: penalties, forced and suppressed tokens.
+        own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+        try:
+            with torch.no_grad():
+                ids: torch.Tensor = model.eval().generate(  # type: ignore[no-untyped-call]
+                    input_ids=encoded["input_ids"],
+                    attention_mask=encoded["attention_mask"],
+                    generation_config=config,
+                    logits_processor=processors,
+                    **further,
+                )
+        finally:
+            model.generation_config = own
+            model.train(training)
+        return ids
 
     def _encode(self, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Request]) -> Any:
         texts: list[Any] = []
@@ -190,11 +229,41 @@ class LocalModel:
         answers: Batch = []
         for request, row in zip(batch, ids.tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in stops), None)
-            kept = row if end is None else row[:end]
-            text = str(tokenizer.decode(kept, skip_special_tokens=True))
-            reason = "length" if end is None else "stop"
-            answers.append((request, Completion(text, reason, len(row) if end is None else end + 1)))
+            text = str(tokenizer.decode(row[:end], skip_special_tokens=True))
+            kept = tuple(row if end is None else row[: end + 1])
+            answers.append((request, Completion(text, "length" if end is None else "stop", len(kept), kept)))
         return answers
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    options: SamplingOptions,
+    *,
+    batch_size: int = 256,
+    on_batch: Callable[[int, int], None] | None = None,
+    **generation: Any,
+) -> list[Completion]:
+    """One answer of a loaded model to each prompt; equal prompts have seeds of their own.
+
+    Args:
+        model, tokenizer, batch_size, generation: As for :class:`LocalModel`.
+        prompts: Texts, or message lists.
+        options: How to sample; temperature 0 is greedy.
+        on_batch: Called with the number of answers so far and that of all prompts, after each batch.
+    """
+    backend = LocalModel(model, options, tokenizer=tokenizer, batch_size=batch_size, generation=generation)
+    requests = [
+        Request(Problem(str(place), prompt), prompt, 0, sample_seed(options.seed, str(place), 0))
+        for place, prompt in enumerate(prompts)
+    ]
+    answers: list[Completion] = []
+    for batch in backend.generate(requests):
+        answers += [completion for _, completion in batch]
+        if on_batch is not None:
+            on_batch(len(answers), len(prompts))
+    return answers
 
 
 def weights_fingerprint(folder: Path, gguf_file: str | None = None) -> str:

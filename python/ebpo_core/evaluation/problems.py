@@ -6,44 +6,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebpo_core.evaluation.rows import SUFFIXES, Row, read_rows
-
-BUILT_IN = ("countdown", "arithmetic")
-
-Prompt = str | list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem.
-
-    Attributes:
-        id: Its name, unique in its set.
-        prompt: Text to be continued, or a list of chat messages.
-        row: Every column of the data set, the prompt's too; rewards get them by name.
-        topic: Its topic, "" where there is none.
-        level: Its level, "" where there is none.
-    """
-
-    id: str
-    prompt: Prompt
-    row: Row = field(repr=False)
-    topic: str = ""
-    level: str = ""
-
-    @property
-    def text(self) -> str:
-        """The prompt as one text, without the roles of its messages."""
-        return prompt_text(self.prompt)
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt as one text; the contents of a list of messages are joined by newlines."""
-    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content", "")) for message in prompt)
+from ebpo_core.data import BOXED, Problem, read, read_rows, to_rows
+from ebpo_core.data.problem import Prompt, messages
+from ebpo_core.data.rows import SUFFIXES, Row
+from ebpo_core.tasks.loading import BUILT_IN
 
 
 def _check_prompt(prompt: Any, number: int) -> Prompt:
@@ -57,7 +27,8 @@ def _check_prompt(prompt: Any, number: int) -> Prompt:
 def from_rows(rows: Iterable[Row]) -> list[Problem]:
     """Problems of rows with a ``prompt`` column; ``id``, ``topic`` and ``level`` are used if they are there.
 
-    A row without ``id`` is named by a digest of its content, a repeated row by that and a number.
+    A row without ``id`` is named by a digest of its content, a repeated row by that and a number. A topic or level
+    that is not there is "".
 
     Raises:
         ValueError: A row without a usable prompt, or two with one ``id``.
@@ -79,7 +50,7 @@ def from_rows(rows: Iterable[Row]) -> list[Problem]:
         if seen[name] > 1:
             name = f"{name}-{seen[name]}"
         topic, level = ("" if row.get(key) is None else str(row[key]) for key in ("topic", "level"))
-        problems.append(Problem(name, prompt, row, topic, level))
+        problems.append(Problem(name, prompt, row.get("answer"), topic, level, str(row.get("source") or ""), row))
     return problems
 
 
@@ -116,58 +87,18 @@ def load_problems(
     if task in BUILT_IN:
         if format is not None:
             raise ValueError(f"format={format!r}: the built-in task {task!r} has none")
-        return from_rows(_built_in(task, 600 if size is None else size, seed, split or "test", topics, levels))
+        chosen: dict[str, Any] = {"topics": topics, "levels": levels}
+        clusters = {name: values for name, values in chosen.items() if values}
+        return from_rows(BUILT_IN[task].generate(600 if size is None else size, seed, split or "test", **clusters))
     if topics or levels:
         raise ValueError(f"task={task!r}: topics and levels choose among the clusters of {', '.join(BUILT_IN)}")
     path = Path(task).expanduser()
     if format is None and path.suffix in SUFFIXES:
-        rows = read_rows(path)
+        rows = list(read_rows(path))
         if "prompt" in rows[0]:
             return from_rows(rows[:size])
-    from ebpo_core.data import BOXED, read
-
     found = read(task, format or "auto", split=split, instruction=BOXED if instruction else None)
-    return from_rows(
-        {
-            "id": problem.id,
-            "prompt": problem.prompt,
-            "answer": problem.answer,
-            "topic": problem.topic,
-            "level": problem.level,
-            "source": problem.source,
-        }
-        for problem in found[:size]
-    )
-
-
-def _built_in(
-    task: str, size: int, seed: int, split: str, topics: Sequence[str] | None, levels: Sequence[int] | None
-) -> list[Row]:
-    """Rows of a built-in task, the columns those of its ``dataset``."""
-    from ebpo_core.tasks import arithmetic, countdown
-
-    chosen: dict[str, Any] = {}
-    if topics:
-        chosen["topics"] = topics
-    if levels:
-        chosen["levels"] = levels
-    if task == "countdown":
-        return [
-            {
-                "prompt": problem.prompt,
-                "answer": problem.answer,
-                "numbers": list(problem.numbers),
-                "target": problem.target,
-                "operators": problem.operators,
-                "topic": problem.topic,
-                "level": problem.level,
-            }
-            for problem in countdown.generate(size, seed, split, **chosen)
-        ]
-    return [
-        {"prompt": problem.prompt, "answer": problem.answer, "topic": problem.topic, "level": problem.level}
-        for problem in arithmetic.generate(size, seed, split, **chosen)
-    ]
+    return from_rows(to_rows(found[:size], conversational=False))
 
 
 @dataclass(frozen=True)
@@ -192,10 +123,7 @@ class PromptFormat:
         if not isinstance(prompt, str):
             return prompt
         text = self.template.replace("{prompt}", prompt)
-        if not self.chat and self.system is None:
-            return text
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, {"role": "user", "content": text}]
+        return messages(text, self.system) if self.chat or self.system is not None else text
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

@@ -13,8 +13,9 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
+from ebpo_core.data import Problem
+from ebpo_core.data.problem import Prompt
 from ebpo_core.evaluation.journal import Journal
-from ebpo_core.evaluation.problems import Problem, Prompt
 from ebpo_core.evaluation.scoring import Scorer
 
 KIND = "samples"
@@ -66,11 +67,19 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What came back: the text, and "stop" or "length" (or a server's own word) for why it ended."""
+    """One answer.
+
+    Attributes:
+        text: Without special tokens.
+        finish_reason: "stop", "length", or a server's own word for why it ended.
+        tokens: How many there are, the end-of-sequence token included; None where a server does not say.
+        ids: The tokens themselves, of a model in this process.
+    """
 
     text: str
-    finish_reason: str
+    finish_reason: str = "stop"
     tokens: int | None = None
+    ids: tuple[int, ...] | None = None
 
 
 Batch = list[tuple[Request, Completion]]

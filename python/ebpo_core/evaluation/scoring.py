@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ebpo_core.evaluation.problems import BUILT_IN, Problem
+from ebpo_core.data import Problem
+from ebpo_core.rewards.extraction import _BOX, _closing_brace, _last
 from ebpo_core.rewards.text import RewardFunction, load_reward
 from ebpo_core.tasks.arithmetic import final_integer
+from ebpo_core.tasks.loading import BUILT_IN
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -65,15 +67,9 @@ def last_integer(text: str) -> str | None:
 
 def boxed(text: str) -> str | None:
     r"""The content of the last ``\boxed{...}``, braces matched, without white space; None without a closed box."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 1, start + len("\\boxed{")
-    for position in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return "".join(text[begin:position].split()) or None
-    return None
+    box = _last("\\boxed", _BOX, text)
+    end = None if box is None else _closing_brace(text, box.end())
+    return None if box is None or end is None else "".join(text[box.end() : end].split()) or None
 
 
 EXTRACTORS: dict[str, Extract] = {"text": whole_text, "integer": last_integer, "boxed": boxed}
@@ -121,7 +117,10 @@ class RewardScorer:
             raise ValueError(f"{self.name} returned {len(scores)} scores for {len(completions)} completions")
         for problem, score in zip(problems, scores, strict=True):
             if score is None or not math.isfinite(score):
-                raise ValueError(f"{self.name} returned {score!r} for problem {problem.id!r}: expected a finite number")
+                raise ValueError(
+                    f"{self.name} returned {score!r} for problem {problem.id!r} ({problem.text[:80]!r}): its reference "
+                    "answer cannot be scored; leave such rows out of the data"
+                )
         return [Scored(float(score), self.extract(text)) for score, text in zip(scores, completions, strict=True)]
 
     def __enter__(self) -> RewardScorer:
@@ -197,11 +196,8 @@ def load_scorer(name: str | None, task: str, extract: str | None = None) -> Scor
             of an answer, the final answer that the verifier read, or the whole text.
     """
     if name is None and task in BUILT_IN:
-        from ebpo_core.tasks import arithmetic, countdown
-
-        reward: RewardFunction = countdown.reward if task == "countdown" else arithmetic.reward
         default = {"countdown": "text", "arithmetic": "integer"}[task]
-        return RewardScorer(reward, load_extractor(extract or default), f"{task} ({extract or default})")
+        return RewardScorer(BUILT_IN[task].reward, load_extractor(extract or default), f"{task} ({extract or default})")
     if name in (None, "math"):
         return MathScorer(load_extractor(extract), f"math ({extract})") if extract else MathScorer()
     default = "integer" if name == "integer" else "text"

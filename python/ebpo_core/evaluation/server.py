@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 from urllib.parse import urlsplit
 
-from ebpo_core.evaluation.problems import Prompt
+from ebpo_core.data.problem import Prompt
 from ebpo_core.evaluation.sampling import Batch, Completion, Request, SamplingOptions
 
 RETRIED = frozenset({408, 409, 425, 429})

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ebpo_core.data import Problem
 from ebpo_core.evaluation.estimators import Array, Interval, bootstrap, majority_at_k, pass_at_k
-from ebpo_core.evaluation.problems import Problem
 from ebpo_core.evaluation.scoring import PASSING
 from ebpo_core.files import write_text
 
@@ -136,9 +136,9 @@ def summarize(
     return Summary(
         samples=samples,
         overall=part(range(len(problems))),
-        topics=split([problem.topic for problem in problems]),
-        levels=split([problem.level for problem in problems]),
-        clusters=split([(problem.topic, problem.level) for problem in problems]),
+        topics=split([problem.topic or "" for problem in problems]),
+        levels=split([problem.level or "" for problem in problems]),
+        clusters=split([(problem.topic or "", problem.level or "") for problem in problems]),
         finish=dict(sorted(Counter(str(record["finish_reason"]) for record in kept).items())),
         without_answer=sum(record["answer"] is None for record in kept),
     )

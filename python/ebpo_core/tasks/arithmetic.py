@@ -7,7 +7,7 @@ model may reason before it answers, but listing candidates wins nothing: one num
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ebpo_core.rewards.text import completion_text
 from ebpo_core.tasks.splits import check_choice, draws, split_of
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from datasets import Dataset
+
+    from ebpo_core.data.rows import Row
 
 TOPICS: dict[str, str] = {"add": "+", "sub": "-", "mul": "*"}
 LEVELS: tuple[int, ...] = (1, 2, 3)
@@ -27,36 +29,23 @@ _NUMERAL = re.compile(r"[\w.,]*\d[\w.,]*")
 _PLAIN = re.compile(r"[0-9]{1,12}|[0-9]{1,3}(?:,[0-9]{3}){1,3}")
 
 
-class Problem(NamedTuple):
-    """One question about two non-negative integers."""
+def solve(topic: str, left: int, right: int) -> int:
+    """The answer to one question about two non-negative integers."""
+    if topic == "add":
+        return left + right
+    return left - right if topic == "sub" else left * right
 
-    topic: str
-    level: int
-    left: int
-    right: int
 
-    @property
-    def answer(self) -> int:
-        if self.topic == "add":
-            return self.left + self.right
-        return self.left - self.right if self.topic == "sub" else self.left * self.right
-
-    @property
-    def prompt(self) -> list[dict[str, str]]:
-        question = f"What is {self.left} {TOPICS[self.topic]} {self.right}? {INSTRUCTION}"
-        return [{"role": "user", "content": question}]
-
-    @property
-    def key(self) -> str:
-        """The problem's identity; the two orders of a sum or a product are one problem."""
-        operands = (self.left, self.right) if self.topic == "sub" else sorted((self.left, self.right))
-        return f"{self.topic} {operands[0]} {operands[1]}"
+def problem_key(topic: str, left: int, right: int) -> str:
+    """A problem's identity; the two orders of a sum or a product are one problem."""
+    operands = (left, right) if topic == "sub" else sorted((left, right))
+    return f"{topic} {operands[0]} {operands[1]}"
 
 
 def generate(
     size: int, seed: int, split: str, *, topics: Sequence[str] = tuple(TOPICS), levels: Sequence[int] = LEVELS
-) -> Iterator[Problem]:
-    """Draw ``size`` problems, the (topic, level) clusters taking turns.
+) -> Iterator[Row]:
+    """Draw ``size`` problems, the (topic, level) clusters taking turns; rows with the columns of :func:`dataset`.
 
     A problem whose answer is one of its operands is never drawn: an answer that repeats the question must not win.
     """
@@ -66,10 +55,16 @@ def generate(
     for rng, topic, level in draws(f"arithmetic {split} {seed}", size, topics, levels):
         while True:
             left, right = (rng.randint(10 ** (level - 1), 10**level - 1) for _ in range(2))
-            problem = Problem(topic, level, left, right)
-            if problem.answer not in (left, right) and split_of(problem.key) == split:
+            answer = solve(topic, left, right)
+            if answer not in (left, right) and split_of(problem_key(topic, left, right)) == split:
                 break
-        yield problem
+        question = f"What is {left} {TOPICS[topic]} {right}? {INSTRUCTION}"
+        yield {
+            "prompt": [{"role": "user", "content": question}],
+            "answer": answer,
+            "topic": topic,
+            "level": level,
+        }
 
 
 def dataset(
@@ -94,15 +89,7 @@ def dataset(
     """
     from datasets import Dataset
 
-    problems = list(generate(size, seed, split, topics=topics, levels=levels))
-    return Dataset.from_dict(
-        {
-            "prompt": [problem.prompt for problem in problems],
-            "answer": [problem.answer for problem in problems],
-            "topic": [problem.topic for problem in problems],
-            "level": [problem.level for problem in problems],
-        }
-    )
+    return Dataset.from_list(list(generate(size, seed, split, topics=topics, levels=levels)))
 
 
 def final_integer(text: str) -> int | None:

@@ -9,7 +9,7 @@ expression that reaches the target counts, not only the one the generator had in
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ebpo_core.rewards.text import completion_text
 from ebpo_core.tasks.expressions import parse_expression
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
+    from ebpo_core.data.rows import Row
+
 TOPICS: dict[str, str] = {"add": "+-", "mul": "+-*"}
 LEVELS: tuple[int, ...] = (2, 3, 4)
 LARGEST_NUMBER = 12
@@ -28,34 +30,17 @@ MAX_COMPLETION_TOKENS = 2 * max(LEVELS)
 """Tokens of the longest answer, its end-of-sequence token included."""
 
 
-class Problem(NamedTuple):
-    """One problem and the solution it was generated from."""
-
-    topic: str
-    numbers: tuple[int, ...]
-    target: int
-    answer: str
-
-    @property
-    def level(self) -> int:
-        return len(self.numbers)
-
-    @property
-    def operators(self) -> str:
-        return TOPICS[self.topic]
-
-    @property
-    def prompt(self) -> str:
-        return f"[{self.operators}] {' '.join(map(str, self.numbers))} = {self.target} :"
-
-    @property
-    def key(self) -> str:
-        """The problem's identity, in whatever order its numbers are given."""
-        return f"{self.topic} {sorted(self.numbers)} {self.target}"
+def problem_key(topic: str, numbers: Sequence[int], target: int) -> str:
+    """A problem's identity, in whatever order its numbers are given."""
+    return f"{topic} {sorted(numbers)} {target}"
 
 
-def generate_problem(rng: random.Random, topic: str, level: int, split: str) -> Problem:
-    """Draw one problem of a split: a random expression whose value lies in 0..99, its numbers shuffled."""
+def generate_problem(rng: random.Random, topic: str, level: int, split: str) -> Row:
+    """Draw one problem of a split: a random expression whose value lies in 0..99, its numbers shuffled.
+
+    Returns:
+        A row with the columns of :func:`dataset`; ``answer`` is the expression that it was made from.
+    """
     operators = TOPICS[topic]
     while True:
         numbers = [rng.randint(1, LARGEST_NUMBER) for _ in range(level)]
@@ -66,14 +51,21 @@ def generate_problem(rng: random.Random, topic: str, level: int, split: str) -> 
         if parsed is None or not 0 <= parsed.value <= LARGEST_TARGET:
             continue
         rng.shuffle(numbers)
-        problem = Problem(topic, tuple(numbers), parsed.value, answer)
-        if split_of(problem.key) == split:
-            return problem
+        if split_of(problem_key(topic, numbers, parsed.value)) == split:
+            return {
+                "prompt": f"[{operators}] {' '.join(map(str, numbers))} = {parsed.value} :",
+                "answer": answer,
+                "numbers": numbers,
+                "target": parsed.value,
+                "operators": operators,
+                "topic": topic,
+                "level": level,
+            }
 
 
 def generate(
     size: int, seed: int, split: str, *, topics: Sequence[str] = tuple(TOPICS), levels: Sequence[int] = LEVELS
-) -> Iterator[Problem]:
+) -> Iterator[Row]:
     """Draw ``size`` problems, the clusters taking turns, so that they are equally frequent.
 
     Problems are drawn independently and can repeat: at level 2 there are only a few hundred.
@@ -108,17 +100,7 @@ def dataset(
     """
     from datasets import Dataset
 
-    problems = list(generate(size, seed, split, topics=topics, levels=levels))
-    columns: dict[str, list[Any]] = {
-        "prompt": [problem.prompt for problem in problems],
-        "answer": [problem.answer for problem in problems],
-        "numbers": [list(problem.numbers) for problem in problems],
-        "target": [problem.target for problem in problems],
-        "operators": [problem.operators for problem in problems],
-        "topic": [problem.topic for problem in problems],
-        "level": [problem.level for problem in problems],
-    }
-    return Dataset.from_dict(columns)
+    return Dataset.from_list(list(generate(size, seed, split, topics=topics, levels=levels)))
 
 
 def is_solution(text: str, numbers: Sequence[int], target: int, operators: str) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ebpo_core.data.rows import load_rows
 from ebpo_core.rewards.text import NAMED_REWARDS, RewardFunction, load_reward
 from ebpo_core.tasks import arithmetic, countdown
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BUILT_IN = {"countdown": countdown, "arithmetic": arithmetic}
-_FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 class Task(NamedTuple):
@@ -41,9 +40,9 @@ def load_task(
     """Load a task by name.
 
     Args:
-        name: "countdown" or "arithmetic"; a JSON Lines, Parquet or CSV file; a directory written by
-            ``Dataset.save_to_disk``; or a hub id. Data sets of one's own need a ``prompt`` column and get their other
-            columns passed to the reward function; ``topic`` and ``level`` are reported on if they are there.
+        name: "countdown" or "arithmetic"; or a file, folder or hub id as :func:`ebpo_core.data.load_rows` takes it.
+            Data sets of one's own need a ``prompt`` column and get their other columns passed to the reward function;
+            ``topic`` and ``level`` are reported on if they are there.
         train_size: Rows to generate (6,000 by default), or to keep of a data set of one's own (all by default).
         test_size: Held-out prompts: of the built-in tasks from their test split, else rows taken out by ``seed``.
         seed: Of the training problems that are generated.
@@ -76,8 +75,7 @@ def load_task(
         )
     if topics or levels:
         raise ValueError(f"task={name!r}: topics and levels choose among the clusters of {sorted(BUILT_IN)}")
-    builtin = f"a built-in task ({', '.join(BUILT_IN)}), nor "
-    data = load_rows("task", name, split, config=config, builtin=builtin)
+    data = load_rows("task", name, split, config=config)
     if "prompt" not in data.column_names:
         raise ValueError(f"task={name!r}: no column named 'prompt' among {data.column_names}; rename one")
     if test_size + 1 > len(data):
@@ -89,41 +87,3 @@ def load_task(
     if train_size is not None:
         data = data.select(range(min(train_size, len(data))))
     return Task(data, test, load_reward(reward))
-
-
-def load_rows(
-    argument: str, name: str, split: str, size: int | None = None, *, config: str | None = None, builtin: str = ""
-) -> Dataset:
-    """Rows from a JSON Lines, JSON, Parquet or CSV file, from what ``Dataset.save_to_disk`` wrote, or from the hub.
-
-    Args:
-        argument: What the user calls ``name``, for the errors.
-        name: The file, folder or hub id.
-        split: Of a hub data set, or of a saved ``DatasetDict``.
-        size: How many of the first rows; all by default.
-        config: The hub data set's configuration.
-        builtin: What else ``name`` could have been, for the errors.
-
-    Raises:
-        ValueError: Nothing of that name, or a file of another kind.
-    """
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix not in _FILES:
-            raise ValueError(f"{argument}={name!r}: a data file must end in one of {sorted(_FILES)}")
-        data = load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        data = load_from_disk(str(path))
-        data = data[split] if isinstance(data, DatasetDict) else data
-    elif not path.exists() and (path.suffix in _FILES or path.is_absolute()):
-        raise ValueError(f"{argument}={name!r}: no such file")
-    else:
-        try:
-            data = load_dataset(name, config, split=split)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise ValueError(
-                f"{argument}={name!r}: neither {builtin}a file, nor a data set that the hub gave us ({error})"
-            ) from error
-    return data if size is None else data.select(range(min(size, len(data))))

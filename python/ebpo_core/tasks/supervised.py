@@ -5,10 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED_LABEL = -100
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask and labels, ``[rows, longest]`` int64 each, padded on the right.
+
+    Answers, which follow their prompts as they are, and the end-of-sequence token are labelled, the rest is -100.
+    """
+    texts = [f"{prompt}{answer}{tokenizer.eos_token}" for prompt, answer in zip(prompts, answers, strict=True)]
+    encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
+    for row, prompt in enumerate(tokenizer(list(prompts))["input_ids"]):
+        labels[row, : len(prompt)] = IGNORED_LABEL
+    return ids, mask, labels
 
 
 def fit(

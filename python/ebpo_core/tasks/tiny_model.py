@@ -6,36 +6,42 @@ Both are saved in an ordinary model directory and loaded with ``from_pretrained`
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ebpo_core.tasks.countdown import LARGEST_TARGET, TOPICS
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
+    from tokenizers.decoders import Decoder
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 LONGEST_SEQUENCE = 64
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: a token for each of 0..99, the operators, "=", ":", and a token for each topic.
+def word_tokenizer(
+    words: Sequence[str], split: PreTokenizer, decoder: Decoder | None = None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token a word, the special tokens before them; it puts a ``<bos>`` in front by itself.
 
-    Text is split at spaces and decoded with spaces, so every prompt and answer of the task survives a round trip. A
-    ``<bos>`` is put in front by the tokenizer itself.
+    Args:
+        words: The vocabulary.
+        split: How text is cut into words.
+        decoder: How words become text; by default with spaces between them.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    topics = [f"[{operators}]" for operators in TOPICS.values()]
-    words = [*SPECIAL_TOKENS.values(), *map(str, range(LARGEST_TARGET + 1)), *"+-*()=:", *topics]
-    vocabulary = {word: index for index, word in enumerate(words)}
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL_TOKENS.values(), *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.pre_tokenizer = split
+    if decoder is not None:
+        tokenizer.decoder = decoder
     bos = SPECIAL_TOKENS["bos_token"]
     tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
@@ -47,17 +53,37 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: a token for each of 0..99, the operators, "=", ":", and a token for each topic.
+
+    Text is split at spaces and decoded with spaces, so every prompt and answer of the task survives a round trip.
+    """
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    topics = [f"[{operators}]" for operators in TOPICS.values()]
+    return word_tokenizer([*map(str, range(LARGEST_TARGET + 1)), *"+-*()=:", *topics], WhitespaceSplit())
+
+
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, layers: int = 5, heads: int = 4, seed: int = 0
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int = 128,
+    layers: int = 5,
+    heads: int = 4,
+    seed: int = 0,
+    **config: Any,
 ) -> LlamaForCausalLM:
-    """A Llama with random float32 weights; the defaults give about one million parameters."""
+    """A Llama with random float32 weights; the defaults give about one million parameters. Torch's generator is kept.
+
+    ``config`` are further fields of ``LlamaConfig``.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
+    fields = {"intermediate_size": 8 * hidden_size // 3, "tie_word_embeddings": True} | config
+    configuration = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=8 * hidden_size // 3,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
@@ -65,12 +91,12 @@ def build_model(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
         dtype="float32",
+        **fields,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(configuration)
 
 
 def save_tiny_model(

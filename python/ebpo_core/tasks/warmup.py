@@ -9,35 +9,23 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ebpo_core.tasks.countdown import Problem, generate
-from ebpo_core.tasks.supervised import fit
+from ebpo_core.tasks.countdown import generate
+from ebpo_core.tasks.supervised import encode, fit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED_LABEL = -100
+    from ebpo_core.data.rows import Row
 
 
 def encode_batch(
-    problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, attention mask and labels, each (problems, longest) int64; only answer and end token are labelled."""
-    import torch
-
-    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
-    whole = tokenizer([f"{problem.prompt} {problem.answer}{tokenizer.eos_token}" for problem in problems])["input_ids"]
-    longest = max(map(len, whole))
-    ids = torch.full((len(whole), longest), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED_LABEL)
-    for row, (prompt, sequence) in enumerate(zip(prompts, whole, strict=True)):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-        labels[row, len(prompt) : len(sequence)] = ids[row, len(prompt) : len(sequence)]
-    return ids, mask, labels
+    """Rows of mini-countdown and their solutions, as :func:`~ebpo_core.tasks.supervised.encode` gives them."""
+    return encode(tokenizer, [row["prompt"] for row in rows], [f" {row['answer']}" for row in rows])
 
 
 def warm_up(

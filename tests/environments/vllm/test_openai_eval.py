@@ -13,8 +13,8 @@ from server import NAME, serving
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ebpo_core.cli import main
+from ebpo_core.data.rows import read_rows, write_rows
 from ebpo_core.evaluation.journal import read_journal
-from ebpo_core.evaluation.rows import read_rows, write_rows
 from ebpo_core.evaluation.sampling import SamplingOptions
 from ebpo_core.evaluation.server import Server, ServerError, ServerModel
 from ebpo_core.tasks.tiny_model import build_tokenizer
@@ -105,7 +105,7 @@ def test_pass_rates_and_labels_from_one_server(url: str, tmp_path: Path) -> None
     output = tmp_path / "out.parquet"
     command = ["curriculum", "--server", url, "--task", str(data), "--scorer=integer", "--output", str(output)]
     assert main([*command, "--rollouts=4", "--max-new-tokens=4", "--label-server", url, "--order=topic"]) == 0
-    found = read_rows(output)
+    found = list(read_rows(output))
     assert len(found) == 6
     assert {row["topic"] for row in found} == {"unlabelled"}
     assert {row["rollouts"] for row in found} == {4}

@@ -16,12 +16,12 @@ from fusionroute_tiny import save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from ebpo_core.data.rows import load_rows
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 from ebpo_core.fusionroute.cli import main
 from ebpo_core.fusionroute.cli.arguments import parse
 from ebpo_core.fusionroute.cli.train import load_model
 from ebpo_core.fusionroute.training import FusionRouteCDPOConfig, FusionRouteSFTConfig
-from ebpo_core.tasks.loading import load_rows
 
 # transformers renamed what TRL 1.16 still sets; see ebpo_core.fusionroute.cli.main for the command itself.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:(transformers|trl)")

@@ -17,14 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ebpo_core.evaluation import Completion, SamplingOptions, complete
 from ebpo_core.fusionroute.baselines import (
-    Response,
     dare,
     likelihood_scores,
     reward_scores,
     select_sequences,
     task_arithmetic,
-    write_responses,
 )
 from ebpo_core.fusionroute.demo.domains import build_tokenizer
 from ebpo_core.rewards.text import exact_match
@@ -42,6 +41,10 @@ def states(seed: int, count: int, dtype: torch.dtype = torch.float32) -> list[St
         {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
         for _ in range(count)
     ]
+
+
+def greedy(tokens: int) -> SamplingOptions:
+    return SamplingOptions(max_new_tokens=tokens, temperature=0.0)
 
 
 def tiny(seed: int, tie: bool = False) -> Any:
@@ -201,7 +204,7 @@ def test_errors_name_what_differs() -> None:
 
 def test_responses_are_the_greedy_ones_of_each_prompt_alone() -> None:
     model = tiny(4).train()
-    responses = write_responses(model, TOKENIZER, PROMPTS, max_new_tokens=9, batch_size=3)
+    responses = complete(model, TOKENIZER, PROMPTS, greedy(9), batch_size=3)
     assert model.training
     model.eval()
     for prompt, response in zip(PROMPTS, responses, strict=True):
@@ -220,16 +223,15 @@ def test_an_answer_ends_with_its_first_end_token() -> None:
         model.lm_head.weight.zero_()
         model.model.norm.weight.zero_()
         model.lm_head.bias = torch.nn.Parameter(torch.eye(len(TOKENIZER))[TOKENIZER.eos_token_id])
-    assert write_responses(model, TOKENIZER, PROMPTS, max_new_tokens=5) == [Response("", (2,))] * 4
+    assert complete(model, TOKENIZER, PROMPTS, greedy(5)) == [Completion("", "stop", 1, (2,))] * 4
 
 
 def test_samples_are_seeded_and_each_is_cut_at_its_own_end() -> None:
     model = tiny(4)
     drawn = []
     for seed in (0, 0, 1):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            drawn.append(write_responses(model, TOKENIZER, PROMPTS * 16, max_new_tokens=40, temperature=3.0))
+        options = SamplingOptions(max_new_tokens=40, temperature=3.0, seed=seed)
+        drawn.append(complete(model, TOKENIZER, PROMPTS * 16, options))
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
     assert len({len(response.ids) for response in drawn[0]}) > 5
@@ -240,11 +242,11 @@ def test_samples_are_seeded_and_each_is_cut_at_its_own_end() -> None:
 
 def test_batches_are_reported_and_options_reach_generate() -> None:
     done: list[tuple[int, int]] = []
-    [first, *_] = write_responses(
+    [first, *_] = complete(
         tiny(4),
         TOKENIZER,
         PROMPTS,
-        max_new_tokens=4,
+        greedy(4),
         batch_size=3,
         on_batch=lambda *counts: done.append(counts),
         logits_processor=[lambda _ids, scores: scores.fill_(0.0).index_fill_(1, torch.tensor([7]), 1.0)],
@@ -256,7 +258,7 @@ def test_batches_are_reported_and_options_reach_generate() -> None:
 @pytest.mark.parametrize("per_token", [False, True])
 def test_likelihoods_are_those_of_each_answer_alone(per_token: bool) -> None:
     model = tiny(5)
-    answers = [Response("", ids) for ids in [(4, 5, 2), (6,), (), (9, 9, 9, 9, 9, 9, 2)]]
+    answers = [Completion("", ids=ids) for ids in [(4, 5, 2), (6,), (), (9, 9, 9, 9, 9, 9, 2)]]
     scored = likelihood_scores(model, TOKENIZER, per_token=per_token, batch_size=3)(PROMPTS, answers)
     for prompt, answer, score in zip(PROMPTS, answers, scored, strict=True):
         ids, total = list(TOKENIZER(prompt)["input_ids"]), 0.0
@@ -270,7 +272,9 @@ def test_likelihoods_are_those_of_each_answer_alone(per_token: bool) -> None:
 @given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 2.5, -math.inf]), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_the_best_answer_is_selected_and_ties_go_to_the_first(table: list[list[float]]) -> None:
     prompts = ["p0", "p1", "p2"]
-    responses = [[Response(f"{expert} {prompt}", (expert,)) for prompt in prompts] for expert in range(len(table))]
+    responses = [
+        [Completion(f"{expert} {prompt}", ids=(expert,)) for prompt in prompts] for expert in range(len(table))
+    ]
     scores = dict(zip(range(len(table)), table, strict=True))
     selected = select_sequences(prompts, responses, lambda _prompts, answers: scores[answers[0].ids[0]])
     for column, selection in enumerate(selected):
@@ -283,7 +287,7 @@ def test_the_best_answer_is_selected_and_ties_go_to_the_first(table: list[list[f
 def test_a_verifier_as_the_reward_finds_every_right_answer() -> None:
     right = ["046", "edcba", "defgh"]
     responses = [
-        [Response(text, ()) for text in texts]
+        [Completion(text, ids=()) for text in texts]
         for texts in (["046", "x", "x"], ["047", "edcba", ""], ["046", "edcb", "ghi"])
     ]
     selected = select_sequences(["a", "b", "c"], responses, reward_scores(exact_match, answer=right))
@@ -296,7 +300,7 @@ def test_a_verifier_as_the_reward_finds_every_right_answer() -> None:
 
 
 def test_selection_needs_one_number_per_answer() -> None:
-    one = [Response("x", ())]
+    one = [Completion("x", ids=())]
     with pytest.raises(ValueError, match="at least one expert"):
         select_sequences(["p"], [], lambda _prompts, _answers: [0.0])
     with pytest.raises(ValueError, match=r"holds \[1, 1\] answers"):

@@ -15,16 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebpo_core.data import Problem
+from ebpo_core.evaluation.estimators import mean_and_error
 from ebpo_core.fusionroute.demo.domains import (
     DOMAINS,
     KINDS,
     LETTERS,
-    LONGEST_SEQUENCE,
     MAX_ANSWER_TOKENS,
     MIXED,
-    Problem,
     Question,
     build_tokenizer,
+    compose,
     corrupted,
     draw_question,
     generate,
@@ -32,15 +33,16 @@ from ebpo_core.fusionroute.demo.domains import (
     sft_rows,
 )
 from ebpo_core.fusionroute.demo.experts import (
-    IGNORED_LABEL,
     Course,
     build_model,
     encode,
     train_base,
     train_expert,
 )
-from ebpo_core.fusionroute.demo.results import difference, mean_share, outcomes, share
+from ebpo_core.fusionroute.demo.results import difference, mean_share, outcomes, percent
 from ebpo_core.fusionroute.demo.rivals import greedy_fit, merges
+from ebpo_core.tasks.supervised import IGNORED_LABEL
+from ebpo_core.tasks.tiny_model import LONGEST_SEQUENCE
 
 TOKENIZER = build_tokenizer()
 
@@ -50,7 +52,12 @@ questions = st.one_of(
     words.map(lambda word: Question("reverse", word)),
     words.map(lambda word: Question("caesar", word)),
 )
-problems = st.lists(questions, min_size=1, max_size=2).map(lambda parts: Problem(tuple(parts)))
+problems = st.lists(questions, min_size=1, max_size=2).map(lambda parts: compose(*parts))
+
+
+def questions_of(problem: Problem) -> list[Question]:
+    names = {domain[0].upper(): domain for domain in DOMAINS}
+    return [Question(names[text[0]], text[1:]) for text in problem.text.removesuffix(":").split(";")]
 
 
 def solve(prompt: str) -> str:
@@ -75,14 +82,14 @@ def test_answers_are_right_and_fit(problem: Problem) -> None:
     ids = TOKENIZER(problem.answer)["input_ids"]
     assert len(ids) <= MAX_ANSWER_TOKENS  # with <bos> in the place of <eos>
     assert len(TOKENIZER(problem.prompt)["input_ids"]) + MAX_ANSWER_TOKENS <= LONGEST_SEQUENCE
-    assert problem.kind in KINDS
+    assert problem.topic in KINDS
 
 
 def test_the_longest_answer_takes_all_the_tokens_there_are() -> None:
-    problem = Problem((Question("reverse", "abcde"), Question("caesar", "abcde")))
+    problem = compose(Question("reverse", "abcde"), Question("caesar", "abcde"))
     assert len(TOKENIZER(problem.answer)["input_ids"]) == MAX_ANSWER_TOKENS
     assert problem.answer == "Rabcde=edcba;Cabcde=defgh"
-    assert problem.kind == MIXED
+    assert problem.topic == MIXED
 
 
 @given(problems)
@@ -103,8 +110,8 @@ def test_batches_are_padded_on_the_left() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_question_is_in_both_splits(seed: int) -> None:
-    held_out = {question.key for problem in generate(3000, seed, "test") for question in problem.questions}
-    trained_on = {question.key for problem in generate(20_000, 17, "train") for question in problem.questions}
+    held_out = {question.key for problem in generate(3000, seed, "test") for question in questions_of(problem)}
+    trained_on = {question.key for problem in generate(20_000, 17, "train") for question in questions_of(problem)}
     assert not held_out & trained_on
     assert len(held_out) > 1500
 
@@ -120,12 +127,12 @@ def test_the_two_orders_of_a_sum_are_in_one_split() -> None:
 
 def test_kinds_take_turns_and_are_what_they_are_called() -> None:
     drawn = list(generate(700, 3, "train"))
-    assert Counter(problem.kind for problem in drawn) == dict.fromkeys(KINDS, 100)
-    assert {problem.kind for problem in generate(50, 3, "train", ("add", "add pair"))} == {"add", "add pair"}
+    assert Counter(problem.topic for problem in drawn) == dict.fromkeys(KINDS, 100)
+    assert {problem.topic for problem in generate(50, 3, "train", ("add", "add pair"))} == {"add", "add pair"}
     for problem in drawn:
-        domains = [question.domain for question in problem.questions]
-        assert len(set(domains)) == (2 if problem.kind == MIXED else 1)
-    orders = {tuple(q.domain for q in problem.questions) for problem in generate(200, 3, "test", (MIXED,))}
+        domains = [question.domain for question in questions_of(problem)]
+        assert len(set(domains)) == (2 if problem.topic == MIXED else 1)
+    orders = {tuple(q.domain for q in questions_of(problem)) for problem in generate(200, 3, "test", (MIXED,))}
     assert len(orders) == 6
 
 
@@ -154,7 +161,7 @@ def test_a_corrupted_answer_differs_in_one_character_of_one_result(problem: Prob
 
 
 def test_every_result_can_be_corrupted() -> None:
-    problem = Problem((Question("add", "12+34"), Question("reverse", "abcde")))
+    problem = compose(Question("add", "12+34"), Question("reverse", "abcde"))
     rng = random.Random(0)
     places = {
         next(i for i, (a, b) in enumerate(zip(problem.answer, corrupted(problem, rng), strict=True)) if a != b)
@@ -236,18 +243,18 @@ def test_an_expert_learns_its_domain_and_merging_chooses_the_better_setting() ->
 
 def test_shares_are_means_within_kinds() -> None:
     drawn = [
-        Problem((Question("reverse", "abcde"),)),
-        Problem((Question("add", "01+02"),)),
-        Problem((Question("reverse", "aaaab"),)),
+        compose(Question("reverse", "abcde")),
+        compose(Question("add", "01+02")),
+        compose(Question("reverse", "aaaab")),
     ]
     found = outcomes(drawn, ["Rabcde=edcba", "A01+02=03", "Raaaab=baaaa "])
     assert found == {"reverse": [1.0, 0.0], "add": [0.0]}
-    assert share([1.0, 0.0, 0.0, 0.0]).value == 0.25
-    assert share([1.0, 0.0, 0.0, 0.0]).standard_error == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+    assert mean_and_error([1.0, 0.0, 0.0, 0.0]).value == 0.25
+    assert mean_and_error([1.0, 0.0, 0.0, 0.0]).standard_error == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
     mean = mean_share({"a": [1.0, 0.0], "b": [1.0, 1.0, 1.0, 1.0]})
     assert mean.value == 0.75
-    assert mean.standard_error == pytest.approx(share([1.0, 0.0]).standard_error / 2)
-    assert share([1.0, 1.0]).percent() == "100.0±0.0"
+    assert mean.standard_error == pytest.approx(mean_and_error([1.0, 0.0]).standard_error / 2)
+    assert percent(mean_and_error([1.0, 1.0])) == "100.0±0.0"
 
 
 def test_differences_are_taken_by_problem() -> None:
@@ -255,4 +262,6 @@ def test_differences_are_taken_by_problem() -> None:
     assert difference(better, worse).value == 0.25
     assert difference(worse, better).value == -0.25
     assert difference(better, better) == (0.0, 0.0)
-    assert difference(better, worse).standard_error == pytest.approx(share([0.0, 1.0, 0.0, 0.0]).standard_error)
+    assert difference(better, worse).standard_error == pytest.approx(
+        mean_and_error([0.0, 1.0, 0.0, 0.0]).standard_error
+    )

@@ -5,15 +5,13 @@ is made for it.
 """
 
 from .merging import dare, task_arithmetic
-from .sequence import Response, Selection, likelihood_scores, reward_scores, select_sequences, write_responses
+from .sequence import Selection, likelihood_scores, reward_scores, select_sequences
 
 __all__ = [
-    "Response",
     "Selection",
     "dare",
     "likelihood_scores",
     "reward_scores",
     "select_sequences",
     "task_arithmetic",
-    "write_responses",
 ]

@@ -13,95 +13,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from ebpo_core.evaluation import Completion
 from ebpo_core.rewards.text import RewardFunction
-
-
-class Response(NamedTuple):
-    """One answer: its text without special tokens, and its token ids, the end-of-sequence token included if it came."""
-
-    text: str
-    ids: tuple[int, ...]
 
 
 class Selection(NamedTuple):
     """The answer picked for one prompt, the index of the expert that wrote it, and the scores of all experts."""
 
-    response: Response
+    response: Completion
     expert: int
     scores: tuple[float, ...]
 
 
-Scores = Callable[[Sequence[str], Sequence[Response]], Sequence[float]]
+Scores = Callable[[Sequence[str], Sequence[Completion]], Sequence[float]]
 """From prompts and as many answers to as many scores, the higher the better."""
 
 
-def write_responses(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    temperature: float | None = None,
-    batch_size: int = 256,
-    on_batch: Callable[[int, int], None] | None = None,
-    **options: Any,
-) -> list[Response]:
-    """Answers by ``model.generate``, in batches with left padding; the model's own generation config is not used.
-
-    Args:
-        model: any causal language model of transformers.
-        tokenizer: has to know a padding and an end-of-sequence token.
-        prompts: plain texts.
-        max_new_tokens: where an answer that does not end is cut.
-        temperature: None for greedy answers, else samples at this temperature, by torch's generator, not truncated.
-        batch_size: prompts at once.
-        on_batch: called with the number of answers so far and that of all prompts, after each batch.
-        options: to ``generate``, such as ``complementary=False`` of a FusionRoute model; no fields of GenerationConfig.
-    """
-    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
-    if temperature is not None:
-        sampling |= {"top_k": 0, "top_p": 1.0}
-    generation = GenerationConfig(  # type: ignore[no-untyped-call]
-        **sampling,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        disable_compile=True,
-    )
-    training = model.training
-    model.eval()
-    responses: list[Response] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = list(prompts[start : start + batch_size])
-        encoded = tokenizer(batch, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-        with torch.no_grad():
-            ids = model.generate(
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
-                generation_config=generation,
-                **options,
-            )
-        for row in ids[:, encoded["input_ids"].shape[1] :].tolist():
-            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-            text = tokenizer.decode(row[:end], skip_special_tokens=True)
-            responses.append(Response(str(text), tuple(row[:end])))
-        if on_batch is not None:
-            on_batch(len(responses), len(prompts))
-    model.train(training)
-    return responses
-
-
 def select_sequences(
-    prompts: Sequence[str], responses: Sequence[Sequence[Response]], scores: Scores
+    prompts: Sequence[str], responses: Sequence[Sequence[Completion]], scores: Scores
 ) -> list[Selection]:
     """The best answer to each prompt; of equal scores the first expert's.
 
     Args:
         prompts: B texts.
-        responses: for each of n experts its B answers, see :func:`write_responses`.
+        responses: for each of n experts its B answers, see :func:`ebpo_core.evaluation.complete`.
         scores: called once for each expert.
 
     Returns:
@@ -140,7 +77,7 @@ def reward_scores(reward: RewardFunction, **columns: Sequence[Any]) -> Scores:
         columns: what it wants beside the texts, one value for each prompt, such as ``answer``.
     """
 
-    def scores(prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+    def scores(prompts: Sequence[str], responses: Sequence[Completion]) -> list[float]:
         return reward(prompts=list(prompts), completions=[response.text for response in responses], **columns)
 
     return scores
@@ -154,17 +91,25 @@ def likelihood_scores(
     Sums favour short answers; ``per_token=True`` divides by the number of tokens. An answer without tokens scores 0.
     """
 
-    def scores(prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+    def scores(prompts: Sequence[str], responses: Sequence[Completion]) -> list[float]:
         encoded = tokenizer(list(prompts))["input_ids"]
         totals: list[float] = []
         for start in range(0, len(prompts), batch_size):
             pairs = list(zip(encoded, responses, strict=True))[start : start + batch_size]
-            sums = _log_likelihoods(model, tokenizer, [(ids, response.ids) for ids, response in pairs])
-            lengths = [max(1, len(response.ids)) if per_token else 1 for _, response in pairs]
+            answers = [_ids(response) for _, response in pairs]
+            prompt_ids = [ids for ids, _ in pairs]
+            sums = _log_likelihoods(model, tokenizer, list(zip(prompt_ids, answers, strict=True)))
+            lengths = [max(1, len(answer)) if per_token else 1 for answer in answers]
             totals += [total / length for total, length in zip(sums.tolist(), lengths, strict=True)]
         return totals
 
     return scores
+
+
+def _ids(response: Completion) -> tuple[int, ...]:
+    if response.ids is None:
+        raise ValueError(f"an answer without token ids ({response.text[:80]!r}): draw it with a model in this process")
+    return response.ids
 
 
 def _log_likelihoods(

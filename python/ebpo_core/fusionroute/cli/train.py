@@ -117,8 +117,8 @@ def build_trainer(arguments: TrainArguments, config: Any, model_config: Any, mod
     """The trainer of the stage, over its data. Making it computes the expert cache, or what is missing of it."""
     from trl import get_peft_config  # type: ignore[attr-defined]
 
+    from ebpo_core.data.rows import load_rows
     from ebpo_core.fusionroute.training import FusionRouteCDPOTrainer, FusionRouteSFTTrainer
-    from ebpo_core.tasks.loading import load_rows
 
     split, size = arguments.dataset_split, arguments.train_size
 

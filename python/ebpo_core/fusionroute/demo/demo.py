@@ -21,14 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ebpo_core.evaluation import Completion, SamplingOptions, complete
 from ebpo_core.files import write_json
-from ebpo_core.fusionroute.baselines import (
-    Response,
-    likelihood_scores,
-    reward_scores,
-    select_sequences,
-    write_responses,
-)
+from ebpo_core.fusionroute.baselines import likelihood_scores, reward_scores, select_sequences
 from ebpo_core.fusionroute.traces import trace
 from ebpo_core.fusionroute.traces.page import write_page
 from ebpo_core.fusionroute.traces.show import print_traces
@@ -39,7 +34,6 @@ from .domains import (
     DOMAINS,
     MAX_ANSWER_TOKENS,
     MIXED,
-    Problem,
     build_tokenizer,
     generate,
     preference_rows,
@@ -56,11 +50,14 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ebpo_core.data import Problem
+
 DEFAULT_DIRECTORY = "runs/fusionroute"
 RESULT_NAME = "result.json"
 KINDS = (*DOMAINS, MIXED)
 FULL = "FusionRoute"
 SHOWN_PER_KIND = 3
+GREEDY = SamplingOptions(max_new_tokens=MAX_ANSWER_TOKENS, temperature=0.0)
 
 
 class Demo:
@@ -82,16 +79,14 @@ class Demo:
         """Training problems of all kinds that are tested."""
         return list(generate(size, self.stream(number), "train", KINDS))
 
-    def answers(self, name: str, model: Any, **options: Any) -> list[Response]:
+    def answers(self, name: str, model: Any, **options: Any) -> list[Completion]:
         """A system's greedy answers to the held-out problems, which are also scored."""
-        prompts = [problem.prompt for problem in self.test]
-        responses = write_responses(
-            model, self.tokenizer, prompts, max_new_tokens=MAX_ANSWER_TOKENS, batch_size=400, **options
-        )
+        prompts = [problem.text for problem in self.test]
+        responses = complete(model, self.tokenizer, prompts, GREEDY, batch_size=400, **options)
         self.record(name, responses)
         return responses
 
-    def record(self, name: str, responses: Sequence[Response]) -> None:
+    def record(self, name: str, responses: Sequence[Completion]) -> None:
         found = outcomes(self.test, [response.text for response in responses])
         self.systems[name] = found
         shown = "  ".join(f"{kind} {sum(values) / len(values):.3f}" for kind, values in found.items())
@@ -155,18 +150,15 @@ class Demo:
             self.answers("fine-tuned, SFT", policy)
         half = settings.mix.steps * settings.mix.batch_size // 2
         problems = self.problems(half, 6)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.stream(6))
-            with step_bar(self.console, f"{name}: answers for pairs", half) as on_step:
-                answers = write_responses(
-                    policy,
-                    self.tokenizer,
-                    [problem.prompt for problem in problems],
-                    max_new_tokens=MAX_ANSWER_TOKENS,
-                    temperature=1.0,
-                    batch_size=400,
-                    on_batch=lambda done, _total: on_step(done, math.nan),
-                )
+        with step_bar(self.console, f"{name}: answers for pairs", half) as on_step:
+            answers = complete(
+                policy,
+                self.tokenizer,
+                [problem.prompt for problem in problems],
+                SamplingOptions(max_new_tokens=MAX_ANSWER_TOKENS, seed=self.stream(6)),
+                batch_size=400,
+                on_batch=lambda done, _total: on_step(done, math.nan),
+            )
         texts = [answer.text for answer in answers]
         mistakes = sum(text != problem.answer for text, problem in zip(texts, problems, strict=True))
         log += train_mix(
@@ -199,7 +191,7 @@ class Demo:
         for name, merge in merges(self.base, experts, self.tokenizer, tuning, seed=self.seed).items():
             self.notes[name] = merge.setting
             self.answers(name, merge.model)
-        prompts = [problem.prompt for problem in self.test]
+        prompts = [problem.text for problem in self.test]
         right = [problem.answer for problem in self.test]
         judges = {
             "sequence selection": likelihood_scores(fine_tuned, self.tokenizer),
@@ -228,7 +220,7 @@ class Demo:
         ]
         trace.dump(self.output / "answers.json", traces)
         write_page(self.output / "answers.html", traces, title="FusionRoute demo: which expert wrote which character")
-        mixed = next(index for index, problem in enumerate(shown) if problem.kind == MIXED)
+        mixed = next(index for index, problem in enumerate(shown) if problem.topic == MIXED)
         self.console.print()
         self.console.print("One mixed answer, by the expert selected for each character:", style="bold")
         print_traces(traces[mixed], self.console)

@@ -17,9 +17,12 @@ strict: one text a problem is right.
 from __future__ import annotations
 
 import random
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from ebpo_core.data import Problem
 from ebpo_core.tasks.splits import check_choice, split_of
+from ebpo_core.tasks.tiny_model import word_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,7 +33,6 @@ LETTERS = "abcdefghij"
 DIGITS = "0123456789"
 WORD_LENGTH = 5
 CAESAR_SHIFT = 3
-SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 DOMAINS: tuple[str, ...] = ("add", "reverse", "caesar")
 PAIRS: tuple[str, ...] = tuple(f"{domain} pair" for domain in DOMAINS)
@@ -39,7 +41,6 @@ KINDS: tuple[str, ...] = (*DOMAINS, *PAIRS, MIXED)
 
 MAX_ANSWER_TOKENS = 2 * (2 * WORD_LENGTH + 2) + 2
 """Tokens of the longest answer: twice ``Rabcde=edcba``, the ";" between them and the end-of-sequence token."""
-LONGEST_SEQUENCE = 64
 
 
 class Question(NamedTuple):
@@ -67,26 +68,13 @@ class Question(NamedTuple):
         return f"A{'+'.join(sorted(self.argument.split('+')))}" if self.domain == "add" else self.text
 
 
-class Problem(NamedTuple):
-    """One or two questions to be answered in order."""
-
-    questions: tuple[Question, ...]
-
-    @property
-    def kind(self) -> str:
-        """One of :data:`KINDS`."""
-        domains = {question.domain for question in self.questions}
-        if len(domains) > 1:
-            return MIXED
-        return self.questions[0].domain + (" pair" if len(self.questions) > 1 else "")
-
-    @property
-    def prompt(self) -> str:
-        return ";".join(question.text for question in self.questions) + ":"
-
-    @property
-    def answer(self) -> str:
-        return ";".join(f"{question.text}={question.result}" for question in self.questions)
+def compose(*questions: Question) -> Problem:
+    """The problem of one or two questions to be answered in order; its topic is one of :data:`KINDS`."""
+    domains = {question.domain for question in questions}
+    kind = MIXED if len(domains) > 1 else questions[0].domain + (" pair" if len(questions) > 1 else "")
+    prompt = ";".join(question.text for question in questions) + ":"
+    answer = ";".join(f"{question.text}={question.result}" for question in questions)
+    return Problem(prompt, prompt, answer, topic=kind)
 
 
 def draw_question(rng: random.Random, domain: str, split: str) -> Question:
@@ -116,26 +104,23 @@ def generate(size: int, seed: int, split: str, kinds: Sequence[str] = KINDS) -> 
     for index in range(size):
         kind = kinds[index % len(kinds)]
         domains = rng.sample(DOMAINS, 2) if kind == MIXED else [kind.removesuffix(" pair")] * (1 + (kind in PAIRS))
-        yield Problem(tuple(draw_question(rng, domain, split) for domain in domains))
+        yield compose(*(draw_question(rng, domain, split) for domain in domains))
 
 
 def corrupted(problem: Problem, rng: random.Random) -> str:
     """A plausible wrong answer: one character of one result replaced by another digit or letter."""
-    places: list[int] = []
-    start = 0
-    for question in problem.questions:
-        start += len(question.text) + 1
-        places += range(start, start + len(question.result))
-        start += len(question.result) + 1
-    place = rng.choice(places)
-    right = problem.answer[place]
+    answer: str = problem.answer
+    # Results are what follows each "=", up to the next question.
+    results = re.finditer(r"(?<==)[^;]+", answer)
+    place = rng.choice([place for result in results for place in range(*result.span())])
+    right = answer[place]
     wrong = rng.choice([other for other in (DIGITS if right in DIGITS else LETTERS) if other != right])
-    return problem.answer[:place] + wrong + problem.answer[place + 1 :]
+    return answer[:place] + wrong + answer[place + 1 :]
 
 
 def sft_rows(problems: Sequence[Problem]) -> list[dict[str, str]]:
     """Rows with the columns ``prompt`` and ``completion``."""
-    return [{"prompt": problem.prompt, "completion": problem.answer} for problem in problems]
+    return [{"prompt": problem.text, "completion": problem.answer} for problem in problems]
 
 
 def preference_rows(problems: Sequence[Problem], answers: Sequence[str], seed: int) -> list[dict[str, str]]:
@@ -147,7 +132,7 @@ def preference_rows(problems: Sequence[Problem], answers: Sequence[str], seed: i
     rng = random.Random(f"fusionroute demo corrupted {seed}")  # noqa: S311
     return [
         {
-            "prompt": problem.prompt,
+            "prompt": problem.text,
             "chosen": problem.answer,
             "rejected": answer if answer != problem.answer else corrupted(problem, rng),
         }
@@ -157,25 +142,9 @@ def preference_rows(problems: Sequence[Problem], answers: Sequence[str], seed: i
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of one token per character; it puts a ``<bos>`` in front and decodes without spaces."""
-    from tokenizers import Regex, Tokenizer
+    from tokenizers import Regex
     from tokenizers.decoders import Fuse
-    from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
 
     marks = [domain[0].upper() for domain in DOMAINS]
-    tokens = [*SPECIAL_TOKENS.values(), *DIGITS, *LETTERS, *marks, *"+;:="]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
-    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
-    tokenizer.decoder = Fuse()
-    bos = SPECIAL_TOKENS["bos_token"]
-    tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
-        model_max_length=LONGEST_SEQUENCE,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        **SPECIAL_TOKENS,
-    )
+    return word_tokenizer([*DIGITS, *LETTERS, *marks, *"+;:="], Split(Regex("."), "isolated"), Fuse())

@@ -3,54 +3,42 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from ebpo_core.evaluation.estimators import Mean, mean_and_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rich.table import Table
 
-    from .domains import Problem
+    from ebpo_core.data import Problem
 
 Outcomes = dict[str, list[float]]
 """For each kind of problem, 1.0 where the answer was right and 0.0 where not, in the order of the problems."""
 
 
-class Share(NamedTuple):
-    """A mean of outcomes, or of differences between two systems' outcomes, and its standard error."""
-
-    value: float
-    standard_error: float
-
-    def percent(self) -> str:
-        return f"{100 * self.value:.1f}±{100 * self.standard_error:.1f}"
+def percent(mean: Mean) -> str:
+    """A share and its standard error, in percent."""
+    return f"{100 * mean.value:.1f}±{100 * mean.standard_error:.1f}"
 
 
 def outcomes(problems: Sequence[Problem], answers: Sequence[str]) -> Outcomes:
     """Compare answers with the only right ones."""
     found: Outcomes = {}
     for problem, answer in zip(problems, answers, strict=True):
-        found.setdefault(problem.kind, []).append(float(answer == problem.answer))
+        found.setdefault(problem.topic or "", []).append(float(answer == problem.answer))
     return found
 
 
-def share(values: Sequence[float]) -> Share:
-    """Mean and standard error of independent values; the error of a single value is NaN."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return Share(mean, math.nan)
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Share(mean, math.sqrt(variance / len(values)))
-
-
-def mean_share(found: Mapping[str, Sequence[float]]) -> Share:
+def mean_share(found: Mapping[str, Sequence[float]]) -> Mean:
     """The mean over kinds, each counting the same; the standard error is that of problems drawn within kinds."""
-    shares = [share(values) for values in found.values()]
+    shares = [mean_and_error(values) for values in found.values()]
     error = math.sqrt(sum(part.standard_error**2 for part in shares))
-    return Share(sum(part.value for part in shares) / len(shares), error / len(shares))
+    return Mean(sum(part.value for part in shares) / len(shares), error / len(shares))
 
 
-def difference(left: Outcomes, right: Outcomes) -> Share:
+def difference(left: Outcomes, right: Outcomes) -> Mean:
     """The mean over kinds of ``left - right``; both answered the same problems, so differences are taken by problem."""
     return mean_share(
         {kind: [a - b for a, b in zip(values, right[kind], strict=True)] for kind, values in left.items()}
@@ -59,7 +47,7 @@ def difference(left: Outcomes, right: Outcomes) -> Share:
 
 def as_json(found: Outcomes) -> dict[str, Any]:
     """Accuracies and standard errors, by kind and in the mean, as JSON-safe values."""
-    shares = {kind: share(values) for kind, values in found.items()} | {"mean": mean_share(found)}
+    shares = {kind: mean_and_error(values) for kind, values in found.items()} | {"mean": mean_share(found)}
     return {
         kind: {"accuracy": part.value, "standard_error": part.standard_error if math.isfinite(part[1]) else None}
         for kind, part in shares.items()
@@ -76,6 +64,6 @@ def results_table(systems: Mapping[str, Outcomes], *, bold: str) -> Table:
         table.add_column(kind, justify="right", no_wrap=True)
     table.add_column("mean", justify="right", no_wrap=True)
     for name, found in systems.items():
-        cells = [share(values).percent() for values in found.values()]
-        table.add_row(name, *cells, mean_share(found).percent(), style="bold" if name == bold else None)
+        cells = [percent(mean_and_error(values)) for values in found.values()]
+        table.add_row(name, *cells, percent(mean_share(found)), style="bold" if name == bold else None)
     return table

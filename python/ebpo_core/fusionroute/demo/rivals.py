@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ebpo_core.fusionroute.baselines import dare, task_arithmetic
+from ebpo_core.tasks.supervised import IGNORED_LABEL
 
-from .experts import IGNORED_LABEL, encode
+from .experts import encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-    from .domains import Problem
+    from ebpo_core.data import Problem
 
 WEIGHTS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 DROPS = (0.2, 0.5, 0.9)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from ebpo_core.cli.report import ProgressCallback
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 from ebpo_core.fusionroute.training import (
     FusionRouteCDPOConfig,
@@ -19,6 +18,7 @@ from ebpo_core.fusionroute.training import (
     FusionRouteSFTConfig,
     FusionRouteSFTTrainer,
 )
+from ebpo_core.progress import Bar, bar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,11 +32,11 @@ _KEPT = ("loss", "routing/accuracy", "routing/informative", "cdpo/bias", "cdpo/a
 _SHOWN = {"loss": "loss", "routing/accuracy": "routing", "cdpo/accuracy": "preferred"}
 
 
-class _Progress(ProgressCallback):
+class _Progress(TrainerCallback):
     """A bar with the trainer's numbers beside it; ``history`` keeps them."""
 
-    def __init__(self, console: Console, name: str, routes: bool) -> None:
-        super().__init__(console, name)
+    def __init__(self, bar: Bar, routes: bool) -> None:
+        self.bar, self.note = bar, ""
         self.shown = {key: label for key, label in _SHOWN.items() if routes or key != "routing/accuracy"}
         self.history: list[dict[str, float]] = []
 
@@ -48,8 +48,7 @@ class _Progress(ProgressCallback):
         self.note = "  ".join(f"{label} {values[key]:.3f}" for key, label in self.shown.items() if key in values)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        if self.bar is not None:
-            self.bar.update(state.global_step, self.note)
+        self.bar.update(state.global_step, self.note)
 
 
 def new_router(
@@ -92,7 +91,8 @@ def train_sft(
         console, name: where the progress is shown, and as what.
     """
     args = FusionRouteSFTConfig(**_arguments(model, course, folder, seed))
-    return _train(FusionRouteSFTTrainer(model, args, list(rows), processing_class=tokenizer), console, name)
+    trainer = FusionRouteSFTTrainer(model, args, list(rows), processing_class=tokenizer)
+    return _train(trainer, course.steps, console, name)
 
 
 def train_mix(
@@ -113,7 +113,7 @@ def train_mix(
     """
     args = FusionRouteCDPOConfig(**_arguments(model, course, folder, seed))
     trainer = FusionRouteCDPOTrainer(model, args, list(pairs), sft_dataset=list(rows), processing_class=tokenizer)
-    return _train(trainer, console, name)
+    return _train(trainer, course.steps, console, name)
 
 
 def _arguments(model: FusionRouteForCausalLM, course: Course, folder: Path, seed: int) -> dict[str, Any]:
@@ -137,13 +137,11 @@ def _arguments(model: FusionRouteForCausalLM, course: Course, folder: Path, seed
     }
 
 
-def _train(trainer: Any, console: Console, name: str) -> list[dict[str, float]]:
+def _train(trainer: Any, steps: int, console: Console, name: str) -> list[dict[str, float]]:
     trainer.remove_callback(PrinterCallback)
-    progress = _Progress(console, name, routes=bool(trainer.fusion.config.alpha))
-    trainer.add_callback(progress)
-    try:
+    with bar(console, name, steps) as shown:
+        progress = _Progress(shown, routes=bool(trainer.fusion.config.alpha))
+        trainer.add_callback(progress)
         trainer.train()
-    finally:
-        progress.close()
     trainer.model.eval()
     return progress.history
