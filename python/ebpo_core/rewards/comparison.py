@@ -48,10 +48,14 @@ def equal(reference: str, answer: str, preset: Preset) -> bool:
 
 def _same(left: Node, right: Node, preset: Preset) -> bool:
     if left.name and right.name and not _same_name(left.name, right.name, preset):
-        return False
+        if left.kind != "value" or right.kind != "value":
+            return False
+        from ebpo_core.rewards.regions import same_equations
+
+        return same_equations(left, right)  # y=x and x=y
     kinds = {left.kind, right.kind}
     for node in (left, right):
-        if node.kind == "value" and not all(
+        if node.kind == "value" and preset.chains and not all(
             _same(member, node._replace(name="", members=()), preset) for member in node.members
         ):
             return False  # an equation that does not hold
@@ -145,8 +149,9 @@ def _ratios(left: Node, right: Node, preset: Preset) -> bool:
         return False
     if left.unit and right.unit and left.unit != right.unit:
         return False
-    if _is_clock(left) or _is_clock(right):
-        return _in_order(_bare(left), _bare(right), preset)
+    if _is_clock(left, shape=True) or _is_clock(right, shape=True):
+        alike = _is_clock(left, shape=True) == _is_clock(right, shape=True)
+        return alike and _in_order(_bare(left), _bare(right), preset)
     one, other = left.members, right.members
     return all(
         _formulas(rf"({a.text}) \cdot ({d.text})", rf"({b.text}) \cdot ({c.text})", preset)
@@ -158,16 +163,21 @@ def _bare(node: Node) -> Node:
     return node._replace(members=tuple(member._replace(unit="") for member in node.members))
 
 
-def _is_clock(node: Node) -> bool:
-    """Whether hours and minutes are meant, not a ratio: ``1:05``, ``12:30 pm``, ``12:30`` (a ratio would be 2:5)."""
-    parts = node.text.removesuffix(node.unit).strip().split(":")
+def _is_clock(node: Node, *, shape: bool = False) -> bool:
+    """Whether hours and minutes are meant, not a ratio: ``1:05``, ``12:30 pm``, ``12:30`` (a ratio would be 2:5).
+
+    With ``shape``: whether they may be meant.
+    """
+    parts = re.findall("[0-9]+", node.text)
     numbers = [member.number for member in node.members]
-    if any(number is None or number.denominator != 1 for number in numbers) or len(parts[1].strip()) != 2:
+    if any(number is None or number.denominator != 1 for number in numbers) or len(parts) != len(numbers):
+        return False
+    if any(len(part) != 2 for part in parts[1:]):
         return False
     hours, minutes = (int(number) for number in numbers[:2] if number is not None)
     if not (0 <= hours <= 24 and 0 <= minutes < 60):
         return False
-    return bool(node.unit) or parts[1].strip()[0] == "0" or math.gcd(hours, minutes) > 1 or len(parts) == 3
+    return shape or bool(node.unit) or parts[1][0] == "0" or math.gcd(hours, minutes) > 1 or len(parts) == 3
 
 
 def _ratio_and_value(left: Node, right: Node, preset: Preset) -> bool:

@@ -17,7 +17,7 @@ class Preset:
         reference_precision: Whether an answer is right that rounds to a decimal reference at the reference's digits.
         percent: Whether a percent sign may be missing on one side.
         tuples: Whether a list in the same order is right for a tuple, and the other way round.
-        names: Whether ``x+z=1`` may be answered by 1; else what stands before "=" must be a name.
+        chains: Whether every step of ``x=5+6=11`` has to hold, not only the last side to be right.
         case: Whether letters of another case are other variables.
     """
 
@@ -27,7 +27,7 @@ class Preset:
     reference_precision: bool
     percent: bool
     tuples: bool
-    names: bool
+    chains: bool
     case: bool
 
     @property
@@ -37,9 +37,9 @@ class Preset:
 
 
 STRICT = Preset(
-    "strict", digits=7, rational=False, reference_precision=False, percent=False, tuples=False, names=False, case=True
+    "strict", digits=7, rational=False, reference_precision=False, percent=False, tuples=False, chains=True, case=True
 )
 LENIENT = Preset(
-    "lenient", digits=6, rational=True, reference_precision=True, percent=True, tuples=True, names=False, case=False
+    "lenient", digits=4, rational=True, reference_precision=True, percent=True, tuples=True, chains=False, case=False
 )
 PRESETS = {preset.name: preset for preset in (STRICT, LENIENT)}

@@ -25,9 +25,10 @@ _PERCENT = {r"\%", r"\text{percent}", r"\text{percentage}", r"\text{pct}", r"\te
 _DEGREE = ("^", "{", r"\circ", "}")
 _ANGLES = {rf"\{name}" for name in "sin cos tan cot sec csc".split()}
 _OPERATORS = {"+", "-", "/", "^", "_", "=", "<", ">", r"\cdot", r"\times", r"\div", r"\pm", r"\mp", ":"}
+_SHORT_WORDS = {"and", "or", "yes", "no", "odd"}
 _MAX_MEMBERS = 64
 # What a final answer is wrapped in: "The final answer is 42. I hope it is correct."
-_BEFORE = re.compile(r"\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*:?(?=[\s$\\])\s*", re.IGNORECASE)
+_BEFORE = re.compile(r"\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*:?(?=[\s$\\])(?!\s*(?:\$|\\\()\s*\n)\s*", re.IGNORECASE)
 _AFTER = re.compile(r"\.?\s*I hope it is correct\.?\s*$", re.IGNORECASE)
 _SPACED = re.compile(r"[-+]?[1-9][0-9]{0,2}(?: [0-9]{3})+")
 
@@ -97,7 +98,7 @@ def _worded(tokens: Tokens) -> Tokens:
         run = "".join(tokens[place:end])
         after_script = bool(out) and out[-1] in ("^", "_")
         foreign = not run.isascii()
-        if run and not after_script and (run in ("and", "or") or len(run) >= 4 or (foreign and len(run) >= 1)):
+        if run and not after_script and (run.lower() in _SHORT_WORDS or len(run) >= 4 or (foreign and len(run) >= 1)):
             out.append(r"\text{" + run + "}")
         elif run:
             out += tokens[place:end]

@@ -44,12 +44,24 @@ def same_regions(left: Node, right: Node, preset: Preset) -> bool:
     return _same_sets(sets[0], sets[1], preset)
 
 
+def same_equations(left: Node, right: Node) -> bool:
+    """Two formulas with different names before "=", as equations."""
+    one, other = _equation(left), _equation(right)
+    return _same_relations(one, other) if one is not None and other is not None else False
+
+
+def _equation(node: Node) -> Node | None:
+    if node.members or node.unit:
+        return None
+    name = node._replace(text=node.name, name="", number=None)
+    return Node("relation", f"{node.name} = {node.text}", members=(name, node._replace(name="")), marks=("=",))
+
+
 def _as_equation(node: Node, other: Node) -> Node:
     """``y=2x`` as an equation, beside one."""
-    if node.kind != "value" or not node.name or node.members or other.marks != ("=",):
+    if node.kind != "value" or not node.name or other.kind != "relation" or other.marks != ("=",):
         return node
-    name = node._replace(text=node.name, name="", number=None, unit="")
-    return Node("relation", f"{node.name} = {node.text}", members=(name, node._replace(name="")), marks=("=",))
+    return _equation(node) or node
 
 
 def _constant(node: Node, preset: Preset) -> Any:

@@ -250,7 +250,13 @@ def _text(command: str, content: Tokens) -> Tokens:
         return inner
     if bare in ("e", "i", "d", "T") or any(token.startswith("\\") and token[1:].isalpha() for token in inner):
         return inner
-    return (r"\text{" + bare.replace("{", "").replace("}", "") + "}",)
+    bare = bare.replace("{", "").replace("}", "")
+    if not any(character.isdigit() for character in bare):
+        return (r"\text{" + bare + "}",)
+    out: list[str] = []
+    for part in re.findall(r"[0-9]+|[^0-9]+", bare):  # such as \text{42 apples}
+        out += (r"\text{" + part.strip() + "}",) if any(map(str.isalpha, part)) else _TOKEN.findall(part)
+    return tuple(out)
 
 
 def _skip_spaces(tokens: Tokens, place: int) -> int:

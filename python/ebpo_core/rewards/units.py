@@ -19,7 +19,7 @@ Hz hertz | Pa pascal | kPa | mol mole | ohm | C coulomb | eV | cal calorie | kca
 mph | kmh kmph kph | bps | dollar buck USD usd | cent | euro EUR | yuan RMB | rupee Rs | yen | ruble rouble | pence | penny pennies
 unit | people person persons | men man | women woman | child children | box boxes | student | way | mouse mice | half-life
 inning | piece | point | time-unit | number | digit | term | side | vertex vertices | edge | face | root | solution
-am a.m. | pm p.m. | acre | hectare ha | au | ly
+am a.m. AM A.M. | pm p.m. PM P.M. | acre | hectare ha | au | ly
 """
 _NAMES = {
     name: names.split()[0] for line in _TABLE.strip().splitlines() for names in line.split("|") for name in names.split()
@@ -30,7 +30,7 @@ _MEASURES = {_NAMES[name] for name in _NAMES} - set(
 )
 _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 # What stands beside a unit and changes nothing.
-_FILLERS = {"of", "the", "a", "an", "total", "in", "long", "old", "tall", "wide", "different", "distinct", "possible"}
+_FILLERS = {"of", "the", "a", "an", "total", "long", "old", "tall", "wide", "different", "distinct", "possible"}
 _VALUE = re.compile(
     r"(?:hundred|thousand|[mbtrqz]\w*ill?i?(?:on|ard)|lakh|crore|mil|mille|tausend|dozen|score|gross|pair|couple|trio|"
     r"hal[fv]e?|quarter|third|\w+(?:teen|ty)|\w+(?:[^nm]|on)th|tenth|seventh|ninth|hundredth|thousandth|millionth|"
@@ -77,7 +77,7 @@ def unit(text: str) -> str | None:
                 names[-1] += f"^{_POWERS[word]}"
             else:
                 power = _POWERS[word.lower().strip(".")]
-        elif word.lower() in _FILLERS:
+        elif word.lower() in _FILLERS or (word == "in" and names):
             continue
         elif stem is not None:
             names.append(("/" if divided else "") + stem + (f"^{power}" if power else ""))

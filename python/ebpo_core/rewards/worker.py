@@ -20,7 +20,7 @@ _GRACE_SECONDS = 5
 
 
 def judge(job: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one job: whether its "answer" is its "reference" under its "preset".
+    """The reply to one job: whether its "answer" is its "reference" under its "preset" ("strict" by default).
 
     A job without an "answer" asks whether its "reference" can be scored at all, which is whether it can be read and
     equals itself (``1/0`` does not). What cannot be read is "unread".
@@ -31,7 +31,7 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
 
     reference, answer = job["reference"], job.get("answer")
     try:
-        return {"equal": equal(reference, reference if answer is None else answer, PRESETS[job["preset"]])}
+        return {"equal": equal(reference, reference if answer is None else answer, PRESETS[job.get("preset", "strict")])}
     except UnreadableError as error:
         return {"equal": False, "unread": str(error)}
 
@@ -49,7 +49,7 @@ def main() -> None:
         replies.flush()
 
     options = json.loads(sys.stdin.readline())
-    if not judge({"reference": _SELF_TEST[0], "answer": _SELF_TEST[1], "preset": "strict"})["equal"]:
+    if not judge({"reference": _SELF_TEST[0], "answer": _SELF_TEST[1]})["equal"]:
         raise RuntimeError(f"Math-Verify does not find {_SELF_TEST[0]} equal to {_SELF_TEST[1]}")
     _limit_memory(options["memory_mb"])
     reply({"ready": True})
