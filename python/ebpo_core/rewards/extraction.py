@@ -35,7 +35,7 @@ _JOINT = re.compile(
 )
 _SPOKEN = re.compile(r"[^.!?\n\\]{0,30}\s(?:and|or)\s(?:\$|\\\()?\s*|\s*\\text\{[^{}.!?]{0,30}\b(?:and|or)\s*\}\s*")
 _NAMED = re.compile(r"(?:[$\s,;]|\\[()])*(?:and|or|,)?(?:[$\s,;]|\\[()])*[A-Za-z](?:_\{?\w+\}?)?\s*=\s*")
-_SENTENCE = re.compile(r"\s*(?:the\s+)?(?:final\s+)?answer\s*(?::|is:?)\s*", re.IGNORECASE)
+_SENTENCE = re.compile(r"[\s*_]*(?:the\s+)?(?:final\s+)?answer[*_]*\s*(?::|is:?)[\s*_]*", re.IGNORECASE)
 _MINERVA_END = re.compile(rf"inal answer is:?([^\n]{{1,{_WINDOW}}}?)\.?\s*I hope it is correct", re.IGNORECASE)
 
 
@@ -134,9 +134,9 @@ def _boxes(text: str) -> list[tuple[int, int, str]] | None:
         end_of_text = box.start()
         if not content:
             continue
+        if found and end > found[0][0]:
+            continue  # around the one that was found
         if found and not _joined(text[end + 1 : found[0][0]]):
-            if end > found[0][0]:
-                continue  # around the one that was found
             break
         if not found or found[0][2] != content:
             found.insert(0, (box.start(), end, content))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from ebpo_core.rewards.tex import COMMA, THIN, Tokens, group_end, strip, words
+from ebpo_core.rewards.tex import COMMA, THIN, Tokens, group_end, words
 
 _NUMERAL = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 _PAIRS = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", r"\langle": r"\rangle"}
@@ -158,13 +158,10 @@ def written(tokens: Tokens) -> str:
     out: list[str] = []
     before = ""  # what stands before: "number", "fraction", "group", or ""
     place = 0
-    tokens = strip(tokens)
+    tokens = tuple(token for token in tokens if token not in (" ", THIN))
     while place < len(tokens):
         token, start, kind = tokens[place], place, ""
         place += 1
-        if token in (" ", THIN):
-            out.append(" ")
-            continue
         if is_numeral(token):
             kind = "number"
             if tokens[place : place + 1] == ("_",):
@@ -207,15 +204,11 @@ def written(tokens: Tokens) -> str:
             text = token + (" " if tokens[place : place + 1] and tokens[place][0].isalnum() else "")
         else:
             text = token
-        if kind and before and not (before == "number" and mixed(_last_numeral(tokens, start), tokens[start:])):
+        if kind and before and not (before == "number" and mixed(tokens[start - 1], tokens[start:])):
             out.append(r" \cdot ")
         out.append(text)
         before = kind
     return "".join(out)
-
-
-def _last_numeral(tokens: Tokens, place: int) -> str:
-    return next((token for token in reversed(tokens[:place]) if token not in (" ", THIN)), "")
 
 
 def _exact(numeral: str) -> str:

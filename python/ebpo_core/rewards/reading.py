@@ -25,11 +25,12 @@ _PERCENT = {r"\%", r"\text{percent}", r"\text{percentage}", r"\text{pct}", r"\te
 _DEGREE = ("^", "{", r"\circ", "}")
 _ANGLES = {rf"\{name}" for name in "sin cos tan cot sec csc".split()}
 _OPERATORS = {"+", "-", "/", "^", "_", "=", "<", ">", r"\cdot", r"\times", r"\div", r"\pm", r"\mp", ":"}
-_SHORT_WORDS = {"and", "or", "yes", "no", "odd"}
+_SHORT_WORDS = {"and", "or", "yes", "no", "odd", "pct"}
 _MAX_MEMBERS = 64
 # What a final answer is wrapped in: "The final answer is 42. I hope it is correct."
-_BEFORE = re.compile(r"\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*:?(?=[\s$\\])(?!\s*(?:\$|\\\()\s*\n)\s*", re.IGNORECASE)
+_BEFORE = re.compile(r"^\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*:?(?=[\s$\\])(?!\s*(?:\$|\\\()\s*\n)\s*", re.IGNORECASE)
 _AFTER = re.compile(r"\.?\s*I hope it is correct\.?\s*$", re.IGNORECASE)
+_PHRASE = re.compile(r"^\s*(?:the|so|thus|hence|it)\b[^0-9=<>]{0,80}?\bis\s+(?=[$(\[0-9.+-]|\\[^t])", re.IGNORECASE)
 _SPACED = re.compile(r"[-+]?[1-9][0-9]{0,2}(?: [0-9]{3})+")
 
 
@@ -67,7 +68,7 @@ def read(text: str, *, lists: bool = False) -> Node:
         UnreadableError: The text has no reading, or several.
     """
     try:
-        text = _AFTER.sub("", text[_before.end() :] if (_before := _BEFORE.match(text)) else text).strip()
+        text = _AFTER.sub("", _PHRASE.sub("", _BEFORE.sub("", text, count=1), count=1)).strip()
         tokens = tidy(text.replace(" ", "") if _SPACED.fullmatch(text) else text)
         if lists:
             tokens = tuple(part for token in tokens for part in ((",", " ") if token == "," else (token,)))
@@ -275,7 +276,10 @@ def _value(tokens: Tokens) -> Node:
     if _all_words(tokens):
         return Node("words", re.sub(r"[\W_]+", "", "".join(words(token) or token for token in tokens)).casefold())
     base, unit, factor = _split_unit(tokens)
-    if sum(len((words(token) or "").split()) for token in base) > 1:
+    texts = [place for place, token in enumerate(base) if words(token) is not None]
+    if sum(len((words(base[place]) or "").split()) for place in texts) > 1 or (
+        texts and any(is_numeral(token) for token in base[texts[0] :]) and base[texts[0] - 1 : texts[0]] != ("{",)
+    ):
         raise UnreadableError("a sentence")
     text = written(base)
     number = plain_number(base)

@@ -17,7 +17,7 @@ def decided(reference: Node, answer: Node, preset: Preset) -> bool | None:
         if node.name or node.members or node.kind not in ("value", "words"):
             return None
     if reference.number is not None and answer.number is not None:
-        if "degree" in (reference.unit, answer.unit):
+        if "degree" in (reference.unit, answer.unit) and reference.number != answer.number:
             return None
         if not same_units(reference, answer):
             return False
@@ -27,7 +27,7 @@ def decided(reference: Node, answer: Node, preset: Preset) -> bool | None:
         return same_numbers(reference, answer, preset)
     if "words" in (reference.kind, answer.kind):
         return same_words(reference, answer)
-    return None
+    return True if reference.text == answer.text and same_units(reference, answer) else None
 
 
 def same_units(left: Node, right: Node) -> bool:
