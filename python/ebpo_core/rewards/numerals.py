@@ -82,6 +82,8 @@ def _numeral(tokens: Tokens, place: int, bracket: str, spaced: bool) -> tuple[To
                 raise UnreadableError(f"a numeral with two points after {whole}")
         elif after in _REPEATED and whole:
             decimals, place = "", place + 1
+        elif after in ("/", " ", "}") and whole:
+            return (whole,), place + 1  # 1./3
         else:
             return (whole,), place
         if tokens[place : place + 1] and tokens[place] in _REPEATED and tokens[place + 1 : place + 2] == ("{",):
@@ -194,8 +196,8 @@ def written(tokens: Tokens) -> str:
             raise UnreadableError(f"{token} that stands for nothing definite")
         elif token == "'":
             text = "_{prime}"
-        elif token == "I":
-            text = r"\text{I}"  # to the library it is the imaginary unit
+        elif token in ("I", "E"):
+            text = rf"\text{{{token}}}"  # to the library the imaginary unit, and no letter
         elif words(token) is not None:
             if not (words(token) or "").isascii():
                 raise UnreadableError("words of another alphabet in a formula")

@@ -31,6 +31,7 @@ _MAX_MEMBERS = 64
 _BEFORE = re.compile(r"^\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*:?(?=[\s$\\])(?!\s*(?:\$|\\\()\s*\n)\s*", re.IGNORECASE)
 _AFTER = re.compile(r"\.?\s*I hope it is correct\.?\s*$", re.IGNORECASE)
 _PHRASE = re.compile(r"^\s*(?:the|so|thus|hence|it)\b[^0-9=<>]{0,80}?\bis\s+(?=[$(\[0-9.+-]|\\[^t])", re.IGNORECASE)
+_CLAUSE = re.compile(r"(?<=[$\]),} ])\s*(?:\\text\{\s*)?,?\s*\bwhere\b.*", re.DOTALL)
 _SPACED = re.compile(r"[-+]?[1-9][0-9]{0,2}(?: [0-9]{3})+")
 
 
@@ -69,6 +70,7 @@ def read(text: str, *, lists: bool = False) -> Node:
     """
     try:
         text = _AFTER.sub("", _PHRASE.sub("", _BEFORE.sub("", text, count=1), count=1)).strip()
+        text = _CLAUSE.sub("", text)  # "f(x) = ax + b, where a > 0"
         tokens = tidy(text.replace(" ", "") if _SPACED.fullmatch(text) else text)
         if lists:
             tokens = tuple(part for token in tokens for part in ((",", " ") if token == "," else (token,)))
