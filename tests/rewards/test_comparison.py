@@ -135,7 +135,9 @@ def test_references_of_a_wrong_type_are_named(strict: MathVerifier, reference: A
     assert strict.scorable([reference]) == [False]
 
 
-@pytest.mark.parametrize("reference", ["There are 34 apples and 2 pears in it", "see solution 3 above", "1, \\ldots, 9"])
+@pytest.mark.parametrize(
+    "reference", ["There are 34 apples and 2 pears in it", "see solution 3 above", "1, \\ldots, 9"]
+)
 def test_sentences_are_unscorable_not_zero(strict: MathVerifier, reference: str) -> None:
     assert math.isnan(strict.score(["\\boxed{34}"], [reference])[0])
     assert strict.scorable([reference]) == [False]

@@ -75,9 +75,7 @@ def main(argv: Sequence[str]) -> int:
     model = str(sampling.settings["backend"]["model"])
     difference = None
     if theirs is not None:
-        difference = paired_differences(
-            sampling.problems, records, theirs, samples=given.samples, ks=ks, **options
-        )
+        difference = paired_differences(sampling.problems, records, theirs, samples=given.samples, ks=ks, **options)
     results = write_results(
         output / RESULTS_NAME,
         summary,

@@ -40,7 +40,10 @@ def equal(reference: str, answer: str, preset: Preset) -> bool:
         return _same(left, read(answer, lists=True), preset)
     if preset.reference_precision and "value" in (left.kind, right.kind):
         # A decimal comma, beside a number.
-        points = [text.strip("$ ").replace(",", ".") if _COMMA.fullmatch(text.strip("$ ")) else text for text in (reference, answer)]
+        points = [
+            text.strip("$ ").replace(",", ".") if _COMMA.fullmatch(text.strip("$ ")) else text
+            for text in (reference, answer)
+        ]
         if points != [reference, answer]:
             return _same(read(points[0]), read(points[1]), preset)
     return False
@@ -55,8 +58,10 @@ def _same(left: Node, right: Node, preset: Preset) -> bool:
         return same_equations(left, right)  # y=x and x=y
     kinds = {left.kind, right.kind}
     for node in (left, right):
-        if node.kind == "value" and preset.chains and not all(
-            _same(member, node._replace(name="", members=()), preset) for member in node.members
+        if (
+            node.kind == "value"
+            and preset.chains
+            and not all(_same(member, node._replace(name="", members=()), preset) for member in node.members)
         ):
             return False  # an equation that does not hold
     if kinds == {"value"}:
@@ -114,7 +119,9 @@ def _in_any_order(left: Node, right: Node, preset: Preset) -> bool:
     free = list(right.members)
     for number, member in enumerate(left.members):
         # What stands at the same place first: most lists are in order.
-        candidates = sorted(range(len(free)), key=lambda place, near=number: abs(place - near + len(left.members) - len(free)))
+        candidates = sorted(
+            range(len(free)), key=lambda place, near=number: abs(place - near + len(left.members) - len(free))
+        )
         match = next((place for place in candidates if _member(member, free[place], preset)), None)
         if match is None:
             return False
@@ -297,7 +304,9 @@ def expression(text: str, complex_: bool = False) -> Any:
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
     except Exception as error:
-        raise UnreadableError(f"Math-Verify cannot read it: {str(error).splitlines()[0][:80] if str(error) else ''}") from error
+        raise UnreadableError(
+            f"Math-Verify cannot read it: {str(error).splitlines()[0][:80] if str(error) else ''}"
+        ) from error
     if found is None or isinstance(found, (list, dict, bool)):
         raise UnreadableError("Math-Verify reads no formula in it")
     return found.xreplace({Symbol("i", real=real): I}) if hasattr(found, "xreplace") and complex_ else found
@@ -306,7 +315,9 @@ def expression(text: str, complex_: bool = False) -> Any:
 def _is_complex(text: str) -> bool:
     from math_verify.grader import should_treat_as_complex
 
-    return should_treat_as_complex(text) or "i" in {str(symbol) for symbol in getattr(expression(text), "free_symbols", ())}
+    return should_treat_as_complex(text) or "i" in {
+        str(symbol) for symbol in getattr(expression(text), "free_symbols", ())
+    }
 
 
 def _is_definite(found: Any) -> bool:
@@ -364,7 +375,7 @@ def _digits(left: Any, right: Any) -> int:
         for part in sympy.preorder_traversal(found):
             if isinstance(part, sympy.Pow) and part.exp.is_number and part.base.is_number:
                 base, exponent = abs(part.base.evalf(5)), abs(part.exp.evalf(5))
-                if base.is_Float and base and exponent.is_Float or exponent.is_Integer:
+                if (base.is_Float and base and exponent.is_Float) or exponent.is_Integer:
                     size = abs(float(sympy.log(base, 10))) * min(float(exponent), _MOST_DIGITS)
                     most += int(min(size, _MOST_DIGITS)) + 1
             elif isinstance(part, sympy.factorial) and part.args[0].is_Integer:

@@ -14,6 +14,8 @@ from ebpo_core.rewards.tex import COMMA, THIN, Tokens, group_end, words
 
 _NUMERAL = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 _PAIRS = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", r"\langle": r"\rangle"}
+_INDEFINITE = {r"\ldots", "_", "^", r"\pmod", r"\bmod", r"\mod", r"\pod", r"\pm", r"\mp"}
+_SUBSCRIPTED = {r"\sum", r"\prod", r"\lim", r"\int", r"\log"}  # what stands below them is a formula
 _REPEATED = {r"\overline", r"\bar", r"\dot"}
 
 
@@ -144,10 +146,7 @@ def mixed(numeral: str, following: Tokens) -> bool:
         return False
     _, _, above, close, opening, below, end = following[:7]
     return (
-        (close, opening, end) == ("}", "{", "}")
-        and above.isdigit()
-        and below.isdigit()
-        and 0 < int(above) < int(below)
+        (close, opening, end) == ("}", "{", "}") and above.isdigit() and below.isdigit() and 0 < int(above) < int(below)
     )
 
 
@@ -186,18 +185,29 @@ def written(tokens: Tokens) -> str:
         elif token in ("^", "_") and tokens[place : place + 1] == ("{",):
             place = group_end(tokens, place)
             inner = tokens[start + 2 : place - 1]
-            if inner == (r"\circ",):
+            power = start > 0 and tokens[start - 1] not in "fgh" and tokens[start - 1].isalpha()
+            if token == "^" and power and tokens[place : place + 1] == ("(",):
+                kind, before = "group", ""  # c^2(x+1) is a product, to the library a call of c
+            if inner == (r"\prime",):
+                text = "_{prime}"
+            elif inner == (r"\circ",):
                 text = r"^\circ "
+            elif token == "_" and start and tokens[start - 1] in _SUBSCRIPTED:
+                text = "_{" + written(inner) + "}"
             elif token == "_":
-                text = "_{" + "".join(part for part in inner if part != " ") + "}"
+                text = "_{" + re.sub(r"\\text|[^A-Za-z0-9+-]", "", "".join(inner)) + "}"
             else:
                 text = "^{" + written(inner) + "}"
-        elif token in (r"\ldots", "_", "^"):
+        elif token in _INDEFINITE or (token == "!" and tokens[place : place + 1] == ("!",)):
             raise UnreadableError(f"{token} that stands for nothing definite")
         elif token == "'":
+            if start and is_numeral(tokens[start - 1]):
+                raise UnreadableError("a prime after a number")
             text = "_{prime}"
-        elif token in ("I", "E"):
-            text = rf"\text{{{token}}}"  # to the library the imaginary unit, and no letter
+        elif token in ("I", "E", r"\gamma"):
+            text = (
+                r"\text{" + token.removeprefix("\\") + "}"
+            )  # to the library the imaginary unit, no letter, a function
         elif words(token) is not None:
             if not (words(token) or "").isascii():
                 raise UnreadableError("words of another alphabet in a formula")

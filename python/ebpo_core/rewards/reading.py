@@ -23,12 +23,14 @@ _CURRENCIES = {r"\$": "dollar", "£": "pound", "€": "euro", "¥": "yen", "₹"
 _CONNECTIVES = {"and": "and", "or": "or", r"\land": "and", r"\lor": "or"}
 _PERCENT = {r"\%", r"\text{percent}", r"\text{percentage}", r"\text{pct}", r"\text{per cent}"}
 _DEGREE = ("^", "{", r"\circ", "}")
-_ANGLES = {rf"\{name}" for name in "sin cos tan cot sec csc".split()}
+_ANGLES = {rf"\{name}" for name in ["sin", "cos", "tan", "cot", "sec", "csc"]}
 _OPERATORS = {"+", "-", "/", "^", "_", "=", "<", ">", r"\cdot", r"\times", r"\div", r"\pm", r"\mp", ":"}
 _SHORT_WORDS = {"and", "or", "yes", "no", "odd", "pct"}
 _MAX_MEMBERS = 64
 # What a final answer is wrapped in: "The final answer is 42. I hope it is correct."
-_BEFORE = re.compile(r"^\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*:?(?=[\s$\\])(?!\s*(?:\$|\\\()\s*\n)\s*", re.IGNORECASE)
+_BEFORE = re.compile(
+    r"^\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*:?(?=[\s$\\])(?!\s*(?:\$|\\\()\s*\n)\s*", re.IGNORECASE
+)
 _AFTER = re.compile(r"\.?\s*I hope it is correct\.?\s*$", re.IGNORECASE)
 _PHRASE = re.compile(r"^\s*(?:the|so|thus|hence|it)\b[^0-9=<>]{0,80}?\bis\s+(?=[$(\[0-9.+-]|\\[^t])", re.IGNORECASE)
 _CLAUSE = re.compile(r"(?<=[$\]),} ])\s*(?:\\text\{\s*)?,?\s*\bwhere\b.*", re.DOTALL)
@@ -214,7 +216,7 @@ def _relation(parts: list[Tokens], found: list[str]) -> Node:
             place = found.index(r"\approx")
             return _relation(parts[: place + 1], found[:place]) if place else _node(parts[0])
         return _node(parts[1])._replace(name=latex(parts[0])) if _is_name(parts[0]) else _node(parts[0])
-    if set(found) == {"="} and _is_name(parts[0]):
+    if set(found) in ({"="}, {r"\equiv"}) and _is_name(parts[0]):
         value = _node(parts[-1])
         names = _names(parts[0])
         if value.kind == "ratio" and ":" not in names and not names.isalpha():
@@ -329,6 +331,10 @@ def _split_unit(tokens: Tokens) -> tuple[Tokens, str, Fraction]:
     one = Fraction(1)
     if tokens[-1] in _PERCENT and len(tokens) > 1:
         return strip(tokens[:-1]), "%", Fraction(1, 100)
+    for modulo in (r"\pmod", r"\bmod", r"\mod"):
+        if modulo in tokens[1:]:
+            place = tokens.index(modulo)
+            return strip(tokens[:place]), "mod " + "".join(tokens[place + 1 :]).strip("{} "), one
     sign = tokens[:1] if tokens[0] in ("+", "-") else ()
     rest = strip(tokens[len(sign) :])
     if len(rest) > 1 and rest[0] in _CURRENCIES:

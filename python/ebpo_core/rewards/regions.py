@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ebpo_core.rewards.comparison import _differ, _formulas, _in_any_order, _is_region, _member, _same, _value, expression
+from ebpo_core.rewards.comparison import (
+    _differ,
+    _in_any_order,
+    _is_region,
+    _member,
+    _same,
+    _value,
+    expression,
+)
 from ebpo_core.rewards.numerals import UnreadableError
-
 from ebpo_core.rewards.reading import Node
 
 if TYPE_CHECKING:
@@ -78,7 +85,9 @@ def _same_sides(left: Node, right: Node, preset: Preset) -> bool:
     """The same relation with equal sides, read from either end."""
     if len(left.members) != len(right.members):
         return False
-    turned = right._replace(members=right.members[::-1], marks=tuple(_FLIPPED.get(mark, "") for mark in right.marks[::-1]))
+    turned = right._replace(
+        members=right.members[::-1], marks=tuple(_FLIPPED.get(mark, "") for mark in right.marks[::-1])
+    )
     return any(
         left.marks == other.marks
         and all(_member(one, two, preset) for one, two in zip(left.members, other.members, strict=True))
@@ -157,7 +166,7 @@ def _solved(node: Node) -> Any:
     variable = sympy.Symbol("t", real=True)
     applied = {part for side in sides for part in side.atoms(sympy.core.function.AppliedUndef)}
     if len(applied) == 1:
-        sides = [side.xreplace({part: variable for part in applied}) for side in sides]
+        sides = [side.xreplace(dict.fromkeys(applied, variable)) for side in sides]
     symbols = {symbol for side in sides for symbol in side.free_symbols}
     if len(symbols) != 1:
         raise UnreadableError("an inequality of several variables")

@@ -22,7 +22,11 @@ def decided(reference: Node, answer: Node, preset: Preset) -> bool | None:
         if not same_units(reference, answer):
             return False
         if preset.percent and (reference.unit == "%") != (answer.unit == "%"):
-            scaled = [node.number * (100 if node.unit == "%" else 1) for node in (reference, answer) if node.number is not None]
+            scaled = [
+                node.number * (100 if node.unit == "%" else 1)
+                for node in (reference, answer)
+                if node.number is not None
+            ]
             return scaled[0] == scaled[1] or same_numbers(reference, answer, preset)
         return same_numbers(reference, answer, preset)
     if "words" in (reference.kind, answer.kind):

@@ -70,7 +70,20 @@ _LOWERED = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
 _UNICODE = str.maketrans(_CHARACTERS)
 
 THIN, COMMA = "\\,", "{,}"  # a thin space, and a comma that separates no members
-_DROPPED = {"$", r"\(", r"\)", r"\[", r"\]", r"\!", r"\/", r"\displaystyle", r"\textstyle", r"\scriptstyle", r"\limits", r"\nolimits"}
+_DROPPED = {
+    "$",
+    r"\(",
+    r"\)",
+    r"\[",
+    r"\]",
+    r"\!",
+    r"\/",
+    r"\displaystyle",
+    r"\textstyle",
+    r"\scriptstyle",
+    r"\limits",
+    r"\nolimits",
+}
 _DROPPED |= {rf"\{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")}
 _SPACES = {r"\;", r"\:", r"\ ", "~", r"\quad", r"\qquad", r"\>", r"\thinspace", r"\enspace", r"\hfill", r"\newline"}
 _SYNONYMS = {
@@ -101,11 +114,44 @@ _SYNONYMS = {
 }
 _FONTS = {r"\mathbf", r"\boldsymbol", r"\bm", r"\mathit", r"\mathsf", r"\mathtt", r"\pmb", r"\mathnormal", r"\boxed"}
 _FONTS |= {r"\fbox", r"\underline", r"\displaylines", r"\ensuremath", r"\bold"}
-TEXTS = {r"\text", r"\textbf", r"\textit", r"\textrm", r"\textnormal", r"\textsf", r"\mathrm", r"\mbox", r"\hbox", r"\rm"}
+TEXTS = {
+    r"\text",
+    r"\textbf",
+    r"\textit",
+    r"\textrm",
+    r"\textnormal",
+    r"\textsf",
+    r"\mathrm",
+    r"\mbox",
+    r"\hbox",
+    r"\rm",
+}
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1, r"\mathbb": 1, r"\mathcal": 1, r"\vec": 1}
 _ARGUMENTS |= {r"\overline": 1, r"\bar": 1, r"\hat": 1, r"\overrightarrow": 1, r"\widehat": 1, r"\tilde": 1}
 _ONE_DIGIT = {r"\frac", r"\binom", r"\sqrt", r"\log"}
-_FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp max min gcd det".split())
+_FUNCTIONS = set(
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "log",
+        "ln",
+        "exp",
+        "max",
+        "min",
+        "gcd",
+        "det",
+    ]
+)
 _OPENING, _CLOSING = {"{", "(", "[", r"\{", r"\langle"}, {"}", ")", "]", r"\}", r"\rangle"}
 
 
@@ -251,10 +297,8 @@ def _text(command: str, content: Tokens) -> Tokens:
     if bare in ("e", "i", "d", "T") or any(token.startswith("\\") and token[1:].isalpha() for token in inner):
         return inner
     bare = bare.replace("{", "").replace("}", "")
-    if not any(character.isdigit() for character in bare):
-        return (r"\text{" + bare + "}",)
     out: list[str] = []
-    for part in re.findall(r"[0-9]+|[^0-9]+", bare):  # such as \text{42 apples}
+    for part in re.findall(r"[0-9]+|,|\b(?:and|or)\b|(?:(?!\b(?:and|or)\b)[^0-9,])+", bare):  # such as \text{42 apples}
         out += (r"\text{" + part.strip() + "}",) if any(map(str.isalpha, part)) else _TOKEN.findall(part)
     return tuple(out)
 

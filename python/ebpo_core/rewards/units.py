@@ -22,11 +22,35 @@ inning | piece | point | time-unit | number | digit | term | side | vertex verti
 am a.m. AM A.M. | pm p.m. PM P.M. | acre | hectare ha | au | ly
 """
 _NAMES = {
-    name: names.split()[0] for line in _TABLE.strip().splitlines() for names in line.split("|") for name in names.split()
+    name: names.split()[0]
+    for line in _TABLE.strip().splitlines()
+    for names in line.split("|")
+    for name in names.split()
 }
 _MEASURES = {_NAMES[name] for name in _NAMES} - set(
-    "people men women child box student way mouse inning piece number digit term side vertex edge face root solution "
-    "unit point".split()
+    [
+        "people",
+        "men",
+        "women",
+        "child",
+        "box",
+        "student",
+        "way",
+        "mouse",
+        "inning",
+        "piece",
+        "number",
+        "digit",
+        "term",
+        "side",
+        "vertex",
+        "edge",
+        "face",
+        "root",
+        "solution",
+        "unit",
+        "point",
+    ]
 )
 _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 # What stands beside a unit and changes nothing.
@@ -98,6 +122,11 @@ def _singular(word: str) -> str | None:
             return _NAMES[name]
         if name.endswith("s") and len(name) > 3 and name[:-1] in _NAMES:
             return _NAMES[name[:-1]]
-    if re.fullmatch(r"[a-z]+(?:-[a-z]+)?", bare) is None or len(bare) < 4 or not bare.endswith("s") or bare.endswith("ss"):
+    if (
+        re.fullmatch(r"[a-z]+(?:-[a-z]+)?", bare) is None
+        or len(bare) < 4
+        or not bare.endswith("s")
+        or bare.endswith("ss")
+    ):
         return None
     return None if any(_VALUE.fullmatch(part) for part in bare.split("-")) else bare[:-1]

@@ -31,7 +31,9 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
 
     reference, answer = job["reference"], job.get("answer")
     try:
-        return {"equal": equal(reference, reference if answer is None else answer, PRESETS[job.get("preset", "strict")])}
+        return {
+            "equal": equal(reference, reference if answer is None else answer, PRESETS[job.get("preset", "strict")])
+        }
     except UnreadableError as error:
         return {"equal": False, "unread": str(error)}
 
