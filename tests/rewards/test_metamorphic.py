@@ -122,8 +122,13 @@ def formulas(draw: st.DrawFn) -> tuple[str, str, str]:
     two = draw(st.sampled_from([rf"{factor}{product}{spelled} + {term}", rf"{term}+{factor}{product}{spelled}"]))
     changed = draw(
         st.sampled_from(
-            [rf"{factor + 1}\cdot {atom}+{term}", rf"{factor}\cdot {atom}-{term}", rf"{factor}\cdot {other}+{term}"]
-            + [f"{factor + term}", rf"{factor}\cdot {atom}\cdot {term}+{term}"]
+            [
+                rf"{factor + 1}\cdot {atom}+{term}",
+                rf"{factor}\cdot {atom}-{term}",
+                rf"{factor}\cdot {other}+{term}",
+                f"{factor + term}",
+                rf"{factor}\cdot {atom}\cdot {term}+{term}",
+            ]
         )
     )
     return one, two, changed

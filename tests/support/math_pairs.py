@@ -108,7 +108,7 @@ PAIRS: dict[str, list[tuple[str, str, int]]] = {
         ("3", "3 tenths", 0),
         ("5", "5M", 0),
         ("5", "5 k", 0),
-        ("5", "5 K", 1),
+        ("5", "5 K", 0),
         ("7", "7 times 2", 0),
         ("7", r"7\text{ or more}", 0),
         ("7", r"\text{about }7", 0),

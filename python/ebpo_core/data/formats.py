@@ -274,7 +274,8 @@ FORMATS: dict[str, Format] = {
             _schema("problem solution type idx", "level answer"),
             _schema(
                 "problem answer",
-                "ID id idx year url solution subject level type problem_idx problem_type domain generations uuid prompt",
+                "ID id idx year url solution subject level type problem_idx problem_type domain generations uuid "
+                "prompt",
             ),
         ),
         question=("problem",),

@@ -6,7 +6,7 @@ No model text is evaluated here; what a reward function of one's own does with i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ebpo_core.evaluation.problems import BUILT_IN, Problem
@@ -44,7 +44,7 @@ class Scorer(Protocol):
     def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
         """The score of each completion, in order."""
 
-    def grouped(self, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def grouped(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Records of samples, with one spelling for all answers to a problem that vote together in maj@k."""
 
     def __enter__(self) -> Scorer: ...
@@ -100,7 +100,7 @@ class RewardScorer:
         name: What the header of the samples calls it.
     """
 
-    preset = None
+    preset: str | None = None
 
     def __init__(self, reward: RewardFunction, extract: Extract, name: str) -> None:
         self.reward, self.extract, self.name = reward, extract, name
@@ -109,7 +109,7 @@ class RewardScorer:
         """None: anything may be scorable to a reward function."""
         return []
 
-    def grouped(self, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def grouped(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The records as they are: answers that are written alike vote together."""
         return list(records)
 
@@ -155,7 +155,8 @@ class MathScorer:
     ) -> None:
         from ebpo_core.rewards import MathVerifier
 
-        self.extract, self.name, self.preset = extract, name, preset
+        self.extract, self.name = extract, name
+        self.preset: str | None = preset
         self.verifier = MathVerifier(preset=preset, **options)
 
     def unscorable(self, problems: Sequence[Problem]) -> list[str]:
@@ -178,7 +179,7 @@ class MathScorer:
             for verdict, text in zip(verdicts, completions, strict=True)
         ]
 
-    def grouped(self, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def grouped(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Records in which answers of one meaning, right or wrong, are written as the first of them."""
         places: dict[str, list[int]] = {}
         for place, record in enumerate(records):

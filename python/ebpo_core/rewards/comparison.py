@@ -1,29 +1,25 @@
 r"""Two nodes compared, formula by formula, by Math-Verify; runs in a worker process.
 
-Lists, tuples, ratios and inequalities are taken apart here, so that a pair is no set and a clock time no fraction; what
-is left are formulas, and Math-Verify says whether two are equal. A "yes" is then checked: it rounds (``float_rounding``,
-``numeric_precision``), so that numbers that differ by little would be equal.
+Lists, tuples, ratios and inequalities are taken apart, so that a pair is no set and a clock time no fraction. What is
+left are formulas, see ``formulas``.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import re
 from fractions import Fraction
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ebpo_core.rewards.numerals import UnreadableError
-from ebpo_core.rewards.reading import Node, read
+from ebpo_core.rewards.formulas import evaluated, expression, same_formulas
+from ebpo_core.rewards.reading import read
 from ebpo_core.rewards.simple import same_numbers, same_units, same_words
 
 if TYPE_CHECKING:
+    from ebpo_core.rewards.nodes import Node
     from ebpo_core.rewards.presets import Preset
 
 _COMMA = re.compile(r"-?[0-9]+,[0-9]+")
-_MOST_DIGITS = 40_000
-_POINTS = 3
 
 
 def equal(reference: str, answer: str, preset: Preset) -> bool:
@@ -71,7 +67,7 @@ def _same(left: Node, right: Node, preset: Preset) -> bool:
     if kinds == {"ratio"}:
         return _ratios(left, right, preset)
     if "ratio" in kinds:
-        return _ratio_and_value(left, right, preset) if kinds == {"ratio", "value"} else False
+        return _ratio_andevaluated(left, right, preset) if kinds == {"ratio", "value"} else False
     if "relation" in kinds or "sets" in kinds or _is_region(left) or _is_region(right):
         return _relations_and_sets(left, right, preset)
     if kinds == {"tuple"}:
@@ -108,7 +104,7 @@ def _in_order(left: Node, right: Node, preset: Preset) -> bool:
 def _in_any_order(left: Node, right: Node, preset: Preset) -> bool:
     """Lists and sets: the same members as often, in any order, but in order where only one side names its members."""
     if preset.tuples:
-        left, right = _distinct(left, preset), _distinct(right, preset)
+        left, right = _distinct(left), _distinct(right)
     if len(left.members) != len(right.members):
         return False
     names = [{member.name for member in node.members} for node in (left, right)]
@@ -117,19 +113,17 @@ def _in_any_order(left: Node, right: Node, preset: Preset) -> bool:
     if left.kind == right.kind == "list" and {left.marks, right.marks} == {("or",), ("and",)} and _relational(left):
         return False
     free = list(right.members)
-    for number, member in enumerate(left.members):
-        # What stands at the same place first: most lists are in order.
-        candidates = sorted(
-            range(len(free)), key=lambda place, near=number: abs(place - near + len(left.members) - len(free))
-        )
-        match = next((place for place in candidates if _member(member, free[place], preset)), None)
+    for member in left.members:
+        # What is written alike first: a number is found in a long list without asking Math-Verify.
+        alike = [place for place, other in enumerate(free) if other == member]
+        match = next((place for place in (*alike, *range(len(free))) if _member(member, free[place], preset)), None)
         if match is None:
             return False
         del free[match]
     return True
 
 
-def _distinct(node: Node, preset: Preset) -> Node:
+def _distinct(node: Node) -> Node:
     """A list without repetitions that are written alike, as far as two members are left."""
     members = tuple(dict.fromkeys(node.members))
     return node._replace(members=members) if len(members) > 1 else node
@@ -161,7 +155,7 @@ def _ratios(left: Node, right: Node, preset: Preset) -> bool:
         return alike and _in_order(_bare(left), _bare(right), preset)
     one, other = left.members, right.members
     return all(
-        _formulas(rf"({a.text}) \cdot ({d.text})", rf"({b.text}) \cdot ({c.text})", preset)
+        same_formulas(rf"({a.text}) \cdot ({d.text})", rf"({b.text}) \cdot ({c.text})", preset)
         for a, b, c, d in zip(one, one[1:], other, other[1:], strict=False)
     ) and all(member.kind == "value" for member in (*one, *other))
 
@@ -187,14 +181,14 @@ def _is_clock(node: Node, *, shape: bool = False) -> bool:
     return shape or bool(node.unit) or parts[1][0] == "0" or math.gcd(hours, minutes) > 1 or len(parts) == 3
 
 
-def _ratio_and_value(left: Node, right: Node, preset: Preset) -> bool:
+def _ratio_andevaluated(left: Node, right: Node, preset: Preset) -> bool:
     ratio, value = (left, right) if left.kind == "ratio" else (right, left)
     if len(ratio.members) != 2 or _is_clock(ratio) or value.unit:
         return False
     above, below = ratio.members
     if below.number == 0:
         return False
-    return _formulas(rf"\frac{{{above.text}}}{{{below.text}}}", value.text, preset)
+    return same_formulas(rf"\frac{{{above.text}}}{{{below.text}}}", value.text, preset)
 
 
 def _values(left: Node, right: Node, preset: Preset) -> bool:
@@ -204,13 +198,13 @@ def _values(left: Node, right: Node, preset: Preset) -> bool:
     percent = [node.unit == "%" for node in (left, right)]
     if percent[0] != percent[1] and preset.percent and not (left.unit and right.unit):
         scaled = [rf"({node.text}) \cdot 100" if node.unit == "%" else node.text for node in (left, right)]
-        if _formulas(scaled[0], scaled[1], preset):
+        if same_formulas(scaled[0], scaled[1], preset):
             return True
     if left.number is not None and right.number is not None:
         return same_numbers(left, right, preset)
     if (left.digits or right.digits) and _rounds_to(left, right, preset):
         return True
-    if _formulas(left.text, right.text, preset):
+    if same_formulas(left.text, right.text, preset):
         return True
     return "degree" in (left.unit, right.unit) and _angles(left, right, preset)
 
@@ -222,8 +216,8 @@ def _angles(left: Node, right: Node, preset: Preset) -> bool:
             rf"({node.text}) \cdot \frac{{\pi}}{{180}}" if node.unit == "degree" else node.text
             for node in (left, right)
         ]
-        return left.unit != right.unit and _formulas(texts[0], texts[1], preset)
-    return same_units(left, right) and _formulas(left.text, right.text, preset)
+        return left.unit != right.unit and same_formulas(texts[0], texts[1], preset)
+    return same_units(left, right) and same_formulas(left.text, right.text, preset)
 
 
 def _rounds_to(left: Node, right: Node, preset: Preset) -> bool:
@@ -235,10 +229,10 @@ def _rounds_to(left: Node, right: Node, preset: Preset) -> bool:
         rounded, value = expression(decimal.text), expression(exact.text)
         if rounded.free_symbols or value.free_symbols:
             return False
-        if not (preset.rational or (is_reference and preset.reference_precision)) and _value(value).is_rational:
+        if not (preset.rational or (is_reference and preset.reference_precision)) and evaluated(value).is_rational:
             return False
-        difference = abs(_value(rounded) - _value(value)).evalf(30)
-        unit = abs(_value(rounded)).evalf(30)
+        difference = abs(evaluated(rounded) - evaluated(value)).evalf(30)
+        unit = abs(evaluated(rounded)).evalf(30)
         if not unit:
             return False
         import sympy
@@ -246,161 +240,6 @@ def _rounds_to(left: Node, right: Node, preset: Preset) -> bool:
         place = Fraction(10) ** (int(sympy.floor(sympy.log(unit, 10))) - decimal.digits + 1)
         return bool(difference <= sympy.Rational(place.numerator, 2 * place.denominator))
     return False
-
-
-def _formulas(left: str, right: str, preset: Preset) -> bool:
-    """Whether Math-Verify finds two formulas equal, in either order, and a check does not find them different."""
-    from math_verify import verify
-
-    if left == right:
-        return _is_definite(expression(left))
-    complex_ = _is_complex(left) or _is_complex(right)
-    pairs = [(expression(left, complex_), expression(right, complex_))]
-    if not preset.case and (left.lower(), right.lower()) != (left, right) and _keeps_symbols(left, right):
-        pairs.append((expression(left.lower(), complex_), expression(right.lower(), complex_)))
-    for one, other in pairs:
-        if not (_is_definite(one) and _is_definite(other)):
-            return False
-        found = _differ(one, other)
-        if found is True:
-            continue
-        if verify(one, other, timeout_seconds=None, raise_on_error=True) or (
-            verify(other, one, timeout_seconds=None, raise_on_error=True)
-        ):
-            return True
-    return False
-
-
-def _keeps_symbols(left: str, right: str) -> bool:
-    """Whether letters in lower case are as many as before: R^2-r^2 must not become 0."""
-    for text in (left, right):
-        symbols = {str(symbol) for symbol in expression(text).free_symbols}
-        if len({symbol.lower() for symbol in symbols}) < len(symbols):
-            return False
-    return True
-
-
-@lru_cache(maxsize=1024)
-def expression(text: str, complex_: bool = False) -> Any:
-    """SymPy's expression of a formula, as the parser of Math-Verify reads it.
-
-    Raises:
-        UnreadableError: It cannot.
-    """
-    from latex2sympy2_extended import NormalizationConfig, latex2sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, normalize_latex
-    from sympy import I, Symbol
-
-    config = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=False, nits=False, boxed="none", equations=False
-    )
-    real = None if complex_ else True
-    try:
-        found = latex2sympy(
-            normalize_latex(text, config),
-            is_real=real,
-            convert_degrees=True,
-            normalization_config=None,
-            conversion_config=ConversionConfig(lowercase_symbols=False),
-        )
-    except Exception as error:
-        raise UnreadableError(
-            f"Math-Verify cannot read it: {str(error).splitlines()[0][:80] if str(error) else ''}"
-        ) from error
-    if found is None or isinstance(found, (list, dict, bool)):
-        raise UnreadableError("Math-Verify reads no formula in it")
-    return found.xreplace({Symbol("i", real=real): I}) if hasattr(found, "xreplace") and complex_ else found
-
-
-def _is_complex(text: str) -> bool:
-    from math_verify.grader import should_treat_as_complex
-
-    return should_treat_as_complex(text) or "i" in {
-        str(symbol) for symbol in getattr(expression(text), "free_symbols", ())
-    }
-
-
-def _is_definite(found: Any) -> bool:
-    """Whether a formula has a value: not 1/0."""
-    import sympy
-
-    if isinstance(found, sympy.MatrixBase):
-        return all(map(_is_definite, found))
-    if not isinstance(found, sympy.Basic):
-        return False
-    if found.has(sympy.zoo, sympy.nan):
-        return False
-    return not (isinstance(found, sympy.Expr) and not found.free_symbols and _value(found).has(sympy.zoo, sympy.nan))
-
-
-def _value(found: Any) -> Any:
-    try:
-        return found.doit()
-    except (AttributeError, NotImplementedError, ValueError, TypeError):
-        return found
-
-
-def _differ(left: Any, right: Any) -> bool | None:
-    """True where two expressions are certainly different: exactly for rational numbers, else at more digits than any
-    cancellation in them can hide, with rational numbers for their variables."""
-    import sympy
-
-    if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
-        return None
-    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
-    if left.free_symbols != right.free_symbols and not (left.free_symbols and right.free_symbols):
-        # A variable on one side only has to cancel.
-        pass
-    digits = _digits(left, right)
-    if not symbols:
-        return _nonzero(_value(left) - _value(right), digits)
-    found: list[bool | None] = []
-    chance = random.Random(0)  # noqa: S311  points, no secrets
-    for _ in range(_POINTS):
-        at = {symbol: sympy.Rational(chance.randint(11, 97), chance.choice((7, 11, 13))) for symbol in symbols}
-        try:
-            difference = _value(left.subs(at)) - _value(right.subs(at))
-            found.append(_nonzero(difference, digits))
-        except (TypeError, ValueError, NotImplementedError, AttributeError, ArithmeticError):
-            found.append(None)
-    return True if True in found else None
-
-
-def _digits(left: Any, right: Any) -> int:
-    """Digits that tell numbers apart whose parts have powers and factorials as large as these."""
-    import sympy
-
-    most = 100
-    for found in (left, right):
-        for part in sympy.preorder_traversal(found):
-            if isinstance(part, sympy.Pow) and part.exp.is_number and part.base.is_number:
-                base, exponent = abs(part.base.evalf(5)), abs(part.exp.evalf(5))
-                if (base.is_Float and base and exponent.is_Float) or exponent.is_Integer:
-                    size = abs(float(sympy.log(base, 10))) * min(float(exponent), _MOST_DIGITS)
-                    most += int(min(size, _MOST_DIGITS)) + 1
-            elif isinstance(part, sympy.factorial) and part.args[0].is_Integer:
-                size = int(part.args[0])
-                most += int(math.lgamma(size + 1) / math.log(10)) + 1
-            elif isinstance(part, sympy.Integer) and abs(part.p) > 10**15:
-                most += part.p.bit_length() // 3
-    return min(most, _MOST_DIGITS)
-
-
-def _nonzero(difference: Any, digits: int) -> bool | None:
-    import sympy
-
-    if difference.is_Rational:
-        return bool(difference != 0)
-    if not difference.is_number or difference.has(sympy.oo, -sympy.oo, sympy.nan, sympy.zoo):
-        return bool(difference not in (0,)) if difference in (sympy.oo, -sympy.oo) else None
-    found = difference.evalf(15, maxn=digits)
-    if found.is_Rational:
-        return bool(found != 0)
-    parts = found.as_real_imag()
-    if any(not (part.is_Float or part.is_Integer or part.is_Rational) for part in parts):
-        return None
-    # SymPy gives precision 1 to what it could not tell from zero.
-    return any(part != 0 and getattr(part, "_prec", 53) > 1 for part in parts)
 
 
 def _relations_and_sets(left: Node, right: Node, preset: Preset) -> bool:

@@ -52,7 +52,8 @@ def final_answer(text: str) -> str | None:
     - ``Answer: ...``, also ``answer`` and ``ANSWER``, bold in Markdown or TeX, where there is no box: the rest of the
       line, or the next line that is not empty, or the display formula that begins there. A full stop at the end goes.
 
-    Of the first three the last counts, and where there is none, of the others. Answers longer than ``MAX_LENGTH`` are cut just above that length.
+    Of the first three the last counts, and where there is none, of the others. Answers longer than ``MAX_LENGTH`` are
+    cut just above that length.
 
     Returns:
         The answer without surrounding white space, or None where there is none. Never raises on text.
@@ -195,7 +196,7 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 
 def _after(text: str, start: int) -> str:
-    """What follows "Answer:": a display formula, or the rest of the line; without the brace of ``\\textbf{Answer: 42}``."""
+    """A display formula after "Answer:", or the rest of the line; without the brace of ``\\textbf{Answer: 42}``."""
     display = _DISPLAY.match(text, start)
     if display is not None:
         return (display[1] or display[2] or "").strip()

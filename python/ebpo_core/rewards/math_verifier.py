@@ -16,13 +16,14 @@ from ebpo_core.rewards.limits import refusal
 from ebpo_core.rewards.numerals import UnreadableError
 from ebpo_core.rewards.pool import VerifierPoolError, WorkerPool
 from ebpo_core.rewards.presets import PRESETS, Preset
-from ebpo_core.rewards.reading import Node, read
+from ebpo_core.rewards.reading import read
 from ebpo_core.rewards.simple import decided
 from ebpo_core.rewards.text import completion_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ebpo_core.rewards.nodes import Node
     from ebpo_core.rewards.pool import Outcome
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,8 @@ class MathVerifier:
     counters at zero and processes of its own).
 
     Args:
-        preset: What counts as the same answer: "strict", for rewards, or "lenient", to compare with the numbers of other
-            graders; see :mod:`ebpo_core.rewards.presets`.
+        preset: "strict", for rewards, or "lenient", to compare with the numbers of other graders: what counts as the
+            same answer, see :mod:`ebpo_core.rewards.presets`.
         workers: Processes, or None for the cores of this machine, at most 4.
         timeout: Seconds of wall time that one answer may take in a worker.
         memory_mb: Memory that a worker may take beyond what its libraries need, on Linux.
@@ -205,12 +206,7 @@ class MathVerifier:
 
         False for what is neither text nor number as well, which :meth:`score` raises for.
         """
-        references: list[str] = []
-        for answer in answers:
-            try:
-                references.append(reference_answer(answer))
-            except TypeError:
-                references.append("")
+        references = [_reference_or_nothing(answer) for answer in answers]
         known = self._scorable(references)
         return [known[reference] for reference in references]
 
@@ -311,6 +307,13 @@ class MathVerifier:
                 if outcome.failure != "timeout"
             )
         return known
+
+
+def _reference_or_nothing(answer: Any) -> str:
+    try:
+        return reference_answer(answer)
+    except TypeError:
+        return ""
 
 
 def _readable(reference: str) -> Node | None:

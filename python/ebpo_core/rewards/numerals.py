@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from itertools import pairwise
 
 from ebpo_core.rewards.tex import COMMA, THIN, Tokens, group_end, words
 
@@ -34,7 +35,7 @@ def joined(tokens: Tokens, bracket: str = "") -> Tokens:
     where ``(1,234)`` is a pair, that needs a sign that it is meant: a group that begins with 0, or other commas that
     are followed by a space.
     """
-    spaced = any(token == "," and after.isspace() for token, after in zip(tokens, tokens[1:], strict=False))
+    spaced = any(token == "," and after.isspace() for token, after in pairwise(tokens))
     out: list[str] = []
     place = 0
     while place < len(tokens):
@@ -176,8 +177,8 @@ def written(tokens: Tokens) -> str:
             if tokens[middle : middle + 1] != ("{",):
                 raise UnreadableError(f"{token} with one argument")
             place = group_end(tokens, middle)
-            inner = (tokens[start + 2 : middle - 1], tokens[middle + 1 : place - 1])
-            text = token + "".join("{" + written(part) + "}" for part in inner)
+            parts = (tokens[start + 2 : middle - 1], tokens[middle + 1 : place - 1])
+            text = token + "".join("{" + written(part) + "}" for part in parts)
         elif token in ("(", "{"):
             kind = "group"
             place = _closing(tokens, start) + 1

@@ -11,8 +11,7 @@ class Preset:
 
     Attributes:
         name: How results call it.
-        digits: Significant digits that a decimal needs to stand for an irrational number (``3.141593`` for ``\\pi``), or
-            None for never.
+        digits: Significant digits that a decimal needs to stand for an irrational number (``3.141593`` for ``\\pi``).
         rational: Whether such a decimal may stand for a fraction too (``0.333333`` for ``\\frac{1}{3}``).
         reference_precision: Whether an answer is right that rounds to a decimal reference at the reference's digits.
         percent: Whether a percent sign may be missing on one side.

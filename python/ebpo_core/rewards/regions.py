@@ -1,20 +1,13 @@
-r"""Sets of numbers, however written: intervals, inequalities in one variable, and unions of them; and other relations."""
+"""Sets of numbers however written: intervals, inequalities in one variable, unions of them; and other relations."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ebpo_core.rewards.comparison import (
-    _differ,
-    _in_any_order,
-    _is_region,
-    _member,
-    _same,
-    _value,
-    expression,
-)
+from ebpo_core.rewards.comparison import _in_any_order, _is_region, _member, _same
+from ebpo_core.rewards.formulas import differ, evaluated, expression
+from ebpo_core.rewards.nodes import Node
 from ebpo_core.rewards.numerals import UnreadableError
-from ebpo_core.rewards.reading import Node
 
 if TYPE_CHECKING:
     from ebpo_core.rewards.presets import Preset
@@ -27,7 +20,7 @@ def same_regions(left: Node, right: Node, preset: Preset) -> bool:
     constants = [_constant(node, preset) for node in (left, right)]
     if any(constants):
         one, other = (found or node for found, node in zip(constants, (left, right), strict=True))
-        return False if "no" in (one, other) else _same(one, other, preset)  # type: ignore[arg-type]
+        return False if "no" in (one, other) else _same(one, other, preset)
     left, right = (_as_equation(node, other) for node, other in ((left, right), (right, left)))
     if left.kind == right.kind == "relation" and _same_sides(left, right, preset):
         return True
@@ -48,7 +41,7 @@ def same_regions(left: Node, right: Node, preset: Preset) -> bool:
         if left.kind == right.kind == "relation":
             return _same_relations(left, right)
         raise
-    return _same_sets(sets[0], sets[1], preset)
+    return _same_sets(sets[0], sets[1])
 
 
 def same_equations(left: Node, right: Node) -> bool:
@@ -138,15 +131,15 @@ def _as_set(node: Node) -> Any:
     if node.kind == "tuple":
         if len(node.members) != 2 or any(member.kind != "value" for member in node.members):
             raise UnreadableError("not an interval")
-        start, end = (_value(expression(member.text)) for member in node.members)
+        start, end = (evaluated(expression(member.text)) for member in node.members)
         return sympy.Interval(start, end, node.marks[0] == "(", node.marks[1] == ")")
     if node.kind == "set":
-        return sympy.FiniteSet(*(_value(expression(member.text)) for member in node.members))
+        return sympy.FiniteSet(*(evaluated(expression(member.text)) for member in node.members))
     if node.kind == "sets":
         found = expression(node.text)
         if not isinstance(found, sympy.Set):
             raise UnreadableError("not a set")
-        return _value(found)
+        return evaluated(found)
     if node.kind == "list":
         parts = [_as_set(member) for member in node.members]
         return sympy.Union(*parts) if node.marks == ("or",) else sympy.Intersection(*parts)
@@ -171,7 +164,8 @@ def _solved(node: Node) -> Any:
     if len(symbols) != 1:
         raise UnreadableError("an inequality of several variables")
     parts = [
-        signs[mark](_value(one), _value(other)) for mark, one, other in zip(node.marks, sides, sides[1:], strict=False)
+        signs[mark](evaluated(one), evaluated(other))
+        for mark, one, other in zip(node.marks, sides, sides[1:], strict=False)
     ]
     try:
         return sympy.Intersection(*(part.as_set() for part in parts))
@@ -179,7 +173,7 @@ def _solved(node: Node) -> Any:
         raise UnreadableError("an inequality that SymPy cannot solve") from error
 
 
-def _same_sets(left: Any, right: Any, preset: Preset) -> bool:
+def _same_sets(left: Any, right: Any) -> bool:
     import sympy
 
     if left == right:
@@ -218,4 +212,4 @@ def _pieces(found: Any) -> list[tuple[Any, Any, bool, bool]] | None:
 
 
 def _same_ends(left: Any, right: Any) -> bool:
-    return bool(left == right or (left.is_finite and right.is_finite and _differ(left, right) is False))
+    return bool(left == right or (left.is_finite and right.is_finite and differ(left, right) is False))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fractions import Fraction
 
+    from ebpo_core.rewards.nodes import Node
     from ebpo_core.rewards.presets import Preset
-    from ebpo_core.rewards.reading import Node
 
 
 def decided(reference: Node, answer: Node, preset: Preset) -> bool | None:
@@ -75,4 +75,4 @@ def _rounds(decimal: Fraction, digits: int, value: Fraction) -> bool:
         exponent -= 1
     place = exponent - digits + 1
     difference = abs(value - decimal) * 2
-    return difference <= 10**place if place >= 0 else difference * 10**-place <= 1
+    return bool(difference * 10**-place <= 1 if place < 0 else difference <= 10**place)

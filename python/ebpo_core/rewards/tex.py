@@ -10,110 +10,21 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from ebpo_core.rewards.tex_names import CHARACTERS, DROPPED, FONTS, SPACES, SYNONYMS
+
 Tokens = tuple[str, ...]
 
 _TOKEN = re.compile(r"\\(?:begin|end)\{[a-zA-Z]+\*?\}|\\[a-zA-Z]+\*?|\\.|\s+|[0-9]+|.", re.DOTALL)
 
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z{}])")
 _ARRAY = re.compile(r"\\(begin|end)\{array\}(?:\s*\{[^{}]*\})?")
-_CHARACTERS = {
-    "\N{MINUS SIGN}": "-",
-    "\N{EN DASH}": "-",
-    "\N{HYPHEN}": "-",
-    "\N{NON-BREAKING HYPHEN}": "-",
-    "\N{DIVISION SLASH}": "/",
-    "\N{FRACTION SLASH}": "/",
-    "\N{MULTIPLICATION SIGN}": r"\times ",
-    "\N{DIVISION SIGN}": r"\div ",
-    "\N{MIDDLE DOT}": r"\cdot ",
-    "\N{DOT OPERATOR}": r"\cdot ",
-    "\N{BULLET OPERATOR}": r"\cdot ",
-    "\N{PLUS-MINUS SIGN}": r"\pm ",
-    "\N{LESS-THAN OR EQUAL TO}": r"\leq ",
-    "\N{GREATER-THAN OR EQUAL TO}": r"\geq ",
-    "\N{NOT EQUAL TO}": r"\neq ",
-    "\N{ALMOST EQUAL TO}": r"\approx ",
-    "\N{INFINITY}": r"\infty ",
-    "\N{UNION}": r"\cup ",
-    "\N{INTERSECTION}": r"\cap ",
-    "\N{ELEMENT OF}": r"\in ",
-    "\N{SET MINUS}": r"\setminus ",
-    "\N{EMPTY SET}": r"\emptyset ",
-    "\N{SQUARE ROOT}": r"\sqrt ",
-    "\N{DEGREE SIGN}": r"^{\circ}",
-    "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}",
-    "\N{DOUBLE-STRUCK CAPITAL Z}": r"\mathbb{Z}",
-    "\N{DOUBLE-STRUCK CAPITAL N}": r"\mathbb{N}",
-    "\N{DOUBLE-STRUCK CAPITAL Q}": r"\mathbb{Q}",
-    "\N{GREEK SMALL LETTER PI}": r"\pi ",
-    "\N{GREEK SMALL LETTER ALPHA}": r"\alpha ",
-    "\N{GREEK SMALL LETTER BETA}": r"\beta ",
-    "\N{GREEK SMALL LETTER THETA}": r"\theta ",
-    "\N{GREEK SMALL LETTER LAMDA}": r"\lambda ",
-    "\N{RIGHT SINGLE QUOTATION MARK}": "'",
-    "\N{PRIME}": "'",
-    "\N{FULLWIDTH COMMA}": ",",
-    "\N{FULLWIDTH COLON}": ":",
-    "\N{FULLWIDTH LEFT PARENTHESIS}": "(",
-    "\N{FULLWIDTH RIGHT PARENTHESIS}": ")",
-    "\N{IDEOGRAPHIC COMMA}": ",",
-    "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}",
-    "\N{VULGAR FRACTION ONE THIRD}": r"\frac{1}{3}",
-    "\N{VULGAR FRACTION TWO THIRDS}": r"\frac{2}{3}",
-    "\N{VULGAR FRACTION ONE QUARTER}": r"\frac{1}{4}",
-    "\N{VULGAR FRACTION THREE QUARTERS}": r"\frac{3}{4}",
-}
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _RAISED = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _LOWERED = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
-_UNICODE = str.maketrans(_CHARACTERS)
+_UNICODE = str.maketrans(CHARACTERS)
 
 THIN, COMMA = "\\,", "{,}"  # a thin space, and a comma that separates no members
-_DROPPED = {
-    "$",
-    r"\(",
-    r"\)",
-    r"\[",
-    r"\]",
-    r"\!",
-    r"\/",
-    r"\displaystyle",
-    r"\textstyle",
-    r"\scriptstyle",
-    r"\limits",
-    r"\nolimits",
-}
-_DROPPED |= {rf"\{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")}
-_SPACES = {r"\;", r"\:", r"\ ", "~", r"\quad", r"\qquad", r"\>", r"\thinspace", r"\enspace", r"\hfill", r"\newline"}
-_SYNONYMS = {
-    **dict.fromkeys((r"\dfrac", r"\tfrac", r"\cfrac"), r"\frac"),
-    **dict.fromkeys((r"\dbinom", r"\tbinom"), r"\binom"),
-    **dict.fromkeys((r"\le", r"\leqslant", r"\leqq"), r"\leq"),
-    **dict.fromkeys((r"\ge", r"\geqslant", r"\geqq"), r"\geq"),
-    **dict.fromkeys((r"\dots", r"\cdots", r"\dotsc", r"\dotsb"), r"\ldots"),
-    **dict.fromkeys((r"\lbrace",), r"\{"),
-    **dict.fromkeys((r"\rbrace",), r"\}"),
-    **dict.fromkeys((r"\lvert", r"\rvert", r"\vert"), "|"),
-    **dict.fromkeys((r"\vee", r"\lor"), r"\lor"),
-    **dict.fromkeys((r"\wedge", r"\land"), r"\land"),
-    **dict.fromkeys((r"\varnothing", r"\O"), r"\emptyset"),
-    **dict.fromkeys((r"\backslash", r"\smallsetminus"), r"\setminus"),
-    **dict.fromkeys((r"\colon", r"\ratio"), ":"),
-    **dict.fromkeys((r"\thickapprox", r"\simeq"), r"\approx"),
-    r"\lbrack": "[",
-    r"\rbrack": "]",
-    r"\lt": "<",
-    r"\gt": ">",
-    r"\ne": r"\neq",
-    "%": r"\%",
-    r"\degree": r"^\circ",
-    r"\cdotp": r"\cdot",
-    r"\ast": r"\cdot",
-    "*": r"\cdot",
-}
-_FONTS = {r"\mathbf", r"\boldsymbol", r"\bm", r"\mathit", r"\mathsf", r"\mathtt", r"\pmb", r"\mathnormal", r"\boxed"}
-_FONTS |= {r"\fbox", r"\underline", r"\displaylines", r"\ensuremath", r"\bold"}
 TEXTS = {
     r"\text",
     r"\textbf",
@@ -129,7 +40,7 @@ TEXTS = {
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1, r"\mathbb": 1, r"\mathcal": 1, r"\vec": 1}
 _ARGUMENTS |= {r"\overline": 1, r"\bar": 1, r"\hat": 1, r"\overrightarrow": 1, r"\widehat": 1, r"\tilde": 1}
 _ONE_DIGIT = {r"\frac", r"\binom", r"\sqrt", r"\log"}
-_FUNCTIONS = set(
+_FUNCTIONS = frozenset(
     [
         "sin",
         "cos",
@@ -252,7 +163,7 @@ def _plain(tokens: Tokens) -> Tokens:
         elif token == "{" and "".join(tokens[place : place + 4]).replace(" ", "")[:2] == ",}":
             place = tokens.index("}", place) + 1
             token = COMMA
-        if token in _DROPPED:
+        if token in DROPPED:
             continue
         if token in TEXTS or token == r"\operatorname" or token == r"\operatorname*":
             start = _skip_spaces(tokens, place)
@@ -262,7 +173,7 @@ def _plain(tokens: Tokens) -> Tokens:
                 continue
             if token in (r"\rm", r"\hbox"):
                 continue
-        if token in _FONTS:
+        if token in FONTS:
             start = _skip_spaces(tokens, place)
             if start < len(tokens) and tokens[start] == "{":
                 place = group_end(tokens, start)
@@ -275,11 +186,11 @@ def _plain(tokens: Tokens) -> Tokens:
             if start < len(tokens) and tokens[start] == "{":
                 place = group_end(tokens, start)
             token = " "
-        if token.isspace() or token in _SPACES:
+        if token.isspace() or token in SPACES:
             if out and out[-1] != " ":
                 out.append(" ")
             continue
-        replaced = _SYNONYMS.get(token, token)
+        replaced = SYNONYMS.get(token, token)
         out += ("^", "{", r"\circ", "}") if replaced == r"^\circ" else (replaced,)
     return tuple(out)
 
@@ -370,7 +281,8 @@ def _next(left: list[str]) -> str:
 
 def _group(left: list[str]) -> Tokens:
     """What follows up to the brace that closes, which is taken as well."""
-    depth, inside = 1, []
+    depth = 1
+    inside: list[str] = []
     while left:
         token = left.pop()
         depth += {"{": 1, "}": -1}.get(token, 0)

@@ -11,13 +11,17 @@ import re
 # The first name of a line is the one that is compared.
 _TABLE = """
 mm millimeter millimetre | cm centimeter centimetre | dm decimeter decimetre | m meter metre | km kilometer kilometre
-in inch inches | ft foot feet | yd yard | mi mile | mg milligram | g gram gm | kg kilogram kilo | t ton tonne
+in inch inches | ft foot feet | yd yard | mi mile | mg milligram | g gram gm | kg kilogram kilo | ton tonne
 lb pound lbs | oz ounce | ml milliliter millilitre mL | cl centiliter | l liter litre L | gal gallon | qt quart | pt pint
-s sec second | ms millisecond | min minute mins | h hr hour hrs | day | week wk | month | year yr | decade | century centuries
-degree deg | rad radian | K kelvin | N newton | J joule | kJ kilojoule | W watt | kW kilowatt | V volt | A ampere amp
+s sec second | ms millisecond | min minute mins | h hr hour hrs | day | week wk
+month | year yr | decade | century centuries
+degree deg | rad radian | kelvin | N newton | J joule | kJ kilojoule | W watt | kW kilowatt | V volt
+A ampere amp
 Hz hertz | Pa pascal | kPa | mol mole | ohm | C coulomb | eV | cal calorie | kcal | bit | byte
-mph | kmh kmph kph | bps | dollar buck USD usd | cent | euro EUR | yuan RMB | rupee Rs | yen | ruble rouble | pence | penny pennies
-unit | people person persons | men man | women woman | child children | box boxes | student | way | mouse mice | half-life
+mph | kmh kmph kph | bps | dollar buck USD usd | cent | euro EUR | yuan RMB | rupee Rs | yen
+ruble rouble | pence | penny pennies
+unit | people person persons | men man | women woman | child children | box boxes | student | way
+mouse mice | half-life
 inning | piece | point | time-unit | number | digit | term | side | vertex vertices | edge | face | root | solution
 am a.m. AM A.M. | pm p.m. PM P.M. | acre | hectare ha | au | ly
 """
@@ -27,31 +31,6 @@ _NAMES = {
     for names in line.split("|")
     for name in names.split()
 }
-_MEASURES = {_NAMES[name] for name in _NAMES} - set(
-    [
-        "people",
-        "men",
-        "women",
-        "child",
-        "box",
-        "student",
-        "way",
-        "mouse",
-        "inning",
-        "piece",
-        "number",
-        "digit",
-        "term",
-        "side",
-        "vertex",
-        "edge",
-        "face",
-        "root",
-        "solution",
-        "unit",
-        "point",
-    ]
-)
 _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 # What stands beside a unit and changes nothing.
 _FILLERS = {"of", "the", "a", "an", "total", "long", "old", "tall", "wide", "different", "distinct", "possible"}
