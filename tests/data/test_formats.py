@@ -133,6 +133,77 @@ ROWS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "olympiadbench",
         {"answer": "42, \\frac{1}{2}", "topic": "Algebra", "level": "Competition", "id": "1606"},
     ),
+    "agentica-org/DeepScaleR-Preview-Dataset": (
+        {"problem": QUESTION, "answer": "42", "solution": "Multiply."},
+        "deepscaler",
+        {"id": "data/0"},
+    ),
+    "AI-MO/NuminaMath-1.5": (
+        {
+            "problem": QUESTION,
+            "solution": "Multiply: $\\boxed{42}$",
+            "answer": "42",
+            "problem_type": "Algebra",
+            "question_type": "math-word-problem",
+            "problem_is_valid": "Yes",
+            "solution_is_valid": "Yes",
+            "source": "olympiads",
+            "synthetic": False,
+        },
+        "numinamath",
+        {"topic": "Algebra", "id": "data/0", "source": "olympiads"},
+    ),
+    "AI-MO/NuminaMath-CoT": (
+        {
+            "source": "cn_k12",
+            "problem": QUESTION,
+            "solution": "Multiply: $\\boxed{42}$",
+            "messages": [{"content": QUESTION, "role": "user"}],
+        },
+        "numinamath",
+        {"id": "data/0", "source": "cn_k12"},
+    ),
+    "open-r1/OpenR1-Math-220k": (
+        {
+            "problem": QUESTION,
+            "solution": "Multiply.",
+            "answer": "42",
+            "problem_type": "Algebra",
+            "question_type": "math-word-problem",
+            "source": "olympiads",
+            "uuid": "c1",
+            "is_reasoning_complete": [True],
+            "generations": ["<think>...</think> \\boxed{42}"],
+            "correctness_math_verify": [True],
+            "finish_reasons": None,
+            "correctness_count": 1,
+            "messages": [{"content": QUESTION, "role": "user"}],
+        },
+        "openr1",
+        {"topic": "Algebra", "id": "c1", "source": "olympiads"},
+    ),
+    "SynthLabsAI/Big-Math-RL-Verified": (
+        {
+            "problem": QUESTION,
+            "answer": "42",
+            "source": "orca_math",
+            "domain": ["Mathematics -> Algebra -> Prealgebra -> Integers"],
+            "llama8b_solve_rate": 0.75,
+        },
+        "big-math",
+        {"topic": "Algebra", "id": "data/0", "source": "orca_math"},
+    ),
+    "Minerva as Qwen2.5-Math evaluates it": (
+        {"problem": QUESTION, "solution": "So $\\boxed{42}$.", "type": "Introduction to Astronomy", "idx": 7},
+        "minerva",
+        {"topic": "Introduction to Astronomy", "id": "7"},
+    ),
+    "problems and answers alone": ({"problem": QUESTION, "answer": "42"}, "minerva", {"id": "data/0"}),
+    "OlympiadBench, copied to three columns": (
+        {"id": "1606", "problem": QUESTION, "answer": "$42$"},
+        "aime",
+        {"id": "1606", "answer": "$42$"},
+    ),
     "problems of one's own": (
         {"id": "a", "prompt": QUESTION, "answer": "42", "topic": "mul", "level": "1", "source": "mine"},
         "problem",
@@ -163,6 +234,20 @@ def test_published_form(name: str, tmp_path: Path) -> None:
     )
     assert read(path) == [problem]
     assert read(path, form) == [problem]
+
+
+def test_proofs_and_faulty_rows_of_numinamath_are_left_out(tmp_path: Path) -> None:
+    row = ROWS["AI-MO/NuminaMath-1.5"][0]
+    changes: list[dict[str, Any]] = [
+        {"answer": "proof"},
+        {"answer": "notfound"},
+        {"question_type": "proof"},
+        {"problem_is_valid": "No"},
+        {"answer": None, "solution": "qed"},
+    ]
+    path = write(tmp_path, row, *({**row, **change} for change in changes))
+    with pytest.warns(UserWarning, match=r"data: 5 rows left out.*the first: row 1"):
+        assert [problem.answer for problem in read(path)] == ["42"]
 
 
 def test_every_form_is_read_above() -> None:

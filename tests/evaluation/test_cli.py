@@ -196,7 +196,29 @@ def test_rows_of_ones_own_with_the_math_verifier(model: str, tmp_path: Path) -> 
     results = json.loads((output / "results.json").read_text())
     assert list(results["clusters"]) == ["same/"]
     assert results["settings"]["scorer"] == "math"
-    assert results["settings"]["merge_correct"] is True
+    assert results["preset"] == results["settings"]["preset"] == "strict"
+    assert results["skipped"] == {"problems": 0, "ids": []}
+
+
+def test_rows_that_cannot_be_scored_are_skipped_or_an_error(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("math_verify")
+    answers = ["1", "@@@", "", "x+1"]
+    data = write_rows(
+        tmp_path / "own.jsonl", [{"prompt": f"{n} =", "answer": a, "id": f"row-{n}"} for n, a in enumerate(answers)]
+    )
+    output = tmp_path / "run"
+    command = ["eval", "--model", model, "--task", str(data), "--output", str(output), "--samples=2", "--no-plot"]
+    command += ["--max-new-tokens=4", "--preset=lenient"]
+    assert main([*command, "--refuse-unscorable"]) == 1
+    assert "2 problems have no 'answer' that the math scorer can read: row-1, row-2" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "2 problems skipped, whose answers cannot be read: row-1, row-2" in capsys.readouterr().out
+    results = json.loads((output / "results.json").read_text())
+    assert results["preset"] == "lenient"
+    assert results["skipped"] == {"problems": 2, "ids": ["row-1", "row-2"]}
+    assert results["overall"]["problems"] == 2
 
 
 @pytest.mark.parametrize(

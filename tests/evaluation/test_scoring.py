@@ -169,7 +169,7 @@ def test_scorers_of_the_tasks_are_their_rewards() -> None:
     texts = [problem.row["answer"] if place % 2 else "1 + 1" for place, problem in enumerate(problems)]
     with load_scorer(None, "countdown") as scorer:
         assert scorer.score(problems, texts) == [Scored(float(place % 2), text) for place, text in enumerate(texts)]
-        assert not scorer.merge_correct
+        assert scorer.preset is None
         assert scorer.score([], []) == []
     problems = load_problems("arithmetic", size=3)
     with load_scorer(None, "arithmetic") as scorer:
@@ -202,24 +202,45 @@ def test_a_reward_that_does_not_score_everything_is_refused(returned: list[Any])
         scorer.score(from_rows(ROWS), ["a", "b"])
 
 
-def test_the_math_scorer_reads_answers_and_merges_their_spellings() -> None:
+def test_the_math_scorer_reads_answers() -> None:
     pytest.importorskip("math_verify")
     problems = from_rows([{"prompt": "half?", "answer": "0.5", "id": name} for name in "abc"])
     texts = [r"\boxed{\frac12}", r"So it is \boxed{0.6}.", "no answer at all"]
     with load_scorer(None, "file.jsonl") as scorer:
-        scorer.check(problems)
+        assert scorer.unscorable(problems) == []
         assert scorer.score(problems, texts) == [
-            Scored(1.0, r"\frac{1}{2}"),
+            Scored(1.0, r"\frac12"),
             Scored(0.0, "0.6"),
             Scored(0.0, None),
         ]
-        assert scorer.merge_correct
+        assert scorer.preset == "strict"
+        rows = [{"answer": ""}, {"answer": {"a": 1}}, {}, {"answer": "see solution 3 above"}]
+        bad = [Problem(name, "p", row=row) for name, row in zip("wxyz", rows, strict=True)]
+        assert scorer.unscorable([*problems, *bad]) == ["w", "x", "y", "z"]
         with pytest.raises(ValueError, match="1 problems have no 'answer'.*x"):
-            scorer.check([*problems, Problem("x", "p", row={"answer": ""})])
-        with pytest.raises(ValueError, match="x"):
             scorer.score([Problem("x", "p")], [r"\boxed{1}"])
     with load_scorer("math", "file.jsonl", "integer") as scorer:
         assert scorer.score(problems[:1], [r"3 \boxed{0.5} 4"]) == [Scored(1.0, "4")]
+    with load_scorer("math", "countdown", None, "lenient") as scorer:
+        assert scorer.preset == "lenient"
+        assert scorer.score([Problem("p", "p", row={"answer": "20\\%"})], ["\\boxed{20}"]) == [Scored(1.0, "20")]
+    with pytest.raises(ValueError, match="only the math scorer has presets"):
+        load_scorer("exact", "file.jsonl", None, "lenient")
+
+
+def test_answers_of_one_meaning_vote_together_right_or_wrong() -> None:
+    pytest.importorskip("math_verify")
+    spelled = [(1, "0.5"), (0, "x+1"), (0, "1+x"), (1, "\\frac12"), (0, None), (0, "1 + x")]
+    records = [sample("p", n, *pair) for n, pair in enumerate(spelled)]
+    others = [sample("q", 0, 0, "1/2")]
+    with load_scorer("math", "file.jsonl") as scorer:
+        grouped = scorer.grouped([*records, *others])
+    assert [record["answer"] for record in grouped] == ["0.5", "x+1", "x+1", "0.5", None, "x+1", "1/2"]
+    problems = [Problem("p", "p")]
+    assert summarize(problems, records, samples=6, ks=[6]).overall.metrics["maj@6"].value == pytest.approx(2 / 5)
+    assert summarize(problems, grouped, samples=6, ks=[6]).overall.metrics["maj@6"].value == 0.0
+    with load_scorer("exact", "file.jsonl") as plain:
+        assert plain.grouped(records) == records
 
 
 def sample(problem: str, number: int, score: float, answer: str | None) -> dict[str, Any]:
@@ -250,8 +271,9 @@ def test_a_summary_by_hand(tmp_path: Path) -> None:
             "maj@4": 1 / 3,  # p: y has two votes, x and z one each
         }
     )
-    merged = summarize(PROBLEMS, RECORDS, samples=4, ks=[4], merge_correct=True)
-    assert merged.overall.metrics["maj@4"].value == pytest.approx((0.5 + 0 + 1) / 3)  # p: right and y tie
+    merged = [{**record, "answer": "x" if record["score"] == 1 else record["answer"]} for record in RECORDS]
+    merged_maj = summarize(PROBLEMS, merged, samples=4, ks=[4]).overall.metrics["maj@4"].value
+    assert merged_maj == pytest.approx((0.5 + 0 + 1) / 3)  # p: right and y tie
     assert summary.topics["a"].problems == 2
     assert summary.topics["a"].metrics["avg@4"].value == 0.25
     assert summary.levels["1"].metrics["avg@4"].value == 0.625

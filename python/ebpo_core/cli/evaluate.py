@@ -66,21 +66,23 @@ def main(argv: Sequence[str]) -> int:
                 f"--baseline {given.baseline}: it is about other problems; compare on the same task and size"
             )
     records = sampling.draw(output / SAMPLES_NAME, given.samples, "Sampling", console)
-    merge = bool(sampling.settings["merge_correct"])
+    with sampling.scorer() as scorer:
+        records = scorer.grouped(records)
+        theirs = None if baseline is None else scorer.grouped(baseline[1])
     options = {"resamples": given.resamples, "level": given.confidence, "seed": given.bootstrap_seed}
     ks = given.k or default_ks(given.samples)
-    summary = summarize(sampling.problems, records, samples=given.samples, ks=ks, merge_correct=merge, **options)
+    summary = summarize(sampling.problems, records, samples=given.samples, ks=ks, **options)
     model = str(sampling.settings["backend"]["model"])
     difference = None
-    if baseline is not None:
-        difference = paired_differences(
-            sampling.problems, records, baseline[1], samples=given.samples, ks=ks, merge_correct=merge, **options
-        )
+    if theirs is not None:
+        difference = paired_differences(sampling.problems, records, theirs, samples=given.samples, ks=ks, **options)
     results = write_results(
         output / RESULTS_NAME,
         summary,
         sampling.settings,
         task=given.task,
+        preset=sampling.settings["preset"],
+        skipped={"problems": len(sampling.skipped), "ids": sampling.skipped},
         bootstrap=options,
         difference_to_baseline=None if difference is None else {k: v._asdict() for k, v in difference.items()},
     )

@@ -11,7 +11,7 @@ from ebpo_core.evaluation.journal import Journal
 from ebpo_core.evaluation.local_model import LocalModel
 from ebpo_core.evaluation.problems import PromptFormat, fingerprint, load_problems
 from ebpo_core.evaluation.sampling import KEY, KIND, Backend, SamplingOptions, collect, missing_requests, run_settings
-from ebpo_core.evaluation.scoring import Scorer, load_scorer
+from ebpo_core.evaluation.scoring import Scorer, load_scorer, unscorable_rows
 from ebpo_core.evaluation.server import Server, ServerModel
 from ebpo_core.progress import bar
 from ebpo_core.tasks.loading import BUILT_IN
@@ -37,6 +37,10 @@ def add_options(parser: argparse.ArgumentParser, *, split: str) -> None:
     task.add_argument("--topics", nargs="+", help="topics of a built-in task; all by default")
     task.add_argument("--levels", nargs="+", type=int, help="levels of a built-in task; all by default")
     task.add_argument("--scorer", help="math, exact, integer, or package.module:function in TRL's signature")
+    task.add_argument("--preset", choices=("strict", "lenient"), help="what the math scorer accepts (strict)")
+    task.add_argument(
+        "--refuse-unscorable", action="store_true", help="end with an error where a row cannot be scored, not skip it"
+    )
     task.add_argument("--extract", help="answers that vote in maj@k: text, integer, boxed, or package.module:function")
     task.add_argument("--template", default="{prompt}", help="text around each prompt, {prompt} in it")
     task.add_argument("--system", help="system message; makes a chat of each prompt")
@@ -96,6 +100,7 @@ class Sampling:
         )
         self.fingerprint = fingerprint(self.problems)
         self.settings: dict[str, Any] = {}
+        self.skipped: list[str] = []
 
     def server(self, url: str) -> Server:
         """A server at ``url`` with the options of time-outs and tries."""
@@ -117,11 +122,19 @@ class Sampling:
             extra_body=given.extra_body,
         )
 
+    def scorer(self) -> Scorer:
+        """What scores the samples."""
+        given = self.arguments
+        return load_scorer(given.scorer, given.task, given.extract, given.preset)
+
     def draw(self, path: Path, samples: int, name: str, console: Console) -> list[dict[str, Any]]:
-        """Complete the journal at ``path`` to ``samples`` of each problem and return its records."""
+        """Complete the journal at ``path`` to ``samples`` of each problem and return its records.
+
+        Problems that cannot be scored go from ``problems`` to ``skipped``, by their ids.
+        """
         backend = self.backend()
-        with load_scorer(self.arguments.scorer, self.arguments.task, self.arguments.extract) as scorer:
-            scorer.check(self.problems)
+        with self.scorer() as scorer:
+            self._skip(scorer, console)
             self.settings = run_settings(backend, self.options, scorer, self.fingerprint, self.format)
             with Journal(path, KIND, self.settings, KEY) as journal:
                 missing = missing_requests(self.problems, samples, journal, self.options, self.format)
@@ -135,6 +148,19 @@ class Sampling:
                 records = list(journal.records.values())
             self._warn(scorer, console)
         return records
+
+    def _skip(self, scorer: Scorer, console: Console) -> None:
+        """Leave out what cannot be scored, and say how many problems that are and which."""
+        self.skipped = scorer.unscorable(self.problems)
+        if not self.skipped:
+            return
+        if self.arguments.refuse_unscorable or len(self.skipped) == len(self.problems):
+            raise ValueError(unscorable_rows(self.skipped))
+        names = set(self.skipped)
+        self.problems = [problem for problem in self.problems if problem.id not in names]
+        shown = f"{', '.join(self.skipped[:5])}{', ...' if len(names) > 5 else ''}"
+        text = f"{len(names)} problems skipped, whose answers cannot be read: {shown}"
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     @staticmethod
     def _warn(scorer: Scorer, console: Console) -> None:

@@ -35,7 +35,7 @@ class Format:
 
     ``question``, ``answer``, ``topic``, ``level`` and ``id`` name columns, the first of which that a row has is taken;
     or they are functions of a row. ``whole`` marks prompts that already hold their instruction. ``repeats`` marks sets
-    that repeat rows.
+    that repeat rows. ``leaves_out`` says of a row that nothing can be verified in it, such as a proof; it is skipped.
     """
 
     schemas: tuple[Schema, ...]
@@ -47,6 +47,7 @@ class Format:
     source: tuple[str, ...] = ()
     whole: bool = False
     repeats: bool = False
+    leaves_out: Callable[[Mapping[str, Any]], bool] = field(default=lambda _: False)
 
     def problem(self, row: Mapping[str, Any], number: int, source: str, instruction: str | None) -> Problem:
         """The problem in one row; ``number`` counts rows from 0.
@@ -124,6 +125,22 @@ def _given_or_boxed(row: Mapping[str, Any]) -> Any:
 def _list(value: Any) -> str:
     """OlympiadBench's answers: a list of texts in dollar signs, all of which belong to the answer."""
     return ", ".join(str(part).strip().strip("$").strip() for part in value or ())
+
+
+def _domain(row: Mapping[str, Any]) -> str:
+    """Big-Math's topic: the second step of "Mathematics -> Algebra -> ...", of the first domain."""
+    parts = [part.strip() for part in str(next(iter(row.get("domain") or ()), "")).split("->")]
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def _unverifiable(row: Mapping[str, Any]) -> bool:
+    """NuminaMath's rows without an answer: proofs, problems marked as faulty, solutions that end without a box."""
+    answer = _text(_given_or_boxed(row))
+    return (
+        answer.lower() in ("", "proof", "notfound")
+        or row.get("question_type") == "proof"
+        or "No" in (row.get("problem_is_valid"), row.get("solution_is_valid"))
+    )
 
 
 def _is_text(column: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -212,6 +229,59 @@ FORMATS: dict[str, Format] = {
         topic=("subfield",),
         level=("difficulty",),
         id=("id",),
+    ),
+    # agentica-org/DeepScaleR-Preview-Dataset
+    "deepscaler": Format(
+        schemas=(
+            _schema("problem answer solution", "ID id url year subject level type problem_type domain uuid messages"),
+        ),
+        question=("problem",),
+        answer=("answer",),
+    ),
+    # AI-MO/NuminaMath-1.5, NuminaMath-CoT and NuminaMath-TIR
+    "numinamath": Format(
+        schemas=(
+            _schema("problem solution answer problem_type question_type", "generations"),
+            _schema("problem solution messages", "generations answer"),
+        ),
+        question=("problem",),
+        answer=_given_or_boxed,
+        topic=("problem_type",),
+        source=("source",),
+        leaves_out=_unverifiable,
+    ),
+    # open-r1/OpenR1-Math-220k
+    "openr1": Format(
+        schemas=(_schema("problem answer generations uuid"),),
+        question=("problem",),
+        answer=("answer",),
+        topic=("problem_type",),
+        id=("uuid",),
+        source=("source",),
+        leaves_out=_unverifiable,
+    ),
+    # SynthLabsAI/Big-Math-RL-Verified
+    "big-math": Format(
+        schemas=(_schema("problem answer source domain"),),
+        question=("problem",),
+        answer=("answer",),
+        topic=_domain,
+        source=("source",),
+    ),
+    # Minerva's MATH and undergraduate STEM sets as evaluations copy them, and any bare problems with answers
+    "minerva": Format(
+        schemas=(
+            _schema("problem solution type idx", "level answer"),
+            _schema(
+                "problem answer",
+                "ID id idx year url solution subject level type problem_idx problem_type domain generations uuid "
+                "prompt",
+            ),
+        ),
+        question=("problem",),
+        answer=_given_or_boxed,
+        topic=("type",),
+        id=("idx",),
     ),
     # Problem's own fields, one object a line
     "problem": Format(

@@ -6,14 +6,14 @@ import warnings
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ebpo_core.data.formats import FORMATS, detect
+from ebpo_core.data.formats import FORMATS, Format, detect
 from ebpo_core.data.problem import BOXED, Problem
 from ebpo_core.data.rows import read_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 def read(
@@ -36,7 +36,8 @@ def read(
     Returns:
         Problems in the order of the rows. In forms whose sets repeat rows (DAPO's does, about a hundred times), the
         first of each prompt; prompts that occur with different answers are left out, with a warning. Ids are the set's
-        own, or "<source>/<number>" where it has none or uses one twice.
+        own, or "<source>/<number>" where it has none or uses one twice. Rows without anything to verify, such as
+        NuminaMath's proofs, are left out, with a warning.
 
     Raises:
         ValueError: Nothing is there, the form is unknown or ambiguous, a row lacks a question or an answer, or
@@ -51,18 +52,33 @@ def read(
     first = next(rows)
     form = FORMATS[detect(set(first), first, str(name_or_path)) if format == "auto" else format]
     try:
-        problems: Iterable[Problem] = (
-            form.problem(row, number, source, instruction) for number, row in enumerate(chain([first], rows))
-        )
+        left_out: list[int] = []
+        problems = _problems(form, chain([first], rows), source, instruction, left_out)
         result = _distinct(problems, source) if form.repeats else list(problems)
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{name_or_path}: columns {sorted(first)} do not fit format={format!r} ({type(error).__name__}: {error})"
         ) from error
+    if left_out:
+        warnings.warn(
+            f"{source}: {len(left_out)} rows left out, in which nothing can be verified (the first: row {left_out[0]})",
+            stacklevel=2,
+        )
     if len({problem.id for problem in result}) < len(result):
         # Some sets number each of their parts from 1.
         result = [replace(problem, id=f"{source}/{number}") for number, problem in enumerate(result)]
     return result
+
+
+def _problems(
+    form: Format, rows: Iterable[dict[str, Any]], source: str, instruction: str | None, left_out: list[int]
+) -> Iterator[Problem]:
+    """The problems in rows; numbers of rows that the form leaves out are added to ``left_out``."""
+    for number, row in enumerate(rows):
+        if form.leaves_out(row):
+            left_out.append(number)
+        else:
+            yield form.problem(row, number, source, instruction)
 
 
 def _distinct(problems: Iterable[Problem], source: str) -> list[Problem]:

@@ -108,7 +108,7 @@ def run_settings(
         "backend": backend.settings(),
         "sampling": asdict(options),
         "scorer": scorer.name,
-        "merge_correct": scorer.merge_correct,
+        "preset": scorer.preset,
     }
 
 

@@ -34,18 +34,20 @@ class Scored(NamedTuple):
 class Scorer(Protocol):
     """Scores samples. A context manager, since a verifier may hold worker processes.
 
-    ``merge_correct`` says that a problem has one right answer in several spellings, so that all right samples of a
-    problem vote together in maj@k.
+    ``preset`` names what counts as the same answer, None where a reward decides that alone.
     """
 
     name: str
-    merge_correct: bool
+    preset: str | None
 
-    def check(self, problems: Sequence[Problem]) -> None:
-        """Raise a ValueError where problems cannot be scored, before anything is sampled."""
+    def unscorable(self, problems: Sequence[Problem]) -> list[str]:
+        """The ids of the problems that cannot be scored, asked for before anything is sampled."""
 
     def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
         """The score of each completion, in order."""
+
+    def grouped(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Records of samples, with one spelling for all answers to a problem that vote together in maj@k."""
 
     def __enter__(self) -> Scorer: ...
 
@@ -94,13 +96,18 @@ class RewardScorer:
         name: What the header of the samples calls it.
     """
 
-    merge_correct = False
+    preset: str | None = None
 
     def __init__(self, reward: RewardFunction, extract: Extract, name: str) -> None:
         self.reward, self.extract, self.name = reward, extract, name
 
-    def check(self, problems: Sequence[Problem]) -> None:
-        """Anything may be scorable to a reward function."""
+    def unscorable(self, problems: Sequence[Problem]) -> list[str]:  # noqa: ARG002
+        """None: anything may be scorable to a reward function."""
+        return []
+
+    def grouped(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The records as they are: answers that are written alike vote together."""
+        return list(records)
 
     def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
         """Scores in the order of ``completions``; messages are handed over where the prompt is a list of messages."""
@@ -136,40 +143,52 @@ class MathScorer:
     """Scores against the ``answer`` column with :class:`ebpo_core.rewards.MathVerifier` in its worker processes.
 
     Args:
-        extract: What votes in maj@k; None takes the final answer that the verifier read, in normal form.
+        extract: What votes in maj@k; None takes the final answer that the completion states.
         name: What the header of the samples calls it.
-        **options: Those of the verifier.
+        preset: The verifier's.
+        **options: The verifier's others.
     """
 
-    merge_correct = True
-
-    def __init__(self, extract: Extract | None = None, name: str = "math", **options: Any) -> None:
+    def __init__(
+        self, extract: Extract | None = None, name: str = "math", preset: str = "strict", **options: Any
+    ) -> None:
         from ebpo_core.rewards import MathVerifier
 
-        self.extract, self.name, self.verifier = extract, name, MathVerifier(**options)
+        self.extract, self.name = extract, name
+        self.preset: str | None = preset
+        self.verifier = MathVerifier(preset=preset, **options)
 
-    def check(self, problems: Sequence[Problem]) -> None:
-        """Raise a ValueError naming the problems whose ``answer`` is missing or cannot be read by the verifier."""
+    def unscorable(self, problems: Sequence[Problem]) -> list[str]:
+        """The ids of the problems whose ``answer`` is missing, of a wrong type, or cannot be read by the verifier."""
         known = self.verifier.scorable([problem.row.get("answer") for problem in problems])
-        bad = [problem.id for problem, fine in zip(problems, known, strict=True) if not fine]
-        if bad:
-            raise ValueError(
-                f"{len(bad)} problems have no 'answer' that the math scorer can read: {', '.join(bad[:5])}"
-                f"{', ...' if len(bad) > 5 else ''}; correct these rows or leave them out"
-            )
+        return [problem.id for problem, fine in zip(problems, known, strict=True) if not fine]
 
     def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
-        """1.0 where the completion's final answer equals the problem's, else 0.0."""
-        from ebpo_core.rewards.answers import normal_form
+        """1.0 where the completion's final answer equals the problem's, else 0.0.
 
+        Raises:
+            ValueError: A problem cannot be scored, see :meth:`unscorable`.
+        """
         verdicts = self.verifier.verdicts(completions, [problem.row.get("answer") for problem in problems])
-        if any(math.isnan(verdict.score) for verdict in verdicts):
-            self.check(problems)
-        scored = []
-        for verdict, text in zip(verdicts, completions, strict=True):
-            read = None if verdict.answer is None else normal_form(verdict.answer)
-            scored.append(Scored(float(verdict.score), read if self.extract is None else self.extract(text)))
-        return scored
+        bad = [problem.id for problem, verdict in zip(problems, verdicts, strict=True) if math.isnan(verdict.score)]
+        if bad:
+            raise ValueError(unscorable_rows(bad))
+        return [
+            Scored(float(verdict.score), verdict.answer if self.extract is None else self.extract(text))
+            for verdict, text in zip(verdicts, completions, strict=True)
+        ]
+
+    def grouped(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Records in which answers of one meaning, right or wrong, are written as the first of them."""
+        places: dict[str, list[int]] = {}
+        for place, record in enumerate(records):
+            places.setdefault(record["problem"], []).append(place)
+        result = list(records)
+        for mine in places.values():
+            answers = [records[place]["answer"] for place in mine]
+            for place, first in zip(mine, self.verifier.groups(answers), strict=True):
+                result[place] = {**records[place], "answer": None if first is None else answers[first]}
+        return result
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -186,7 +205,15 @@ class MathScorer:
         self.verifier.__exit__(kind, error, trace)
 
 
-def load_scorer(name: str | None, task: str, extract: str | None = None) -> Scorer:
+def unscorable_rows(names: Sequence[str]) -> str:
+    """What is said of problems that cannot be scored: their number and the first ids."""
+    return (
+        f"{len(names)} problems have no 'answer' that the math scorer can read: {', '.join(names[:5])}"
+        f"{', ...' if len(names) > 5 else ''}; correct these rows or leave them out"
+    )
+
+
+def load_scorer(name: str | None, task: str, extract: str | None = None, preset: str | None = None) -> Scorer:
     """The scorer for a task.
 
     Args:
@@ -194,11 +221,21 @@ def load_scorer(name: str | None, task: str, extract: str | None = None) -> Scor
         task: As for ``load_problems``.
         extract: "text", "integer", "boxed" or ``module:function``; None takes what fits the scorer: the task's own form
             of an answer, the final answer that the verifier read, or the whole text.
+        preset: Of the math scorer, "strict" by default.
+
+    Raises:
+        ValueError: A preset for another scorer, or a name that nothing has.
     """
+    math_scorer = name == "math" or (name is None and task not in BUILT_IN)
+    if preset is not None and not math_scorer:
+        raise ValueError(f"preset={preset!r}: only the math scorer has presets; leave it out, or take scorer='math'")
     if name is None and task in BUILT_IN:
         default = {"countdown": "text", "arithmetic": "integer"}[task]
         return RewardScorer(BUILT_IN[task].reward, load_extractor(extract or default), f"{task} ({extract or default})")
-    if name in (None, "math"):
-        return MathScorer(load_extractor(extract), f"math ({extract})") if extract else MathScorer()
+    if math_scorer:
+        chosen = preset or "strict"
+        if extract is None:
+            return MathScorer(preset=chosen)
+        return MathScorer(load_extractor(extract), f"math ({extract})", chosen)
     default = "integer" if name == "integer" else "text"
     return RewardScorer(load_reward(str(name)), load_extractor(extract or default), f"{name} ({extract or default})")

@@ -43,20 +43,11 @@ def default_ks(samples: int) -> list[int]:
     return sorted({1 << power for power in range(samples.bit_length())} | {samples})
 
 
-def _answers(records: Sequence[Mapping[str, Any]], right: Sequence[bool], merge: bool) -> list[Any]:
-    """Who votes for what; with ``merge`` all right samples of a problem vote together."""
-    return [
-        ("right",) if merge and is_right else record["answer"] for record, is_right in zip(records, right, strict=True)
-    ]
-
-
-def problem_metrics(
-    records: Sequence[Mapping[str, Any]], ks: Iterable[int], *, merge_correct: bool
-) -> dict[str, float]:
+def problem_metrics(records: Sequence[Mapping[str, Any]], ks: Iterable[int]) -> dict[str, float]:
     """The metrics of one problem from its samples' records (``score``, ``answer``)."""
     right = [record["score"] >= PASSING for record in records]
     count, n = sum(right), len(records)
-    votes = _answers(records, right, merge_correct)
+    votes = [record["answer"] for record in records]
     metrics = {f"avg@{n}": count / n, "score": sum(record["score"] for record in records) / n}
     for k in ks:
         metrics[f"pass@{k}"] = pass_at_k(n, count, k)
@@ -83,10 +74,10 @@ def _grouped(
 
 
 def _matrix(
-    problems: Sequence[Problem], found: Mapping[str, Sequence[Mapping[str, Any]]], ks: Sequence[int], merge: bool
+    problems: Sequence[Problem], found: Mapping[str, Sequence[Mapping[str, Any]]], ks: Sequence[int]
 ) -> tuple[list[str], Array]:
     """The metrics' names and their values, (problems, metrics)."""
-    rows = [problem_metrics(found[problem.id], ks, merge_correct=merge) for problem in problems]
+    rows = [problem_metrics(found[problem.id], ks) for problem in problems]
     names = list(rows[0])
     return names, np.array([[row[name] for name in names] for row in rows], dtype=np.float64)
 
@@ -97,7 +88,6 @@ def summarize(
     *,
     samples: int,
     ks: Sequence[int] | None = None,
-    merge_correct: bool = False,
     resamples: int = 10_000,
     level: float = 0.95,
     seed: int = 0,
@@ -106,10 +96,10 @@ def summarize(
 
     Args:
         problems: The problems evaluated.
-        records: Records of the samples, in any order; those numbered ``samples`` and above are left out.
+        records: Records of the samples, in any order; those numbered ``samples`` and above are left out. Answers that
+            are equal vote together, see :meth:`ebpo_core.evaluation.Scorer.grouped`.
         samples: Samples of each problem that count.
         ks: For pass@k and maj@k, each in 1..samples; by default :func:`default_ks`.
-        merge_correct: Whether right samples of a problem vote together, see :class:`~ebpo_core.evaluation.Scorer`.
         resamples: Of the bootstrap.
         level: Coverage of the intervals.
         seed: Of the bootstrap.
@@ -123,7 +113,7 @@ def summarize(
     if not ks or not 1 <= ks[0] <= ks[-1] <= samples:
         raise ValueError(f"ks={list(ks)}: give numbers between 1 and samples={samples}, or draw more samples")
     by_problem = _grouped(problems, records, samples)
-    names, values = _matrix(problems, by_problem, ks, merge_correct)
+    names, values = _matrix(problems, by_problem, ks)
 
     def part(chosen: Sequence[int]) -> Part:
         found = bootstrap(values[list(chosen)], resamples=resamples, level=level, seed=seed)
@@ -151,7 +141,6 @@ def paired_differences(
     *,
     samples: int,
     ks: Sequence[int] | None = None,
-    merge_correct: bool = False,
     resamples: int = 10_000,
     level: float = 0.95,
     seed: int = 0,
@@ -162,7 +151,7 @@ def paired_differences(
     """
     ks = default_ks(samples) if ks is None else sorted(set(ks))
     (names, ours), (_, theirs) = (
-        _matrix(problems, _grouped(problems, found, samples), ks, merge_correct) for found in (records, baseline)
+        _matrix(problems, _grouped(problems, found, samples), ks) for found in (records, baseline)
     )
     return dict(zip(names, bootstrap(ours - theirs, resamples=resamples, level=level, seed=seed), strict=True))
 

@@ -11,14 +11,20 @@ import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ebpo_core.rewards.answers import Answer, read_answer, same
 from ebpo_core.rewards.extraction import final_answer, reference_answer
 from ebpo_core.rewards.limits import refusal
+from ebpo_core.rewards.numerals import UnreadableError
 from ebpo_core.rewards.pool import VerifierPoolError, WorkerPool
+from ebpo_core.rewards.presets import PRESETS, Preset
+from ebpo_core.rewards.reading import read
+from ebpo_core.rewards.simple import decided
 from ebpo_core.rewards.text import completion_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ebpo_core.rewards.nodes import Node
+    from ebpo_core.rewards.pool import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +53,7 @@ class MathVerifier:
     ============  ======  ==================================================================================
     route         score   when
     ============  ======  ==================================================================================
-    fast          0 or 1  numbers or texts decided it, in this process
+    fast          0 or 1  numbers, words or an equal reading decided it, in this process; or it cannot be read
     math_verify   0 or 1  Math-Verify decided it, in a worker process
     no_answer     0       the completion states no final answer
     refused       0       its answer is too long, too deep or too large to be read
@@ -61,6 +67,8 @@ class MathVerifier:
     counters at zero and processes of its own).
 
     Args:
+        preset: "strict", for rewards, or "lenient", to compare with the numbers of other graders: what counts as the
+            same answer, see :mod:`ebpo_core.rewards.presets`.
         workers: Processes, or None for the cores of this machine, at most 4.
         timeout: Seconds of wall time that one answer may take in a worker.
         memory_mb: Memory that a worker may take beyond what its libraries need, on Linux.
@@ -77,12 +85,15 @@ class MathVerifier:
     def __init__(
         self,
         *,
+        preset: str = "strict",
         workers: int | None = None,
         timeout: float = 5.0,
         memory_mb: int = 1024,
         math_verify: bool = True,
         after: str | None = None,
     ) -> None:
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r}: choose one of {', '.join(PRESETS)}")
         if workers is None:
             workers = min(4, os.cpu_count() or 1)
         for name, value in (("workers", workers), ("memory_mb", memory_mb)):
@@ -98,12 +109,14 @@ class MathVerifier:
                 "numbers and texts only"
             )
         self._options: dict[str, Any] = {
+            "preset": preset,
             "workers": workers,
             "timeout": float(timeout),
             "memory_mb": memory_mb,
             "math_verify": math_verify,
             "after": after,
         }
+        self.preset: Preset = PRESETS[preset]
         self.math_verify = math_verify
         self.after = after
         self.pool = WorkerPool(workers, float(timeout), memory_mb)
@@ -142,10 +155,11 @@ class MathVerifier:
         Args:
             completions: Texts, or message lists in the conversational form.
             answers: References: texts or numbers, bare (``42``, ``\\frac{1}{2}``) or a solution that ends with
-                ``\\boxed{...}`` or ``#### ...``. None cannot be scored.
+                ``\\boxed{...}``, ``#### ...`` or ``Answer: ...``. None and NaN cannot be scored.
 
         Raises:
             ValueError: Lengths differ.
+            TypeError: A reference is neither text nor number, such as a dict.
             VerifierPoolError: The pool cannot work. Nothing was counted.
         """
         return [verdict.score for verdict in self.verdicts(completions, answers)]
@@ -157,13 +171,13 @@ class MathVerifier:
                 f"completions and answers: {len(completions)} and {len(answers)}; give one reference per completion"
             )
         stated = [self._stated(completion_text(completion)) for completion in completions]
-        references = [None if answer is None else reference_answer(str(answer)) for answer in answers]
+        references = [reference_answer(answer) for answer in answers]
         scorable = self._scorable(references)
         verdicts: list[Verdict | None] = [None] * len(stated)
-        jobs: list[dict[str, str]] = []
+        pairs: list[tuple[str, str]] = []
         rows: list[int] = []
         for row, (answer, reference) in enumerate(zip(stated, references, strict=True)):
-            if reference is None or not scorable[reference]:
+            if not scorable[reference]:
                 verdicts[row] = Verdict(math.nan, "unscorable", answer)
             elif answer is None:
                 verdicts[row] = Verdict(0.0, "no_answer", None)
@@ -171,14 +185,13 @@ class MathVerifier:
                 logger.debug("answer %.40r refused: %s", answer, reason)
                 verdicts[row] = Verdict(0.0, "refused", answer)
             else:
-                truth, given = read_answer(reference), read_answer(answer)
-                equal = same(truth, given)
+                equal = self._decided(reference, answer)
                 if equal is None and self.math_verify:
-                    jobs.append({"reference": _expression(truth), "answer": given.expression})
+                    pairs.append((reference, answer))
                     rows.append(row)
                 else:
                     verdicts[row] = Verdict(float(bool(equal)), "fast", answer)
-        for row, outcome in zip(rows, self.pool.run(jobs), strict=True):
+        for row, outcome in zip(rows, self._judged(pairs), strict=True):
             if outcome.equal is None:
                 logger.info("answer %.80r not judged: %s", stated[row], outcome.reason)
             route = {"": "math_verify", "timeout": "timeouts", "error": "errors"}[outcome.failure]
@@ -189,10 +202,65 @@ class MathVerifier:
         return result
 
     def scorable(self, answers: Sequence[Any]) -> list[bool]:
-        """Which reference answers can be scored: the check of a data set before it is trained on. Counts nothing."""
-        references = [None if answer is None else reference_answer(str(answer)) for answer in answers]
+        """Which reference answers can be scored: the check of a data set before it is trained on. Counts nothing.
+
+        False for what is neither text nor number as well, which :meth:`score` raises for.
+        """
+        references = [_reference_or_nothing(answer) for answer in answers]
         known = self._scorable(references)
-        return [reference is not None and known[reference] for reference in references]
+        return [known[reference] for reference in references]
+
+    def groups(self, answers: Sequence[str | None]) -> list[int | None]:
+        """Answers (N,) by meaning, for a vote: the place of the first one that each is equal to, None for None.
+
+        An answer that cannot be read is equal to its own text only. Counts nothing.
+
+        Raises:
+            VerifierPoolError: The pool cannot work.
+        """
+        first: dict[str, int] = {}
+        for place, answer in enumerate(answers):
+            if answer is not None:
+                first.setdefault(answer, place)
+        waiting = list(first)
+        meaning: dict[str, int] = {}
+        while waiting:
+            # One round for each group: what equals the first that has none yet joins it.
+            leader, *others = waiting
+            meaning[leader] = first[leader]
+            same = self._equal_to(leader, others)
+            meaning.update((answer, first[leader]) for answer, equal in zip(others, same, strict=True) if equal)
+            waiting = [answer for answer, equal in zip(others, same, strict=True) if not equal]
+        return [None if answer is None else meaning[answer] for answer in answers]
+
+    def _equal_to(self, leader: str, others: Sequence[str]) -> list[bool]:
+        if refusal(leader) is not None:
+            return [False] * len(others)
+        found: list[bool | None] = [
+            False if refusal(answer) is not None else self._decided(leader, answer) for answer in others
+        ]
+        open_ = [place for place, equal in enumerate(found) if equal is None and self.math_verify]
+        for place, outcome in zip(open_, self._judged([(leader, others[place]) for place in open_]), strict=True):
+            found[place] = bool(outcome.equal)
+        return [bool(equal) for equal in found]
+
+    def _decided(self, reference: str, answer: str) -> bool | None:
+        """What needs no symbolic library; None for the rest."""
+        try:
+            truth, given = read(reference), read(answer)
+        except UnreadableError as reason:
+            logger.debug("answer %.40r cannot be read: %s", answer, reason)
+            return False
+        return True if truth == given else decided(truth, given, self.preset)
+
+    def _judged(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
+        """What Math-Verify says of references and answers, in the worker processes; each pair is asked for once."""
+        distinct = list(dict.fromkeys(pairs))
+        outcomes = self.pool.run(
+            [{"reference": one, "answer": other, "preset": self.preset.name} for one, other in distinct]
+        )
+        found = dict(zip(distinct, outcomes, strict=True))
+        return [found[pair] for pair in pairs]
 
     def reward(self, completions: Sequence[Any], answer: Sequence[Any] | None = None, **columns: Any) -> list[float]:
         """This verifier as a reward function in TRL's signature; see :func:`ebpo_core.rewards.math_reward`."""
@@ -207,7 +275,7 @@ class MathVerifier:
                 return None
         return final_answer(text)
 
-    def _scorable(self, references: Sequence[str | None]) -> dict[str, bool]:
+    def _scorable(self, references: Sequence[str]) -> dict[str, bool]:
         """Whether each reference can be scored, whatever the completions are.
 
         Asked before any answer is looked at: were it asked for wrong answers only, what is left of an unreadable
@@ -216,17 +284,15 @@ class MathVerifier:
         known: dict[str, bool] = {}
         asked: list[str] = []
         for reference in dict.fromkeys(references):
-            if reference is None:
-                continue
-            if not reference or refusal(reference) is not None:
-                known[reference] = False
-            elif not self.math_verify or (read := read_answer(reference)).value is not None or read.words:
-                known[reference] = True
-            elif reference in self._references:
+            if reference in self._references:
                 known[reference] = self._references[reference]
+                continue
+            node = _readable(reference)
+            if node is None or not self.math_verify or node.kind == "words" or _is_number(node):
+                known[reference] = node is not None
             else:
                 asked.append(reference)
-        outcomes = self.pool.run([{"reference": _expression(read_answer(reference))} for reference in asked])
+        outcomes = self.pool.run([{"reference": reference, "preset": self.preset.name} for reference in asked])
         for reference, outcome in zip(asked, outcomes, strict=True):
             known[reference] = bool(outcome.equal)
             if not outcome.equal:
@@ -243,9 +309,22 @@ class MathVerifier:
         return known
 
 
-def _expression(answer: Answer) -> str:
-    """For Math-Verify: a number in a form that needs no reading, else the text without its unit."""
-    return answer.expression if answer.value is None else str(answer.value)
+def _reference_or_nothing(answer: Any) -> str:
+    try:
+        return reference_answer(answer)
+    except TypeError:
+        return ""
+
+
+def _readable(reference: str) -> Node | None:
+    try:
+        return read(reference) if reference and refusal(reference) is None else None
+    except UnreadableError:
+        return None
+
+
+def _is_number(node: Node) -> bool:
+    return node.number is not None and not node.members
 
 
 def _rebuild(options: dict[str, Any]) -> MathVerifier:

@@ -75,6 +75,7 @@ def compute_score(
     extra_info: dict[str, Any] | None = None,  # noqa: ARG001  verl passes it
     *,
     unscorable: float | None = None,
+    preset: str = "strict",
     workers: int = 1,
     timeout: float = 5.0,
     math_verify: bool = True,
@@ -91,6 +92,7 @@ def compute_score(
         extra_info: Unused.
         unscorable: The score for a reference that cannot be scored. None raises: verl has no such thing as a missing
             reward, and most of its estimators would turn a NaN into a NaN loss.
+        preset: As for :class:`MathVerifier`.
         workers: As for :class:`MathVerifier`, in each of verl's reward workers, of which there are several.
         timeout: As for :class:`MathVerifier`.
         math_verify: As for :class:`MathVerifier`.
@@ -102,7 +104,7 @@ def compute_score(
     Raises:
         ValueError: The reference cannot be scored, and ``unscorable`` is None.
     """
-    verifier = shared_verifier(workers=workers, timeout=timeout, math_verify=math_verify, after=after)
+    verifier = shared_verifier(preset=preset, workers=workers, timeout=timeout, math_verify=math_verify, after=after)
     (verdict,) = verifier.verdicts([solution_str], [ground_truth])
     score = verdict.score
     if math.isnan(score):

@@ -13,57 +13,29 @@ import math
 import os
 import signal
 import sys
-from functools import lru_cache
 from typing import Any
 
 _SELF_TEST = (r"\frac{1}{2}+\frac{1}{3}", r"\frac{5}{6}")
 _GRACE_SECONDS = 5
 
 
-@lru_cache(maxsize=512)
-def _parsed(expression: str, reference: bool) -> list[Any]:
-    """What Math-Verify's LaTeX grammar makes of an expression; empty where it cannot read it.
-
-    Strict, for rewards: LaTeX only (the grammar for plain expressions ends in ``parse_expr``, which evaluates Python),
-    the first match only, no guessing of units. A reference may be malformed in the ways that data sets are.
-    """
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
-
-    normalization = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=reference, nits=False, boxed="last", equations=False
-    )
-    latex = LatexExtractionConfig(
-        try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=normalization
-    )
-    return parse(  # type: ignore[no-any-return]
-        f"\\boxed{{{expression}}}",
-        extraction_config=[latex],
-        fallback_mode="no_fallback",
-        extraction_mode="first_match",
-        parsing_timeout=None,
-        raise_on_error=True,
-    )
-
-
-def _equal(reference: list[Any], answer: list[Any]) -> bool:
-    from math_verify import verify
-
-    # The reference comes first: Math-Verify is not symmetric.
-    return bool(verify(reference, answer, strict=True, timeout_seconds=None, raise_on_error=True))
-
-
 def judge(job: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one job.
+    """The reply to one job: whether its "answer" is its "reference" under its "preset" ("strict" by default).
 
     A job without an "answer" asks whether its "reference" can be scored at all, which is whether it can be read and
-    equals itself (``1/0`` does not).
+    equals itself (``1/0`` does not). What cannot be read is "unread".
     """
-    reference = _parsed(job["reference"], True)
-    if job.get("answer") is None:
-        return {"equal": bool(reference) and _equal(reference, reference)}
-    answer = _parsed(job["answer"], False)
-    return {"equal": bool(reference) and bool(answer) and _equal(reference, answer)}
+    from ebpo_core.rewards.comparison import equal
+    from ebpo_core.rewards.numerals import UnreadableError
+    from ebpo_core.rewards.presets import PRESETS
+
+    reference, answer = job["reference"], job.get("answer")
+    try:
+        return {
+            "equal": equal(reference, reference if answer is None else answer, PRESETS[job.get("preset", "strict")])
+        }
+    except UnreadableError as error:
+        return {"equal": False, "unread": str(error)}
 
 
 def main() -> None:

@@ -10,9 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ebpo_core.rewards import MathVerifier, final_answer
-from ebpo_core.rewards.answers import normal_form, read_answer, same
 from ebpo_core.rewards.extraction import reference_answer
 from ebpo_core.rewards.limits import MAX_DEPTH, MAX_LENGTH, refusal
+from ebpo_core.rewards.numerals import UnreadableError
+from ebpo_core.rewards.presets import STRICT
+from ebpo_core.rewards.reading import read
+from ebpo_core.rewards.simple import decided
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,28 @@ from ebpo_core.rewards.limits import MAX_DEPTH, MAX_LENGTH, refusal
         ("\\boxed{5}, that is \\boxed", "5"),
         ("\\boxed{41} then \\boxed{4", None),
         ("\\boxed{}", None),
+        ("So \\boxed{42}. Double-checking the answer: 6*7=42 ok", "42"),
+        ("\\boxed{42}. I put it within \\boxed{}.", "42"),
+        ("\\boxed{42}, the answer is above", "42"),
+        ("\\boxed{42}\nFinal Answer: see the box", "42"),
+        ("\\fbox{42}", "42"),
+        ("\\boxed{1}, \\boxed{2}", "1, 2"),
+        ("\\boxed{1} and \\boxed{2}", "1, 2"),
+        ("$\\boxed{1}$\n$\\boxed{2}$", "1, 2"),
+        ("\\boxed{1} \\text{ and } \\boxed{2}", "1, 2"),
+        ("\\boxed{1}, \\boxed{2} and \\boxed{3}", "1, 2, 3"),
+        ("\\boxed{42}\n\n**Final Answer**\n\\boxed{42}", "42"),
+        ("\\boxed{41}. That is wrong. So \\boxed{42}", "42"),
+        ("Answer:\n\\[\n42\n\\]", "42"),
+        ("Answer:\n$$\n\\frac{1}{2}\n$$\nok", "\\frac{1}{2}"),
+        ("\\textbf{Answer:} 42", "42"),
+        ("\\textbf{Answer: 42}", "42"),
+        ("**Answer**: 42", "42"),
+        ("<answer>42</answer>", "42"),
+        ("<think>\\boxed{41}</think><answer> 42 </answer> done", "42"),
+        ("<answer>41</answer> <answer>42</answer>", "42"),
+        ("<answer>\\boxed{42}</answer>", "42"),
+        ("The final answer is $42$. I hope it is correct.", "$42$"),
         ("Answer: 42", "42"),
         ("ANSWER:42\nthanks", "42"),
         ("**Answer:** $42$", "$42$"),
@@ -37,7 +62,7 @@ from ebpo_core.rewards.limits import MAX_DEPTH, MAX_LENGTH, refusal
         ("Answer: 1\nAnswer: 2", "2"),
         ("Answer: \\boxed{42}.", "42"),
         ("Answer: 41\n\\boxed{42}", "42"),
-        ("\\boxed{42}\nAnswer: 41", "41"),
+        ("\\boxed{42}\nAnswer: 41", "42"),
         ("\\boxed{\\text{Answer: }42}", "\\text{Answer: }42"),
         ("Answer:", None),
         ("it is 6*7\n#### 42", "42"),
@@ -61,7 +86,8 @@ def test_the_last_marker_states_the_answer(text: str, answer: str | None) -> Non
         (" 42 ", "42"),
         ("so $\\boxed{42}$", "42"),
         ("6*7\n#### 42", "42"),
-        ("Answer: 42", "Answer: 42"),
+        ("Answer: 42", "42"),
+        ("The answer is 42", "42"),
         ("\\boxed{", "\\boxed{"),
     ],
 )
@@ -78,12 +104,17 @@ def test_arbitrary_text_is_read_without_raising(text: str) -> None:
     answer = final_answer(text)
     assert answer is None or 0 < len(answer) <= MAX_LENGTH + 1
     if answer is not None and refusal(answer) is None:
-        read = read_answer(answer)
-        assert same(read, read) in (True, None) or read.contradiction
-        assert normal_form(read.expression) is not None
+        try:
+            node = read(answer)
+        except UnreadableError:
+            return
+        assert decided(node, node, STRICT) in (True, None)
 
 
 SAME = [
+    ("42", "42 apples"),
+    ("20\\%", "0.2"),
+    ("42000000", "42\\text{ million}"),
     ("42", "42.0"),
     ("42", "042"),
     ("42", "$42$"),
@@ -103,7 +134,6 @@ SAME = [
     ("\\frac{1}{2}", "\\frac 1 2"),
     ("-\\frac{1}{2}", "\\frac{-1}{2}"),
     ("\\frac{1}{2}", "2/4"),
-    ("42", "84/2 = 42"),
     ("42", "42\\text{ cm}"),
     ("42", "42 \\mathrm{cm}^2"),
     ("42\\text{ cm}", "42"),
@@ -117,7 +147,6 @@ SAME = [
     ("101_2", "101_{2}"),
     ("101_{2}", "101"),
     ("20\\%", "20\\%"),
-    ("20\\%", "20"),
     ("20%", "20 percent"),
     ("0.2", "20\\%"),
     ("\\text{Monday}", "Monday."),
@@ -125,23 +154,21 @@ SAME = [
     ("A", "\\text{(A)}"),
     ("(B)", "B"),
     ("x^2 + 1", "$x^2+1$"),
-    ("\\left(1, \\frac{1}{2}\\right)", "(1,\\frac12)"),
     ("6\\pi\\text{ cm}", "6\\pi"),
 ]
 
 DIFFERENT = [
+    ("20\\%", "20"),
+    ("42", "42\\text{ million}"),
     ("42", "41"),
     ("42", "-42"),
     ("42", "42\\%"),
     ("42\\text{ cm}", "42\\%"),
-    ("20\\%", "0.2"),
     ("\\frac{1}{3}", "0.333333"),
     ("42\\text{ cm}", "42\\text{ m}"),
     ("42\\text{ cm}^2", "42\\text{ cm}^3"),
     ("\\$42", "42 cents"),
     ("101_2", "101_3"),
-    ("42", "41=42"),
-    ("42", "x=41=42"),
     ("42", "\\text{forty-two}"),
     ("Evelyn", "Evelny"),
     ("\\text{Monday}", "Tuesday"),
@@ -149,14 +176,15 @@ DIFFERENT = [
 ]
 
 UNDECIDED = [
+    ("42", "84/2 = 42"),
+    ("42", "41=42"),
+    ("42", "x=41=42"),
+    ("(1,2)", "(1,3)"),
     ("42", "6\\cdot 7"),
     ("42", "x=42"),
     ("42", "42 or 43"),
-    ("42", "42\\text{ million}"),
-    ("42", "42\\text{ or more}"),
     ("42", "1,23"),
     ("42", "1/0"),
-    ("42", "42 apples"),
     ("42", "1e999999999"),
     ("x+1", "1+x"),
     ("1, 2", "2, 1"),
@@ -166,17 +194,17 @@ UNDECIDED = [
 
 @pytest.mark.parametrize(("reference", "answer"), SAME)
 def test_the_same(reference: str, answer: str) -> None:
-    assert same(read_answer(reference), read_answer(answer)) is True
+    assert decided(read(reference), read(answer), STRICT) is True
 
 
 @pytest.mark.parametrize(("reference", "answer"), DIFFERENT)
 def test_different(reference: str, answer: str) -> None:
-    assert same(read_answer(reference), read_answer(answer)) is False
+    assert decided(read(reference), read(answer), STRICT) is False
 
 
 @pytest.mark.parametrize(("reference", "answer"), UNDECIDED)
 def test_left_to_math_verify(reference: str, answer: str) -> None:
-    assert same(read_answer(reference), read_answer(answer)) is None
+    assert decided(read(reference), read(answer), STRICT) is None
 
 
 integers = st.integers(-(10**30), 10**30)
@@ -186,10 +214,10 @@ integers = st.integers(-(10**30), 10**30)
 def test_numbers_are_read_exactly(numerator: int, denominator: int) -> None:
     value = Fraction(numerator, denominator)
     for text in (f"{numerator}/{denominator}", f"\\frac{{{numerator:,}}}{{{denominator}}}"):
-        assert read_answer(text).value == value
-    assert read_answer(f"{numerator:,}").value == numerator
+        assert read(text).number == value
+    assert read(f"{numerator:,}").number == numerator
     decimals = f"{numerator // 1000}.{abs(numerator) % 1000:03}" if numerator >= 0 else str(numerator)
-    assert read_answer(decimals).value == (Fraction(numerator, 1000) if numerator >= 0 else numerator)
+    assert read(decimals).number == (Fraction(numerator, 1000) if numerator >= 0 else numerator)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +232,9 @@ def test_numbers_are_read_exactly(numerator: int, denominator: int) -> None:
         "4\x002",
         "4\ud8002",
         "4\u202e2",
+        "1e99999",
+        "2^{-9999999}",
         "__import__('os').system('true')",
-        "40 2",
-        "40\\quad 2",
         "42}{",
         "{42",
     ],
@@ -236,6 +264,12 @@ def test_refused(text: str) -> None:
 )
 def test_not_refused(text: str) -> None:
     assert refusal(text) is None
+
+
+@pytest.mark.parametrize("text", ["40 2", "40\\quad 2", "1.2.3", "so 42 apples, 7", "1, \\ldots, 9", "3_2x", "42}{"])
+def test_unreadable(text: str) -> None:
+    with pytest.raises(UnreadableError):
+        read(text)
 
 
 def test_without_math_verify_nothing_is_undecided_and_no_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
