@@ -13,7 +13,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
 from ebpo_core import EBPO
-from ebpo_core.integrations.verl.estimator import estimator, is_ebpo, running
+from ebpo_core.integrations.verl.estimator import is_ebpo, key_columns, running
 
 RECIPES = Path(__file__).parents[3] / "recipes" / "verl"
 
@@ -53,7 +53,7 @@ def test_every_run_passes_verls_checks(policy: str, method: str, order: str) -> 
     assert is_ebpo(config.algorithm) is method.startswith("ebpo")
     if is_ebpo(config.algorithm):
         assert running(config.algorithm).options == EBPO().options
-        assert estimator.columns == (("data_source",) if method == "ebpo_keyed" else ())
+        assert key_columns() == (("data_source",) if method == "ebpo_keyed" else ())
 
 
 @pytest.mark.parametrize("completions", [4, 8, 16, 32])

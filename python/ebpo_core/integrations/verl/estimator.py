@@ -60,6 +60,11 @@ def running(algorithm: Any) -> EBPO:
     return estimator.get({} if options is None else options, WHERE, scaled=scaled)
 
 
+def key_columns() -> tuple[str, ...]:
+    """Columns of the data set that choose a prior, as the option ``keys`` of the running estimator names them."""
+    return estimator.columns
+
+
 def reset() -> None:
     """Forget the estimator of this process; the next batch, or trainer, starts with an empty prior."""
     estimator.reset()
