@@ -235,7 +235,7 @@ class EBPO:
         return out
 
     def is_new(self, step: int | None) -> bool:
-        """Whether an update with this id has not been applied yet."""
+        """True for an update whose id has not been applied yet."""
         return step is None or self.step is None or step > self.step
 
     def decayed(self, anything: bool) -> EBPO:

@@ -37,7 +37,7 @@ def gather(
 
     Args:
         shard: This rank's rows, or the error that they cannot be scored with: the others must not wait for ever.
-        common: What all ranks must have in common, by name: a value, and what to do where it differs.
+        common: Things that all ranks must have in common, by name: the value, and the remedy where it differs.
         process_group: A torch.distributed process group that holds this process.
 
     Raises:

@@ -60,6 +60,7 @@ def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[Any], l
     check(args)
     raw = [sample.get_reward_value(args) for sample in samples]
     ebpo = running(args)
+    # `twin[row]` is the first sample of the same rollout with the same reward; that one alone counts.
     groups, counts, twin = [], [], []
     first: dict[tuple[Any, ...], int] = {}
     for row, (sample, reward) in enumerate(zip(samples, raw, strict=True)):

@@ -111,11 +111,13 @@ class EBPOMixin(CompleteCheckpoints):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self._ebpo_rewards is None:
             raise RuntimeError(f"{type(self).__name__}: the base class scored completions without _calculate_rewards")
+        # Rewards of all ranks, (N, n_funcs), to one per completion, (M, G).
         gathered, self._ebpo_rewards = self._ebpo_rewards, None
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         rewards_per_func = gathered.detach().cpu().double().numpy()
         weights = self.reward_weights.cpu().double().numpy()
         rewards = weighted_sum(rewards_per_func, weights).reshape(-1, group_size)
+        # One key per group, gathered, since each rank knows its own prompts alone.
         columns = self.args.ebpo_key_columns()
         keys = None
         if columns and (mode == "train" or columns[0] in inputs[0]):
@@ -123,12 +125,14 @@ class EBPOMixin(CompleteCheckpoints):
             own = [key_of_row(columns, row, "ebpo_keys") for row in inputs]
             keys = keys_of_groups(gather_object(own), group_size, columns)
 
+        # Every rank computes the advantages of all, (M, G), and so keeps the same prior.
         before = self._estimators.state() if mode == "train" else None
         advantages = self._ebpo_advantages(rewards, rewards_per_func, weights, keys, update=mode == "train")
         if mode == "train":
             self._ebpo_before, self._ebpo_generated_at = before, self._step
         metrics = self._estimators.metrics()
 
+        # This rank's slice takes the place of TRL's advantages; in shadow mode both are only logged.
         local: torch.Tensor = output["advantages"]
         ours = torch.from_numpy(advantages.reshape(-1)).to(local.dtype)  # of all ranks, rounded once
         logged = self._logs["advantages"]

@@ -119,7 +119,7 @@ impl<T: Float, F: FnMut(Sums), const G: usize> NullaryFnOnce for Blocks<'_, T, F
     }
 }
 
-/// What the prior needs of equal groups.
+/// Statistics of equal groups that make up a prior.
 #[derive(Clone, Copy, Debug, Default)]
 struct Sums {
     means: Moments,

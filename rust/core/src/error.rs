@@ -1,4 +1,4 @@
-//! What a caller can do wrong; every message names the argument, the value and the remedy.
+//! Mistakes of a caller; every message names the argument, the value and the remedy.
 
 use crate::MAX_REWARD;
 
@@ -66,7 +66,7 @@ pub enum Error {
         name: &'static str,
         /// The value passed, as text.
         value: String,
-        /// What is accepted.
+        /// The values that are accepted.
         expected: &'static str,
     },
     /// A stored key that does not fit the keys around it.
@@ -74,7 +74,7 @@ pub enum Error {
     InvalidKey {
         /// The key's parts, as the core sees them.
         key: Vec<String>,
-        /// What is wrong with it.
+        /// The reason why it is refused.
         problem: &'static str,
     },
     /// A stored statistic that no sequence of updates can produce.
@@ -84,7 +84,7 @@ pub enum Error {
         field: &'static str,
         /// Its value.
         value: f64,
-        /// What is accepted.
+        /// The values that are accepted.
         expected: &'static str,
     },
 }

@@ -78,8 +78,8 @@ impl Shrinkage {
     }
 }
 
-/// What each group is shrunk with where every prior on its way from the root holds the history and the batch without
-/// that group.
+/// The numbers each group is shrunk with where every prior on its way from the root holds the history and the batch
+/// without that group.
 pub(crate) fn leave_one_out_by_key(
     history: &Tree,
     options: &Options,

@@ -2,7 +2,7 @@
 
 /// A reward or advantage as stored in an array.
 pub trait Float: Copy + Default + Send + Sync + 'static {
-    /// Whether the plain sum of up to 2^29 equal values is exact in `f64`, so that their mean is that very value.
+    /// True where the plain sum of up to 2^29 equal values is exact in `f64`, so that their mean is that very value.
     ///
     /// True for `f32`, whose 24 bits leave 29 spare. An `f64` sum must be taken about the first value instead.
     const EXACT_SUM: bool;

@@ -41,7 +41,7 @@ impl GroupStats {
         self.groups.len()
     }
 
-    /// Whether there is no group.
+    /// True where there is no group.
     pub fn is_empty(&self) -> bool {
         self.groups.is_empty()
     }
@@ -109,7 +109,7 @@ impl GroupStats {
         Self { groups }
     }
 
-    /// Whether the statistics alone prove that every counted reward is finite and small enough.
+    /// True where the statistics alone prove that every counted reward is finite and small enough.
     ///
     /// A reward beyond the bound is at least half of it away from 0 in its mean, or from its mean; a NaN or an infinity
     /// makes every comparison false.

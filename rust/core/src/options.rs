@@ -2,7 +2,7 @@
 
 use crate::Error;
 
-/// What divides and centres the raw advantages (step 6 of Algorithm 1).
+/// Centre and divisor of the raw advantages (step 6 of Algorithm 1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Normalize {
     /// `(raw - mean(raw)) / (std(raw) + eps)` over the batch: the paper's.
@@ -34,7 +34,7 @@ pub enum Tau2 {
     Debiased,
 }
 
-/// Whether the batch is in the prior it is scored with.
+/// Order of update and score: is the batch in the prior it is scored with?
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Score {
     /// Update, then score: the paper's.

@@ -98,7 +98,7 @@ impl Prior {
         )
     }
 
-    /// Whether nothing has been seen, or everything has been forgotten.
+    /// True where nothing has been seen, or everything has been forgotten.
     pub fn is_empty(&self) -> bool {
         self.rewards.count() == 0.0
     }

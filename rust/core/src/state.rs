@@ -3,7 +3,7 @@
 use crate::estimator::{finish, inverse_scale, leave_one_out_by_key};
 use crate::{Error, GroupStats, Keys, Normalize, Options, Prior, Score, Scored, Shrinkage, Tree};
 
-/// What the estimator remembers between batches. [`State::default`] has seen nothing.
+/// The estimator's memory between batches. [`State::default`] has seen nothing.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
     tree: Tree,

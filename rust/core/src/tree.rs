@@ -49,7 +49,7 @@ impl<'a> Keys<'a> {
         self.paths
     }
 
-    /// Whether groups have keys of their own; false for [`Keys::ROOT`].
+    /// True where groups have keys of their own; false for [`Keys::ROOT`].
     pub fn given(&self) -> bool {
         self.of_group.is_some()
     }
@@ -81,7 +81,7 @@ impl<'a> Keys<'a> {
 /// A prior for everything, and one for each key that has seen a group.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tree {
-    /// What every group entered, whatever its key.
+    /// The prior that every group enters, whatever its key.
     pub root: Prior,
     keys: BTreeMap<Path, Prior>,
 }

@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
-from ebpo_core.integrations.verl.estimator import is_ebpo, read_settings
+from ebpo_core import EBPO
+from ebpo_core.integrations.verl.estimator import is_ebpo, key_columns, running
 
 RECIPES = Path(__file__).parents[3] / "recipes" / "verl"
 
@@ -51,9 +52,8 @@ def test_every_run_passes_verls_checks(policy: str, method: str, order: str) -> 
     assert config.algorithm.filter_groups.enable is (method == "dapo")
     assert is_ebpo(config.algorithm) is method.startswith("ebpo")
     if is_ebpo(config.algorithm):
-        wanted = read_settings(config.algorithm)
-        assert wanted.options == {}
-        assert wanted.keys == (("data_source",) if method == "ebpo_keyed" else ())
+        assert running(config.algorithm).options == EBPO().options
+        assert key_columns() == (("data_source",) if method == "ebpo_keyed" else ())
 
 
 @pytest.mark.parametrize("completions", [4, 8, 16, 32])
@@ -67,4 +67,4 @@ def test_group_sizes_and_options_come_from_the_command_line(completions: int) ->
     )
     validate_config(config, need_reference_policy(config), need_critic(config))
     assert config.actor_rollout_ref.rollout.n == completions
-    assert read_settings(config.algorithm).options == {"decay": 0.95}
+    assert running(config.algorithm).options == EBPO(decay=0.95).options

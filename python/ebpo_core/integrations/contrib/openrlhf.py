@@ -56,9 +56,11 @@ class EBPOExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
         rewards = torch.cat([experience.rewards for experience in experiences]).double().cpu().numpy()
         places = np.concatenate([np.asarray(experience.index, dtype=np.int64) for experience in experiences])
         checks.check_finite(rewards)
+        # EBPO of all N rows, by their places in prompt order.
         groups = places // args.rollout.n_samples_per_prompt
         scored = torch.from_numpy(estimator.get()(rewards, groups))
         spread = torch.from_numpy(group_std(rewards, groups))
+        # Each experience gets its rows back, with KL and clipping as OpenRLHF applies them.
         sizes = [len(experience.index) for experience in experiences]
         for experience, advantages, std in zip(
             experiences, torch.split(scored, sizes), torch.split(spread, sizes), strict=True

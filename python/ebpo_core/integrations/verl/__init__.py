@@ -25,8 +25,8 @@ from ebpo_core.integrations.verl.estimator import (
     NAME,
     WHERE,
     check_filters,
-    estimator,
     is_padding,
+    key_columns,
     reset,
     running,
     score,
@@ -67,7 +67,7 @@ def compute_ebpo_advantage(
     check_filters(config)
     rows = take(len(index))
     if rows is None:
-        _check_unaided(config, estimator.columns, index)
+        _check_unaided(config, key_columns(), index)
     advantages = score(
         ebpo,
         token_level_rewards,

@@ -60,6 +60,11 @@ def running(algorithm: Any) -> EBPO:
     return estimator.get({} if options is None else options, WHERE, scaled=scaled)
 
 
+def key_columns() -> tuple[str, ...]:
+    """Columns of the data set that choose a prior, as the option ``keys`` of the running estimator names them."""
+    return estimator.columns
+
+
 def reset() -> None:
     """Forget the estimator of this process; the next batch, or trainer, starts with an empty prior."""
     estimator.reset()
@@ -100,15 +105,18 @@ def score(
             f"token_level_rewards has shape {tuple(token_level_rewards.shape)}, response_mask "
             f"{tuple(response_mask.shape)} and index {len(index)} uids: expected (B, T), (B, T) and B"
         )
+    # Which rows count, (B,): those with a response token, no padding, and of a session its last output alone.
     uids = [str(uid) for uid in index]
     answered = response_mask.detach().ne(0).any(-1).cpu().numpy()
     real = answered & np.array([not is_padding(uid) for uid in uids], dtype=bool)
     counts = real if last is None else real & (last == np.arange(rows))
+    # Token rewards (B, T) to one reward a row, (B,).
     rewards = np.where(real, token_level_rewards.detach().sum(-1, dtype=torch.float64).cpu().numpy(), 0.0)
     checks.check_finite(rewards, uids)
     advantages = ebpo(rewards, uids, mask=counts, keys=None if keys is None else list(keys))
     if last is not None:
         advantages = np.where(real, advantages[last], 0.0)
+    # Back to (B, T): the row's advantage at every response token.
     dtype = token_level_rewards.dtype
     limit = torch.finfo(dtype)
     column = torch.from_numpy(advantages).clamp(limit.min, limit.max).to(token_level_rewards.device, dtype)

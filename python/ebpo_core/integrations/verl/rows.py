@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ebpo_core.integrations.verl.estimator import WHERE, estimator, is_ebpo, running
+from ebpo_core.integrations.verl.estimator import WHERE, is_ebpo, key_columns, running
 from ebpo_core.keys import key_of_row
 
 
@@ -59,7 +59,7 @@ def install() -> None:
         if not is_ebpo(algorithm):
             return original(self, batch, metrics)
         ebpo = running(algorithm)
-        _pending = Rows(last_outputs(batch.keys), keys_of(batch, estimator.columns))
+        _pending = Rows(last_outputs(batch.keys), keys_of(batch, key_columns()))
         try:
             result = original(self, batch, metrics)
         finally:
