@@ -6,8 +6,9 @@ No model text is evaluated here; what a reward function of one's own does with i
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ebpo_core.data import Problem
 from ebpo_core.rewards.extraction import _BOX, _closing_brace, _last
@@ -17,6 +18,7 @@ from ebpo_core.tasks.loading import BUILT_IN
 
 if TYPE_CHECKING:
     from types import TracebackType
+    from typing import Self
 
 Extract = Callable[[str], "str | None"]
 
@@ -31,27 +33,37 @@ class Scored(NamedTuple):
     answer: str | None
 
 
-class Scorer(Protocol):
+class Scorer(ABC):
     """Scores samples. A context manager, since a verifier may hold worker processes.
 
-    ``merge_correct`` says that a problem has one right answer in several spellings, so that all right samples of a
-    problem vote together in maj@k.
+    Attributes:
+        name: What the header of the samples calls it.
+        merge_correct: A problem has one right answer in several spellings, so that all right samples of a problem vote
+            together in maj@k.
     """
 
     name: str
-    merge_correct: bool
+    merge_correct = False
 
-    def check(self, problems: Sequence[Problem]) -> None:
+    def check(self, problems: Sequence[Problem]) -> None:  # noqa: B027 -- most scorers can score anything
         """Raise a ValueError where problems cannot be scored, before anything is sampled."""
 
+    @abstractmethod
     def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
         """The score of each completion, in order."""
 
-    def __enter__(self) -> Scorer: ...
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Counts of a verifier, time-outs and errors among them."""
+        return {}
 
-    def __exit__(
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(  # noqa: B027 -- most hold nothing
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        pass
 
 
 def whole_text(text: str) -> str | None:
@@ -84,7 +96,7 @@ def load_extractor(name: str) -> Extract:
     return load_reward(name)  # type: ignore[return-value]  # loads any function
 
 
-class RewardScorer:
+class RewardScorer(Scorer):
     """Scores with a reward function in TRL's signature, ``reward(prompts, completions, **columns)``.
 
     Args:
@@ -94,13 +106,8 @@ class RewardScorer:
         name: What the header of the samples calls it.
     """
 
-    merge_correct = False
-
     def __init__(self, reward: RewardFunction, extract: Extract, name: str) -> None:
         self.reward, self.extract, self.name = reward, extract, name
-
-    def check(self, problems: Sequence[Problem]) -> None:
-        """Anything may be scorable to a reward function."""
 
     def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
         """Scores in the order of ``completions``; messages are handed over where the prompt is a list of messages."""
@@ -123,16 +130,8 @@ class RewardScorer:
                 )
         return [Scored(float(score), self.extract(text)) for score, text in zip(scores, completions, strict=True)]
 
-    def __enter__(self) -> RewardScorer:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-
-class MathScorer:
+class MathScorer(Scorer):
     """Scores against the ``answer`` column with :class:`ebpo_core.rewards.MathVerifier` in its worker processes.
 
     Args:
@@ -176,7 +175,7 @@ class MathScorer:
         """Counts of the verifier, time-outs and errors among them."""
         return dict(self.verifier.metrics)
 
-    def __enter__(self) -> MathScorer:
+    def __enter__(self) -> Self:
         self.verifier.__enter__()
         return self
 
