@@ -1,4 +1,4 @@
-"""What ``ebpo eval`` and ``ebpo curriculum`` share: options of task, model and sampling, and the resumable drawing."""
+"""Options of task, model and sampling, and the resumable drawing, shared by ``ebpo eval`` and ``ebpo curriculum``."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _INTEGER = re.compile(r"-?[0-9]+")
 
 
 class Expression(NamedTuple):
-    """What the grammar read: the value, the integers in order of appearance, and the operators that were used."""
+    """A whole expression: its value, the integers in order of appearance, and the operators that were used."""
 
     value: int
     numbers: tuple[int, ...]
