@@ -20,14 +20,14 @@ from torch import Tensor
 
 import ebpo_core
 from ebpo_core.evaluation import evaluate
+from ebpo_core.tasks import countdown
 from ebpo_core.tasks.loading import Task, load_task
 from ebpo_core.tasks.tiny_model import build_model, build_tokenizer
 from ebpo_core.tasks.warmup import warm_up
 
-MAX_NEW_TOKENS = 8  # the longest answer: four numbers, three operators and the end of sequence
+MAX_NEW_TOKENS = countdown.MAX_COMPLETION_TOKENS
 
-Rule = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""From rewards and the group of each, ``(N,)`` both, to advantages, ``(N,)``."""
+Rule = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (N,) rewards and the group of each, to (N,) advantages
 
 
 class Policy(NamedTuple):

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from ebpo_core.evaluation import evaluate
+from ebpo_core.tasks import countdown
 from ebpo_core.tasks.loading import load_task
 from ebpo_core.tasks.tiny_model import build_model, build_tokenizer
 from ebpo_core.tasks.warmup import warm_up
 from ebpo_core.trainer import EBPOConfig, EBPOTrainer
 
-MAX_NEW_TOKENS = 8  # the longest answer: four numbers, three operators and the end of sequence
+MAX_NEW_TOKENS = countdown.MAX_COMPLETION_TOKENS
 
 
 def main(*, seed: int = 0, warm_up_steps: int = 120, test_size: int = 600, **options: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""Where a language model is found and how it is loaded: folders, hub ids, GGUF files, installed packages."""
+"""Finding and loading a language model: folders, hub ids, GGUF files, installed packages."""
 
 from __future__ import annotations
 

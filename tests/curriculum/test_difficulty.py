@@ -1,4 +1,4 @@
-"""Posteriors against binomial sums and SciPy's definition, priors against simulation, labels, buckets and rows."""
+"""Posteriors against binomial sums, priors against simulation, labels, buckets and rows."""
 
 from __future__ import annotations
 
@@ -12,45 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpo_core.curriculum.difficulty import arrange, bucket_of, check_edges, curriculum_rows, difficulties
-from ebpo_core.curriculum.posterior import (
-    JEFFREYS,
-    UNIFORM,
-    BetaPrior,
-    beta_quantile,
-    fit_prior,
-    incomplete_beta,
-    posterior,
-)
+from ebpo_core.curriculum.posterior import JEFFREYS, UNIFORM, BetaPrior, fit_prior, posterior
 from ebpo_core.curriculum.topics import PAPER_TOPICS, UNLABELLED, column_topics, function_topics, parse_label
 from ebpo_core.evaluation.problems import from_rows
 
 
-@given(st.integers(0, 64), st.integers(1, 64), st.integers(0, 1000))
-def test_the_incomplete_beta_function_is_a_binomial_tail(a: int, extra: int, x: int) -> None:
-    """For whole parameters I_x(a, b) = P(Binomial(a + b - 1, x) >= a), summed here in exact fractions."""
-    a, b = a + 1, extra
-    share = Fraction(x, 1000)
-    n = a + b - 1
-    tail = sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(a, n + 1))
-    assert incomplete_beta(float(share), a, b) == pytest.approx(float(tail), rel=1e-11, abs=1e-14)
-
-
-@given(st.floats(0.05, 500), st.floats(0.05, 500), st.floats(0.001, 0.999))
-def test_quantiles_invert_it(a: float, b: float, probability: float) -> None:
-    x = beta_quantile(probability, a, b)
-    assert 0 <= x <= 1
-    if 1e-12 < x < 1 - 1e-12:
-        assert incomplete_beta(x, a, b) == pytest.approx(probability, abs=1e-6)
-    assert incomplete_beta(0.3, a, b) + incomplete_beta(0.7, b, a) == pytest.approx(1, abs=1e-11)
-
-
-def test_against_scipy() -> None:
-    special = pytest.importorskip("scipy.special")
-    for a, b in ((0.5, 0.5), (1.0, 17.0), (900.0, 0.7), (12.5, 4.5)):
-        for x in (1e-9, 0.01, 0.3, 0.5, 0.9, 0.999):
-            assert incomplete_beta(x, a, b) == pytest.approx(special.betainc(a, b, x), rel=1e-10)
-        for probability in (0.025, 0.5, 0.975):
-            assert beta_quantile(probability, a, b) == pytest.approx(special.betaincinv(a, b, probability), abs=1e-10)
+@given(st.integers(1, 40), st.data(), st.sampled_from([0.5, 0.8, 0.95]))
+def test_the_ends_of_an_interval_cut_off_equal_tails(rollouts: int, data: st.DataObject, level: float) -> None:
+    """Under the uniform prior P(rate <= x) = P(Binomial(rollouts + 1, x) > passes), summed here in exact fractions."""
+    passes = data.draw(st.integers(0, rollouts))
+    found = posterior(passes, rollouts, level=level)
+    for end, probability in ((found.low, (1 - level) / 2), (found.high, (1 + level) / 2)):
+        x, n = Fraction(end), rollouts + 1
+        below = sum(math.comb(n, k) * x**k * (1 - x) ** (n - k) for k in range(passes + 1, n + 1))
+        assert float(below) == pytest.approx(probability, abs=1e-10)
 
 
 @given(st.integers(1, 64), st.data())

@@ -31,7 +31,7 @@ def python_value(text: str) -> Any:
 
 @given(expressions)
 def test_agrees_with_python(text: str) -> None:
-    parsed = parse_expression(text, max_depth=100)
+    parsed = parse_expression(text)
     assert parsed is not None
     assert parsed.value == python_value(text)
     assert parsed.operators == set(text) & set("+-*")
@@ -123,9 +123,10 @@ def test_precedence_and_associativity() -> None:
     assert parse_expression("(2 + 3) * (4 - 5) - 6").value == -11  # type: ignore[union-attr]
 
 
-def test_depth_bounds_recursion_whatever_the_interpreter_allows() -> None:
+def test_depth_bounds_recursion_whatever_the_interpreter_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = sys.getrecursionlimit()
-    assert parse_expression("(" * limit + "1" + ")" * limit, max_length=10 * limit) is None
+    monkeypatch.setattr("ebpo_core.tasks.expressions.MAX_LENGTH", 10 * limit)
+    assert parse_expression("(" * limit + "1" + ")" * limit) is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What ``ebpo eval`` and ``ebpo curriculum`` share: options of task, model and sampling, and the resumable drawing."""
+"""Options of task, model and sampling, and the resumable drawing, shared by ``ebpo eval`` and ``ebpo curriculum``."""
 
 from __future__ import annotations
 
@@ -165,9 +165,10 @@ class Sampling:
     @staticmethod
     def _warn(scorer: Scorer, console: Console) -> None:
         """Say how often a verifier gave up, since such a sample counts as wrong."""
-        counts = getattr(scorer, "metrics", {})
         failed = {
-            name: value for name, value in counts.items() if value and name.split("/")[-1] in ("timeouts", "errors")
+            name: value
+            for name, value in scorer.metrics.items()
+            if value and name.split("/")[-1] in ("timeouts", "errors")
         }
         for name, value in failed.items():
             console.print(f"{name}: {value:g}; these samples were scored as wrong", style="yellow", markup=False)

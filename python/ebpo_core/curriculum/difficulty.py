@@ -21,7 +21,7 @@ FileOrder = Order | Literal["none"]
 
 
 class Difficulty(NamedTuple):
-    """What the rollouts of one problem showed."""
+    """Passes of one problem among its rollouts, and what follows from them."""
 
     passes: int
     rollouts: int

@@ -1,4 +1,4 @@
-"""What few rollouts say about a pass rate: the Beta posterior's mean and interval. The standard library and NumPy only.
+"""Pass rates from few rollouts: the Beta posterior's mean and interval, and a prior fitted to many problems.
 
 With ``c`` passes among ``n`` rollouts and a prior Beta(a, b) the posterior is Beta(a + c, b + n - c). The plain rate
 c / n of 16 rollouts is 0 or 1 for many problems whose true rate is neither.
@@ -6,14 +6,12 @@ c / n of 16 rollouts is 0 or 1 for many problems whose true rate is neither.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-_TINY = 1e-300
 _SMALLEST, _LARGEST = 0.05, 1000.0
 
 
@@ -36,59 +34,15 @@ class Posterior(NamedTuple):
     high: float
 
 
-def incomplete_beta(x: float, a: float, b: float) -> float:
-    """Regularised incomplete beta function I_x(a, b): the Beta(a, b) distribution's probability below ``x``.
-
-    The continued fraction of DLMF 8.17.22 by Lentz's method, on the side of the mean where it converges fast.
-    """
-    if not (a > 0 and b > 0):
-        raise ValueError(f"a={a}, b={b}: expected positive numbers")
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - incomplete_beta(1 - x, b, a)
-    front = math.exp(
-        a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) - math.log(a)
-    )
-    c, d = 1.0, 1 / (_not_zero(1 - (a + b) * x / (a + 1)))
-    fraction = d
-    for m in range(1, 10_000):
-        for term in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1 / _not_zero(1 + term * d)
-            c = _not_zero(1 + term / c)
-            fraction *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return min(1.0, front * fraction)
-
-
-def _not_zero(value: float) -> float:
-    return value if abs(value) > _TINY else _TINY
-
-
 @lru_cache(maxsize=4096)  # k rollouts give k + 1 posteriors, however many problems there are
-def beta_quantile(probability: float, a: float, b: float) -> float:
-    """The ``probability`` quantile of Beta(a, b), to the last digits of a float, by bisection."""
-    low, high = 0.0, 1.0
-    while low < (middle := (low + high) / 2) < high:
-        if incomplete_beta(middle, a, b) < probability:
-            low = middle
-        else:
-            high = middle
-        if high - low < 1e-15:
-            break
-    return (low + high) / 2
-
-
 def posterior(passes: int, rollouts: int, prior: BetaPrior = UNIFORM, level: float = 0.95) -> Posterior:
     """Mean and credible interval of the pass rate after ``passes`` of ``rollouts``.
 
     Raises:
         ValueError: Counts that do not fit, a prior that is not positive, or a ``level`` outside (0, 1).
     """
+    from scipy.special import betaincinv  # type: ignore[import-untyped, unused-ignore]
+
     if not 0 <= passes <= rollouts:
         raise ValueError(f"passes={passes}: expected 0 to rollouts={rollouts}")
     if not 0 < level < 1:
@@ -97,7 +51,8 @@ def posterior(passes: int, rollouts: int, prior: BetaPrior = UNIFORM, level: flo
         raise ValueError(f"prior={tuple(prior)}: expected two positive numbers")
     a, b = prior.a + passes, prior.b + rollouts - passes
     tail = (1 - level) / 2
-    return Posterior(a / (a + b), beta_quantile(tail, a, b), beta_quantile(1 - tail, a, b))
+    low, high = betaincinv(a, b, [tail, 1 - tail])  # the inverse of the Beta distribution's function
+    return Posterior(a / (a + b), float(low), float(high))
 
 
 def fit_prior(passes: Sequence[int], rollouts: Sequence[int]) -> BetaPrior:

@@ -145,7 +145,7 @@ class CurriculumSampler:
             self.epoch, self._drawn, self._resume = epoch, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler stands, JSON-safe. The same on every rank after the same number of indices."""
+        """The place of the sampler, JSON-safe. The same on every rank after the same number of indices."""
         return {
             "version": _STATE_VERSION,
             "epoch": self.epoch,

@@ -69,7 +69,7 @@ def column_topics(problems: Sequence[Problem], column: str) -> list[str]:
 
 
 def function_topics(problems: Sequence[Problem], function: str | LabelFunction) -> list[str]:
-    """What ``function(row)``, or the function at ``module:function``, says of each row; None is :data:`UNLABELLED`.
+    """The labels that a function of a row, or the one at ``module:function``, gives; None is :data:`UNLABELLED`.
 
     Raises:
         TypeError: It returns something that is neither text nor None.

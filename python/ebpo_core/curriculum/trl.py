@@ -71,7 +71,7 @@ class Curriculum:
 
 
 class RepeatedCurriculum:
-    """What TRL's ``RepeatSampler`` yields, over the order of a curriculum.
+    """The indices of TRL's ``RepeatSampler``, over the order of a curriculum.
 
     Every batch of ``batch_size`` prompts comes ``repeats`` times in a row, in it each prompt ``group_size`` times; a
     smaller last batch is left out. It is the same on every rank: accelerate splits it.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Schema:
-    """How a form is known: all columns of ``needs``, none of ``lacks``, and a first row for which ``mark`` holds."""
+    """The marks of a form: all columns of ``needs``, none of ``lacks``, and a first row for which ``mark`` holds."""
 
     needs: frozenset[str]
     lacks: frozenset[str] = frozenset()

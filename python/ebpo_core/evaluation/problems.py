@@ -103,7 +103,7 @@ def load_problems(
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a text prompt is put to a model; lists of messages stay as they are.
+    """The form in which a text prompt is put to a model; lists of messages stay as they are.
 
     Attributes:
         template: Text around the prompt, ``{prompt}`` in it standing for the prompt.

@@ -1,4 +1,4 @@
-"""What is asked of a sampling back end, and the loop that asks for what is missing and writes down what comes back.
+"""Requests to a sampling back end, and the loop that makes those that are missing and writes down the answers.
 
 Every sample has a seed of its own, made from the run's seed, the problem's id and the sample's index. So a sample does
 not depend on which others were drawn beside it or before it: a run that was killed and started again draws what an
@@ -89,7 +89,7 @@ class Backend(Protocol):
     """Draws samples."""
 
     def settings(self) -> dict[str, Any]:
-        """What decides a sample beside the prompt and its seed; JSON-safe."""
+        """Settings that decide a sample beside the prompt and its seed; JSON-safe."""
 
     def generate(self, requests: Sequence[Request]) -> Generator[Batch, None, None]:
         """Draw all requests and hand them over as they are done, in any order and in lists of any length."""

@@ -6,8 +6,9 @@ No model text is evaluated here; what a reward function of one's own does with i
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ebpo_core.data import Problem
 from ebpo_core.rewards.extraction import _BOX, _closing_brace, _last
@@ -17,6 +18,7 @@ from ebpo_core.tasks.loading import BUILT_IN
 
 if TYPE_CHECKING:
     from types import TracebackType
+    from typing import Self
 
 Extract = Callable[[str], "str | None"]
 
@@ -31,29 +33,41 @@ class Scored(NamedTuple):
     answer: str | None
 
 
-class Scorer(Protocol):
+class Scorer(ABC):
     """Scores samples. A context manager, since a verifier may hold worker processes.
 
-    ``preset`` names what counts as the same answer, None where a reward decides that alone.
+    Attributes:
+        name: What the header of the samples calls it.
+        preset: What counts as the same answer; None where a reward decides that alone.
     """
 
     name: str
-    preset: str | None
+    preset: str | None = None
 
-    def unscorable(self, problems: Sequence[Problem]) -> list[str]:
-        """The ids of the problems that cannot be scored, asked for before anything is sampled."""
+    def unscorable(self, problems: Sequence[Problem]) -> list[str]:  # noqa: ARG002
+        """The ids of the problems that cannot be scored, asked for before anything is sampled: none, for most."""
+        return []
 
+    @abstractmethod
     def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
         """The score of each completion, in order."""
 
     def grouped(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Records of samples, with one spelling for all answers to a problem that vote together in maj@k."""
+        return list(records)
 
-    def __enter__(self) -> Scorer: ...
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Counts of a verifier, time-outs and errors among them."""
+        return {}
 
-    def __exit__(
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(  # noqa: B027 -- most hold nothing
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        pass
 
 
 def whole_text(text: str) -> str | None:
@@ -86,7 +100,7 @@ def load_extractor(name: str) -> Extract:
     return load_reward(name)  # type: ignore[return-value]  # loads any function
 
 
-class RewardScorer:
+class RewardScorer(Scorer):
     """Scores with a reward function in TRL's signature, ``reward(prompts, completions, **columns)``.
 
     Args:
@@ -96,18 +110,8 @@ class RewardScorer:
         name: What the header of the samples calls it.
     """
 
-    preset: str | None = None
-
     def __init__(self, reward: RewardFunction, extract: Extract, name: str) -> None:
         self.reward, self.extract, self.name = reward, extract, name
-
-    def unscorable(self, problems: Sequence[Problem]) -> list[str]:  # noqa: ARG002
-        """None: anything may be scorable to a reward function."""
-        return []
-
-    def grouped(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The records as they are: answers that are written alike vote together."""
-        return list(records)
 
     def score(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Scored]:
         """Scores in the order of ``completions``; messages are handed over where the prompt is a list of messages."""
@@ -130,16 +134,8 @@ class RewardScorer:
                 )
         return [Scored(float(score), self.extract(text)) for score, text in zip(scores, completions, strict=True)]
 
-    def __enter__(self) -> RewardScorer:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-
-class MathScorer:
+class MathScorer(Scorer):
     """Scores against the ``answer`` column with :class:`ebpo_core.rewards.MathVerifier` in its worker processes.
 
     Args:
@@ -155,7 +151,7 @@ class MathScorer:
         from ebpo_core.rewards import MathVerifier
 
         self.extract, self.name = extract, name
-        self.preset: str | None = preset
+        self.preset = preset
         self.verifier = MathVerifier(preset=preset, **options)
 
     def unscorable(self, problems: Sequence[Problem]) -> list[str]:
@@ -195,7 +191,7 @@ class MathScorer:
         """Counts of the verifier, time-outs and errors among them."""
         return dict(self.verifier.metrics)
 
-    def __enter__(self) -> MathScorer:
+    def __enter__(self) -> Self:
         self.verifier.__enter__()
         return self
 

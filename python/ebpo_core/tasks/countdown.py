@@ -104,7 +104,7 @@ def dataset(
 
 
 def is_solution(text: str, numbers: Sequence[int], target: int, operators: str) -> bool:
-    """Whether ``text`` is an expression that uses each number once, only the operators allowed, and equals target."""
+    """True for an expression that uses each number once, only the operators allowed, and equals ``target``."""
     parsed = parse_expression(text)
     return (
         parsed is not None

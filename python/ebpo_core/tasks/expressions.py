@@ -3,11 +3,11 @@
     expression := term (("+" | "-") term)*
     term       := factor ("*" factor)*
     factor     := integer | "(" expression ")"
-    integer    := 1 to ``max_digits`` ASCII digits
+    integer    := 1 to ``MAX_DIGITS`` ASCII digits
 
 Precedence and associativity are those of ordinary arithmetic. Spaces may stand between tokens; nothing else may: no
 unary sign, no other alphabet's digits, no underscore, no power, no name. Text outside the grammar or beyond a limit is
-simply not an expression (``None``), so a verifier built on this scores it 0 in a time bounded by ``max_length``.
+simply not an expression (``None``), so a verifier built on this scores it 0 in a time bounded by ``MAX_LENGTH``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-MAX_LENGTH = 256
-MAX_DIGITS = 9
-MAX_DEPTH = 16
+MAX_LENGTH = 256  # characters beyond which text is refused unread
+MAX_DIGITS = 9  # of an integer
+MAX_DEPTH = 16  # parentheses that are open at once
 
 _TOKEN = re.compile(r" *([0-9]+|[-+*()])")
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
 class Expression(NamedTuple):
-    """What the grammar read: the value, the integers in order of appearance, and the operators that were used."""
+    """A whole expression: its value, the integers in order of appearance, and the operators that were used."""
 
     value: int
     numbers: tuple[int, ...]
@@ -36,13 +36,11 @@ class _RejectedError(Exception):
 
 
 class _Parser:
-    """Recursive descent over a bounded token list; recursion only happens at "(", so ``max_depth`` bounds it."""
+    """Recursive descent over a bounded token list; recursion only happens at "(", so ``MAX_DEPTH`` bounds it."""
 
-    def __init__(self, tokens: list[str], max_digits: int, max_depth: int) -> None:
+    def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
         self.position = 0
-        self.max_digits = max_digits
-        self.max_depth = max_depth
         self.numbers: list[int] = []
         self.operators: set[str] = set()
 
@@ -73,33 +71,28 @@ class _Parser:
     def factor(self, depth: int) -> int:
         token = self.take()
         if token == "(":  # noqa: S105
-            if depth >= self.max_depth:
+            if depth >= MAX_DEPTH:
                 raise _RejectedError
             value = self.expression(depth + 1)
             if self.take() != ")":
                 raise _RejectedError
             return value
-        if not token.isdigit() or len(token) > self.max_digits:
+        if not token.isdigit() or len(token) > MAX_DIGITS:
             raise _RejectedError
         self.numbers.append(int(token))
         return self.numbers[-1]
 
 
-def parse_expression(
-    text: str, *, max_length: int = MAX_LENGTH, max_digits: int = MAX_DIGITS, max_depth: int = MAX_DEPTH
-) -> Expression | None:
+def parse_expression(text: str) -> Expression | None:
     """Read one whole expression.
 
     Args:
         text: Any text, trusted or not; leading and trailing spaces are allowed.
-        max_length: Characters beyond which the text is refused unread.
-        max_digits: Digits an integer may have.
-        max_depth: Parentheses that may be open at once.
 
     Returns:
         The expression, or None where ``text`` is not one within the limits. Never raises on text.
     """
-    if len(text) > max_length:
+    if len(text) > MAX_LENGTH:
         return None
     text = text.strip(" ")
     tokens: list[str] = []
@@ -110,7 +103,7 @@ def parse_expression(
             return None
         tokens.append(match[1])
         position = match.end()
-    parser = _Parser(tokens, max_digits, max_depth)
+    parser = _Parser(tokens)
     try:
         value = parser.expression(0)
     except _RejectedError:
@@ -120,16 +113,16 @@ def parse_expression(
     return Expression(value, tuple(parser.numbers), frozenset(parser.operators))
 
 
-def parse_integer(text: str, *, max_digits: int = MAX_DIGITS) -> int | None:
+def parse_integer(text: str) -> int | None:
     """Read ``text`` as one integer in ASCII digits with an optional leading "-"; spaces around it are allowed.
 
     Returns:
-        The integer, or None where ``text`` is anything else or longer than ``max_digits``. Never raises on text.
+        The integer, or None where ``text`` is anything else or longer than ``MAX_DIGITS``. Never raises on text.
     """
     # Bounded before stripping, so that a megabyte of spaces is not copied.
     if len(text) > MAX_LENGTH:
         return None
     text = text.strip(" \t\r\n")
-    if _INTEGER.fullmatch(text) is None or len(text.lstrip("-")) > max_digits:
+    if _INTEGER.fullmatch(text) is None or len(text.lstrip("-")) > MAX_DIGITS:
         return None
     return int(text)

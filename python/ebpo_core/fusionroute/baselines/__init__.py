@@ -1,4 +1,4 @@
-"""What FusionRoute is compared with: merged weights, and the best of several full answers.
+"""Baselines that FusionRoute is compared with: merged weights, and the best of several full answers.
 
 Each is a few lines with its formulas, to be read beside its paper; to merge models of many gigabytes, use a tool that
 is made for it.

@@ -175,7 +175,7 @@ class Demo:
         return model if with_experts else model.router
 
     def save_and_load(self, model: Any) -> Any:
-        """What is measured and shown is what a user gets: the checkpoint, with its experts, loaded by transformers."""
+        """The checkpoint, with its experts, loaded by transformers: what is measured and shown is what a user gets."""
         folder = self.output / "checkpoint"
         model.save_pretrained(folder, save_experts=True)
         self.tokenizer.save_pretrained(folder)

@@ -29,7 +29,7 @@ WEIGHT_DECAY = 0.3
 
 
 class Course(NamedTuple):
-    """How long and how fast a model is trained."""
+    """Length and speed of a training."""
 
     steps: int
     batch_size: int

@@ -1,4 +1,4 @@
-"""What the demo compares FusionRoute with beyond its own ablations: merged experts, with the best of a few settings."""
+"""Merged experts, with the best of a few settings: what the demo compares FusionRoute with beside its ablations."""
 
 from __future__ import annotations
 
