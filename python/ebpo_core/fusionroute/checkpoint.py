@@ -75,6 +75,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                     "the router is one of the experts, as the same object: training would freeze or change both; "
                     "pass copy.deepcopy(router) as the expert, or a path"
                 )
+        # 1. Router and experts, loaded where they are not models already.
         if not isinstance(router, PreTrainedModel):
             name = None if dtype is None else str(dtype).removeprefix("torch.")
             router, loaded_tokenizer = load_model(os.fspath(router), dtype=name or "float32")
@@ -82,6 +83,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         loaded = Experts.load(experts, default_dtype=dtype or router.dtype, device=router.device)
         if not len(loaded):
             raise ValueError("experts is empty: give at least one expert")
+        # 2. One vocabulary: V leading ids, at most as many as every model has, with the same tokens in all.
         widths = [router.config.get_text_config().vocab_size, *(expert.vocab_size for expert in loaded)]
         if vocab_size is None:
             vocab_size = min(widths)
@@ -90,6 +92,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 f"vocab_size is {vocab_size}: pass 1 to {min(widths)}, the smallest width among the models"
             )
         _compare_tokenizers(router, tokenizer, loaded, vocab_size)
+        # 3. The model around the given router, made without weights, and a fresh route head [n, D].
         config = FusionRouteConfig(
             router_config=router.config,
             experts=[expert.reference.to_dict() for expert in loaded],

@@ -151,12 +151,16 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         pad = generation_config._pad_token_tensor
         stops_at_eos = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         running = torch.ones(B, dtype=torch.bool, device=device)
+        # The prompt: logits of the router and of the experts selected at its last position.
         model_kwargs["fuse"] = False
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
         while True:
             model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
+            # The next token of each row, [B]; rows that have ended get padding.
             rows = None if model_kwargs.get("active_rows") is None else running.nonzero()[:, 0]
-            tokens = _pick(outputs, rows, options.alpha, self.config.vocab_size, seed, input_ids.shape[1], filters)
+            tokens = _next_tokens(
+                outputs, rows, options.alpha, self.config.vocab_size, seed, input_ids.shape[1], filters
+            )
             del outputs
             if rows is not None:
                 tokens = torch.full((B,), int(pad), device=device).index_copy_(0, rows, tokens.to(device))
@@ -164,11 +168,13 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             if streamer is not None:
                 streamer.put(tokens.cpu())
+            # Which rows go on; the others' experts rest from now on.
             running = running & ~stopping_criteria(input_ids, None)
             if not bool(running.any()):
                 break
             if stops_at_eos and not bool(running.all()):
                 model_kwargs["active_rows"] = running
+            # One column more.
             step = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
             outputs = self(**step, return_dict=True)
         if streamer is not None:
@@ -214,7 +220,7 @@ _FILTERS: dict[type, Callable[[Any], tuple[str, Any]]] = {
 }
 
 
-def _pick(
+def _next_tokens(
     outputs: Any,
     rows: Tensor | None,
     alpha: float,

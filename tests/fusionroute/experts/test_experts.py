@@ -67,7 +67,6 @@ def test_a_sequence_that_is_also_found_by_name(loaded: Experts) -> None:
     assert loaded.names == list(FAMILIES)
     assert loaded["qwen3"] is loaded[2] is list(loaded)[2] is loaded[-4]
     assert loaded[1:3].names == ["qwen2", "qwen3"]
-    assert loaded.num_parameters() == sum(tiny_model(family).num_parameters() for family in FAMILIES)
     with pytest.raises(KeyError, match=r"'math'.*\['llama', 'qwen2'"):
         loaded["math"]
     assert len(Experts()) == 0
@@ -118,7 +117,6 @@ def test_equal_references_share_one_model(folders: dict[str, Path]) -> None:
     path = str(folders["llama"])
     experts = Experts.load({"a": path, "b": path, "c": {"path": path, "dtype": "bfloat16"}})
     assert experts["a"].model is experts["b"].model is not experts["c"].model
-    assert experts.num_parameters() == 2 * tiny_model("llama").num_parameters()
 
 
 def test_gguf(tmp_path: Path) -> None:

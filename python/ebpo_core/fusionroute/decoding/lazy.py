@@ -52,10 +52,12 @@ class LazyExpert:
 
     def logits(self, history: TokenHistory, rows: Sequence[int], ends: Sequence[int], keep: int) -> Tensor:
         """Bring ``rows`` up to ``ends`` and return their last logits, ``[rows, keep, V]``, aligned at the right end."""
+        # A row has missed the tokens from the end of its cache on; rows that missed about as many share a forward.
         starts = [self.cache.lengths[row] for row in rows]
         parts = [self._run(history, chunk, keep) for chunk in self._split(Chunk(list(rows), starts, list(ends)))]
         if len(parts) == 1:
             return parts[0][1]
+        # Forwards of other lengths side by side, aligned at the right end, in the order of `rows`.
         order = torch.tensor([row for part_rows, _ in parts for row in part_rows])
         place = {int(row): i for i, row in enumerate(order)}
         width = max(part.shape[1] for _, part in parts)
@@ -64,7 +66,7 @@ class LazyExpert:
 
     def _run(self, history: TokenHistory, chunk: Chunk, keep: int) -> tuple[list[int], Tensor]:
         device = self.expert.device
-        ids, positions, places = history.gather(chunk, device)
+        ids, positions, places = history.gather(chunk, device)  # [rows, longest] each
         cache = self.cache
         cache.begin(chunk)
         out = self.expert(

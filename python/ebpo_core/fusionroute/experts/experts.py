@@ -71,11 +71,6 @@ class Experts(Sequence[Expert]):
     def references(self) -> list[ExpertReference]:
         return [expert.reference for expert in self]
 
-    def num_parameters(self) -> int:
-        """Parameters of all experts, those of a shared base model once."""
-        models = {id(expert.model): expert.model for expert in self}
-        return sum(model.num_parameters() for model in models.values())
-
     def to(self, device: str | int | torch.device) -> Experts:
         """Move the experts that have no device of their own (offloaded ones will run there). Returns itself."""
         where = exact_device(device)
