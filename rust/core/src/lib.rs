@@ -32,6 +32,7 @@ mod lanes;
 mod ledger;
 mod moments;
 mod options;
+mod pass_at_k;
 mod prior;
 mod threads;
 mod tree;
