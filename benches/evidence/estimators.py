@@ -115,7 +115,7 @@ def gradient_run(rule: Any, seed: int, G: int, spread: float, batches: int) -> d
 
     Prompt q has 8 arms with features x (8, 24); the policy is softmax(x w) with one w for all prompts, so that groups
     interact as they do in a network. Two arms of each prompt are right. ``spread`` widens the distribution of success
-    rates. Scale is free (an optimiser's learning rate): the estimate is compared after projection on the exact gradient.
+    rates. Scale is free (an optimiser's learning rate): the estimate is compared after projection on the exact one.
     """
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(PROMPTS, ARMS, DIMENSIONS)) / np.sqrt(DIMENSIONS)
