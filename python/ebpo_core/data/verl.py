@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebpo_core.data.problem import Problem, messages
+from ebpo_core.files import write_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,12 +75,7 @@ def write_verl_parquet(
         for index, problem in enumerate(problems)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), content)
+    write_bytes(path, content.getvalue().to_pybytes())
     return path

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ebpo_core.files import write_bytes, write_text
+
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 WRITABLE = (".jsonl", ".parquet")
 
@@ -63,18 +65,13 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write rows as JSON Lines or Parquet; a reader sees the old file or the new one, never half of one."""
     file = check_writable(path)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        if file.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet as parquet
+    if file.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet as parquet
 
-            parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), temporary)
-        else:
-            with temporary.open("w", encoding="utf-8") as out:
-                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        content = pyarrow.BufferOutputStream()
+        parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), content)
+        write_bytes(file, content.getvalue().to_pybytes())
+    else:
+        write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return file

@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from ebpo_core.evaluation.estimators import Array, Interval, bootstrap, majority_at_k, pass_at_k
 from ebpo_core.evaluation.problems import Problem
 from ebpo_core.evaluation.scoring import PASSING
+from ebpo_core.files import write_text
 
 FORMAT = "ebpo-core/evaluation"
 VERSION = 1
@@ -189,8 +189,5 @@ def write_results(
         "finish": summary.finish,
         "without_answer": summary.without_answer,
     }
-    file = Path(path)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_text(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
     return results

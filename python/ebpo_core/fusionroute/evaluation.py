@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
     message = 'evaluation needs the lm-evaluation-harness: pip install "ebpo-core[fusionroute,eval]"'
     raise ModuleNotFoundError(message, name=error.name) from error
 
+from ebpo_core.files import write_text
 from ebpo_core.fusionroute.decoding.routing import OPTION_NAMES, RoutingOptions, permitted_rows
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
@@ -177,7 +178,7 @@ def write_results(path: str | os.PathLike[str], results: dict[str, Any]) -> Path
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
-    target.write_text(text + "\n", encoding="utf-8")
+    write_text(target, text + "\n")
     return target
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import tempfile
@@ -22,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ebpo_core.files import write_json
 from ebpo_core.fusionroute.baselines import (
     Response,
     likelihood_scores,
@@ -270,7 +270,7 @@ def run(settings: Settings, seed: int, output: Path, console: Console) -> dict[s
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - cpu_started, 1),
     }
-    (output / RESULT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(output / RESULT_NAME, result)
     report(demo, result)
     return result
 
