@@ -3,7 +3,7 @@
 Run ``python examples/train_countdown.py``. A supervised warm-up gives a policy that solves one problem in five. Then,
 step after step: sample a group of completions for each prompt, score them, turn rewards into advantages
 (``ebpo_core.EBPO``), and take clipped policy-gradient steps (Schulman et al. 2017). Copy it and change what you like;
-any function of rewards and groups can stand in EBPO's place, ``grpo`` below for one.
+any function of rewards and groups can stand in EBPO's place, ``partial(ebpo_core.advantages, method="grpo")`` for one.
 
 It leaves out: a KL term, a reference model, a value network, learning-rate schedules, half precision, more processes
 than one, checkpoints and logs; for those see ``train_trl.py``. A seed gives the same numbers on a machine, bit for bit.
@@ -71,15 +71,19 @@ def sample(policy: Policy, prompts: list[str], group_size: int) -> Rollout:
     return Rollout(*(each.repeat_interleave(group_size, 0) for each in (ids, mask)), completions, sampled, logprobs)
 
 
-def policy_loss(model: Any, rollout: Rollout, advantages: Tensor, clip: float) -> Tensor:
-    """The clipped surrogate, negated, averaged over sampled tokens; ``advantages`` is ``(N,)``, one a completion."""
+def logprobs_of(model: Any, rollout: Rollout) -> Tensor:
+    """Log-probabilities ``(N, T)`` that the model gives to the sampled tokens now."""
     ids = torch.cat([rollout.prompts, rollout.completions], dim=1)
     mask = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # the first token that is no padding stands at 0
     kept = rollout.completions.shape[1] + 1  # the logits of a token stand one place before it
     logits = model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept, use_cache=False).logits
-    logprobs = logits[:, :-1].log_softmax(-1).gather(2, rollout.completions[..., None])[..., 0]  # (N, T)
-    ratio, advantages = (logprobs - rollout.logprobs).exp(), advantages[:, None]
+    return logits[:, :-1].log_softmax(-1).gather(2, rollout.completions[..., None])[..., 0]
+
+
+def policy_loss(model: Any, rollout: Rollout, advantages: Tensor, clip: float) -> Tensor:
+    """The clipped surrogate, negated, averaged over sampled tokens; ``advantages`` is ``(N,)``, one a completion."""
+    ratio, advantages = (logprobs_of(model, rollout) - rollout.logprobs).exp(), advantages[:, None]
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     return -(gain * rollout.mask).sum() / rollout.mask.sum()
 
@@ -96,14 +100,15 @@ def train(
     learning_rate: float = 3e-4,
     clip: float = 0.2,
     seed: int = 0,
-    on_step: Callable[[dict[str, float]], None] = print,
+    sampling_seed: int | None = None,
+    on_step: Callable[[dict[str, float], Rollout], None] = lambda record, _: print(record),
 ) -> list[dict[str, float]]:
     """Train ``policy`` in place, ``updates`` optimizer steps a batch, each on its own part of it; a record a step.
 
     ``rule`` gets as groups the row in ``task.train`` of each completion's prompt, so it may look up topic or level.
     """
-    torch.manual_seed(seed)  # of the completions; the order of prompts has a generator of its own, alike for all rules
-    order = np.random.default_rng(seed)
+    torch.manual_seed(seed if sampling_seed is None else sampling_seed)  # of the completions
+    order = np.random.default_rng(seed)  # of the prompts, alike for all rules
     model, tokenizer = policy
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     records = []
@@ -123,14 +128,8 @@ def train(
         surprise = -(rollout.logprobs * rollout.mask).sum() / rollout.mask.sum()  # its mean is the entropy of a token
         record = {"step": step, "reward": rewards.mean(), "entropy": surprise, "grad_norm": norm}
         records.append({name: round(float(value), 6) for name, value in record.items()})
-        on_step(records[-1])
+        on_step(records[-1], rollout)
     return records
-
-
-def grpo(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """GRPO's advantages, to compare with: rewards less their group's mean, over their group's standard deviation."""
-    parts = [rewards[groups == group] for group in groups]
-    return (rewards - [part.mean() for part in parts]) / [part.std(ddof=1) + 1e-4 for part in parts]
 
 
 def main(rule: Rule, *, seed: int = 0, warm_up_steps: int = 120, test_size: int = 600, **options: Any) -> list[float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -296,14 +297,20 @@ def baseline_advantages(
     *,
     mask: ArrayLike | None = None,
     eps: float = 1e-6,
+    c: float = 0.5,
+    k: int = 1,
 ) -> Array:
-    """The methods to compare with: ``grpo``, ``dr_grpo``, ``rloo``, ``reinforce_pp`` and ``james_stein``."""
+    """Advantages of the methods to compare with, by their names in :func:`ebpo_core.advantages`."""
     r, index, valid = arrange(rewards, groups, mask)
     out = np.zeros_like(r)
     members = {m: r[valid & (index == m)] for m in range(index.max() + 1)}
     members = {m: g for m, g in members.items() if g.size}
     if method == "reinforce_pp":
         out = normalized(r, valid, "batch", 1, eps)
+    elif method == "constant":
+        out[valid] = r[valid] - c
+    elif method == "batch_mean" and valid.any():
+        out[valid] = r[valid] - Moments.of(r[valid]).mean
     for m, g in members.items():
         rows = valid & (index == m)
         n, centred = g.size, r[rows] - mean(g)
@@ -314,10 +321,28 @@ def baseline_advantages(
             out[rows] = centred
         elif method == "rloo":
             out[rows] = centred * n / (n - 1) if n > 1 else 0.0
+        elif method == "maxrl":
+            out[rows] = centred / (mean(g) + eps) if mean(g) > 0 else 0.0
+        elif method == "pass_at_k":
+            out[rows] = pass_at_k_group(g, k)
         elif method == "james_stein":
             others = [x for k, x in members.items() if k != m]
             out[rows] = james_stein_group(g, others)
     return out.reshape(np.shape(rewards))
+
+
+def pass_at_k_group(group: Array, k: int) -> Array:
+    """Weights of the max@k gradient, less the others' own estimate of it, by going through every subset."""
+    n = group.size
+    if n == 1:
+        return np.zeros(1)
+    out = np.zeros(n)
+    for i in range(n):
+        others = [*group[:i], *group[i + 1 :]]
+        best = [max(group[i], *chosen) if chosen else group[i] for chosen in combinations(others, k - 1)]
+        alone = [max(chosen) for chosen in combinations(others, min(k, n - 1))]
+        out[i] = k * (np.mean(best) - np.mean(alone))
+    return out
 
 
 def james_stein_group(group: Array, others: list[Array]) -> Array:

@@ -5,12 +5,26 @@ from __future__ import annotations
 from typing import Any, Literal, TypeVar, get_args
 
 from ebpo_core import _core
-from ebpo_core.arguments import real, text
+from ebpo_core.arguments import count, real, text
 from ebpo_core.estimator import EBPO
 from ebpo_core.inputs import is_tensor, read_batch
 
 Rewards = TypeVar("Rewards")
-Method = Literal["ebpo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "james_stein"]
+Method = Literal[
+    "ebpo",
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_pp",
+    "james_stein",
+    "constant",
+    "batch_mean",
+    "maxrl",
+    "pass_at_k",
+]
+
+_PARAMETERS = {"grpo": "eps", "reinforce_pp": "eps", "maxrl": "eps", "constant": "c", "pass_at_k": "k"}
+_DEFAULTS = {"eps": 1e-6, "c": 0.5}
 
 
 def advantages(
@@ -35,9 +49,16 @@ def advantages(
         method: ``"ebpo"``; ``"grpo"``: ``(r - mu) / (s + eps)``, s with n - 1, 0 where s = 0 or n = 1; ``"dr_grpo"``:
             ``r - mu``; ``"rloo"``: ``n / (n - 1) * (r - mu)``, 0 where n = 1; ``"reinforce_pp"``:
             ``(r - mean) / (std + eps)`` over the batch, std with n - 1; ``"james_stein"``: two-level leave-one-out
-            James-Stein baseline (arXiv 2511.03710).
+            James-Stein baseline (arXiv 2511.03710); ``"constant"``: ``r - c``, c = 1/2 unless given (with 0/1 rewards
+            half the sign advantage of arXiv 2605.07689); ``"batch_mean"``: ``r - mean`` over the batch, not scaled;
+            ``"maxrl"``: ``(r - mu) / (mu + eps)`` for rewards of at least 0, 0 where mu = 0 (arXiv 2602.02710);
+            ``"pass_at_k"``: the unbiased weights of the gradient of pass@k (0/1 rewards) or max@k (graded) with their
+            leave-one-out baseline (arXiv 2505.15201): ``k E max(r_i, J) - k E max(L)``, J any k - 1 and L any k of the
+            group's other rewards (its k - 1 others where n = k). ``k=`` is needed; ``k=1`` is ``"rloo"``.
         keys: As in a call of :class:`EBPO`; only with ``method="ebpo"``.
-        **options: Those of :class:`EBPO`; the other methods take ``eps`` alone, and only those that divide by a std.
+        **options: Those of :class:`EBPO`. ``eps`` of "grpo", "reinforce_pp" and "maxrl", at least 0; ``c`` of
+            "constant", finite; ``k`` of "pass_at_k", at least 1 and at most the counted rewards of the smallest group.
+            The others take none.
 
     Returns:
         Advantages in the container, shape, device and float dtype of ``rewards``, computed in float64 and rounded once;
@@ -56,9 +77,10 @@ def advantages(
         return EBPO(**options)(rewards, groups, mask=mask, keys=keys)
     if keys is not None:
         options = {"keys": keys, **options}  # refused like any other option
-    eps = _baseline_eps(text("method", method), options)
+    parameter = _parameter(text("method", method), options)
     batch = read_batch(rewards, groups, mask)
-    result: Rewards = batch.restore(_core.baseline_advantages(method, eps, batch.rewards, batch.groups, batch.mask))
+    flat = _core.baseline_advantages(method, parameter, batch.rewards, batch.groups, batch.mask)
+    result: Rewards = batch.restore(flat)
     return result
 
 
@@ -75,10 +97,17 @@ def _fast(rewards: Any) -> Any:
     return _core.equal_advantages(rewards)
 
 
-def _baseline_eps(method: str, options: dict[str, Any]) -> float:
-    divides = method in ("grpo", "reinforce_pp")
+def _parameter(method: str, options: dict[str, Any]) -> float:
+    """The method's one parameter, 0 for those that have none."""
+    takes = _PARAMETERS.get(method)
     for name in options if method in get_args(Method) else ():  # an unknown method is named by the core
-        if name != "eps" or not divides:
-            takes = "only eps" if divides else "no options"
-            raise ValueError(f"{name}={options[name]!r} was passed with method={method!r}, which takes {takes}")
-    return real("eps", options.get("eps", 1e-6))
+        if name != takes:
+            what = "no options" if takes is None else f"only {takes}"
+            raise ValueError(f"{name}={options[name]!r} was passed with method={method!r}, which takes {what}")
+    if takes is None:
+        return 0.0
+    if takes == "k":
+        if "k" not in options:
+            raise ValueError('method="pass_at_k" needs k, the number of draws of which the best counts: pass k=')
+        return float(count("k", options["k"]))
+    return real(takes, options.get(takes, _DEFAULTS[takes]))

@@ -114,7 +114,10 @@ def test_sequences_equal_the_twin(opts: dict[str, Any], batches: list[Any], data
 
 
 @settings(max_examples=200)
-@given(case=cases(), method=st.sampled_from(["grpo", "dr_grpo", "rloo", "reinforce_pp", "james_stein"]))
+@given(
+    case=cases(),
+    method=st.sampled_from(["grpo", "dr_grpo", "rloo", "reinforce_pp", "james_stein", "constant", "batch_mean"]),
+)
 def test_the_other_methods_equal_the_twin(case: Case, method: Any) -> None:
     expected = reference.baseline_advantages(method, case.rewards, case.groups, mask=case.mask)
     got = ebpo_core.advantages(case.rewards, case.groups, mask=case.mask, method=method)

@@ -113,6 +113,16 @@ impl<'a, T: Float> Batch<'a, T> {
         lanes.into_iter().fold(0.0, f64::max)
     }
 
+    /// Refuse a counted reward below 0, which `method` has no meaning for.
+    pub(crate) fn check_non_negative(&self, method: &'static str) -> Result<(), Error> {
+        let mut lowest = 0.0_f64;
+        self.for_each(|_, value| lowest = lowest.min(value));
+        if lowest < 0.0 {
+            return Err(Error::InvalidReward { value: lowest, method, expected: "at least 0" });
+        }
+        Ok(())
+    }
+
     /// Refuse counted rewards that are infinite or too large to be squared.
     pub(crate) fn check_range(&self) -> Result<(), Error> {
         let out_of_range = |(row, reward): (usize, &T)| {

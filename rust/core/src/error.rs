@@ -17,6 +17,18 @@ pub enum Error {
         /// The reward found there.
         value: f64,
     },
+    /// A counted reward that a method has no meaning for.
+    #[error(
+        "rewards holds {value}, and method={method:?} needs rewards of {expected}: shift them, or take another method"
+    )]
+    InvalidReward {
+        /// The reward.
+        value: f64,
+        /// The method.
+        method: &'static str,
+        /// What it takes.
+        expected: &'static str,
+    },
     /// Two arguments that must have one length do not.
     #[error("{name} has length {got}, expected {expected}: pass one entry per reward")]
     LengthMismatch {

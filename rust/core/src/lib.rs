@@ -30,6 +30,7 @@ mod james_stein;
 mod lanes;
 mod moments;
 mod options;
+mod pass_at_k;
 mod prior;
 mod state;
 mod threads;

@@ -3,7 +3,7 @@
 use std::num::NonZero;
 use std::sync::OnceLock;
 
-use ebpo_core::{Batch, Float, GroupStats, Layout, Method, Options, apply, equal_advantages as equal_groups};
+use ebpo_core::{Batch, Float, Layout, Method, Options, equal_advantages as equal_groups};
 use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -65,26 +65,25 @@ pub(crate) fn slice<'a, T: Element>(array: &'a PyReadonlyArray1<'_, T>) -> Resul
 
 /// Advantages of `method` (any but "ebpo") for flat rewards.
 #[pyfunction]
-#[pyo3(signature = (method, eps, rewards, groups, mask))]
+#[pyo3(signature = (method, parameter, rewards, groups, mask))]
 pub(crate) fn baseline_advantages<'py>(
     py: Python<'py>,
     method: &str,
-    eps: f64,
+    parameter: f64,
     rewards: Rewards<'py>,
     groups: Groups<'py>,
     mask: Mask<'py>,
 ) -> Result<Bound<'py, PyAny>> {
-    let method = Method::parse(method)?;
+    let method = Method::parse(method, parameter)?;
     match rewards {
-        Rewards::F32(rewards) => baseline(py, method, eps, &rewards, &groups, &mask),
-        Rewards::F64(rewards) => baseline(py, method, eps, &rewards, &groups, &mask),
+        Rewards::F32(rewards) => baseline(py, method, &rewards, &groups, &mask),
+        Rewards::F64(rewards) => baseline(py, method, &rewards, &groups, &mask),
     }
 }
 
 fn baseline<'py, T: Float + Element>(
     py: Python<'py>,
     method: Method,
-    eps: f64,
     rewards: &PyReadonlyArray1<'py, T>,
     groups: &Groups<'_>,
     mask: &Mask<'_>,
@@ -93,11 +92,7 @@ fn baseline<'py, T: Float + Element>(
     let out = PyArray1::<T>::zeros(py, rewards.len(), false);
     let mut writable = out.try_readwrite()?;
     let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
-    detached(py, rewards.len(), || {
-        let stats = GroupStats::collect(&batch)?;
-        apply(&batch, &method.affine(&stats, eps)?, slots);
-        Ok::<_, ebpo_core::Error>(())
-    })?;
+    detached(py, rewards.len(), || method.advantages(&batch, slots))?;
     drop(writable);
     Ok(out.into_any())
 }

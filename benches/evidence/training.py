@@ -1,0 +1,310 @@
+"""Runner of the training study: queues cells, resumes after a kill, and prints how long the rest will take.
+
+    python benches/evidence/training.py                 # all that is missing, cheapest decisive cells first
+    python benches/evidence/training.py --list          # what there is, what is missing, how long it will take
+    python benches/evidence/training.py --only '{"task": "countdown", "rung": "middle", "G": 2, "arm": "ebpo", "seed": 3}'
+
+Each run is one process with one thread. Its record is appended to ``records/training.jsonl`` when it ends, with the hash of its
+configuration and the commit; a run with another configuration has another hash and is never mixed in. ``--workers N`` runs N at once.
+``--stage`` limits the queue: "rates" (learning rates), "main", "ladder", "scale" (equal root mean square).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT / "examples")]
+RECORDS = HERE / "records" / "training.jsonl"
+BASES = ROOT / "runs" / "evidence"
+
+PROTOCOL = 1
+"""Changes with anything that changes a run's numbers without being in its configuration."""
+
+STEPS, ROLLOUTS = 75, 512
+RATES = (1e-4, 2e-4, 3e-4, 5e-4)
+MAIN_ARMS = ("ebpo", "grpo", "ebpo_options", "constant", "batch_mean", "rloo")
+MORE_ARMS = (
+    "mix_50",
+    "mix_0",
+    "mix_25",
+    "mix_75",
+    "james_stein",
+    "reinforce_pp",
+    "dr_grpo",
+    "maxrl",
+    "dapo",
+    "ebpo_topic",
+    "grpo_again",
+)
+EVALUATION_SAMPLES = 16
+"""Completions of each held-out prompt after training, all of which count for pass@1."""
+
+Config = dict[str, Any]
+
+
+def configuration(task: str, rung: str, G: int, arm: str, seed: int, rate: float, equal_rms: bool = False) -> Config:
+    """Everything that decides a run's numbers."""
+    settings = {"steps": STEPS, "rollouts": ROLLOUTS, "updates": 2, "samples": EVALUATION_SAMPLES, "protocol": PROTOCOL}
+    return {
+        "task": task,
+        "rung": rung,
+        "G": G,
+        "arm": arm,
+        "seed": seed,
+        "rate": rate,
+        "equal_rms": equal_rms,
+        **settings,
+    }
+
+
+def name_of(config: Config) -> str:
+    """Hash of a configuration, by which records are found."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def queue(rates: dict[str, float], stage: str | None) -> Iterator[Config]:
+    """Every cell in the order in which it is run. ``rates`` holds the tuned learning rate of each arm that has one."""
+    arms = (*MAIN_ARMS, *MORE_ARMS)
+    if stage in (None, "rates"):
+        for seed in range(1000, 1003):
+            for arm in MAIN_ARMS:
+                yield from (configuration("countdown", "middle", 2, arm, seed, rate) for rate in RATES)
+    tuned = {arm: rates.get(arm, rates.get("grpo", 3e-4)) for arm in arms}
+    if stage in (None, "main"):
+        for block in range(4):  # five seeds at a time, so that a cut leaves whole pairs everywhere
+            for G in (2, 4):
+                for seed in range(5 * block, 5 * block + 5):
+                    yield from (configuration("countdown", "middle", G, arm, seed, tuned[arm]) for arm in MAIN_ARMS)
+            if block < 2:
+                for seed in range(5 * block, 5 * block + 5):
+                    yield from (configuration("countdown", "middle", 2, arm, seed, tuned[arm]) for arm in MORE_ARMS)
+    if stage in (None, "ladder"):
+        ladder = ("grpo", "ebpo", "constant", "batch_mean")
+        for seed in range(10):
+            for task, rung, G in (
+                *(("countdown", rung, G) for rung in ("low", "high") for G in (2, 4)),
+                ("countdown", "middle", 8),
+                *(("sorting", rung, G) for rung in ("middle", "low", "high") for G in (2, 4)),
+            ):
+                yield from (configuration(task, rung, G, arm, seed, tuned[arm]) for arm in ladder)
+    if stage in (None, "scale"):
+        for seed in range(10):
+            yield from (configuration("countdown", "middle", 2, arm, seed, tuned[arm], True) for arm in MAIN_ARMS)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train and evaluate one policy; the record without commit and times depends on the configuration alone."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import numpy as np
+    import torch
+    import train_countdown as loop
+    from ladder import TASKS, base_policy
+    from rules import RULES
+
+    from ebpo_core.evaluation.estimators import majority_at_k, pass_at_k
+
+    torch.set_num_threads(1)
+    seed, G = config["seed"], config["G"]
+    task = TASKS[config["task"]](seed)
+    policy = base_policy(config["task"], config["rung"], seed % 4, BASES)
+    rule = RULES[config["arm"]]()
+    topics = np.array(task.train["topic"])
+    curves: dict[str, list[float]] = {name: [] for name in ("failed", "passed", "advantage_rms")}
+
+    def score(rewards: Any, groups: Any) -> Any:
+        advantages = rule(rewards, groups, topics[groups])
+        rms = float(np.sqrt(np.mean(advantages**2)))
+        by_group = rewards.reshape(-1, G)
+        curves["failed"].append(round(float(np.mean(by_group.max(1) <= 0)), 4))
+        curves["passed"].append(round(float(np.mean(by_group.min(1) >= 1)), 4))
+        curves["advantage_rms"].append(round(rms, 4))
+        if config["arm"] == "dapo":  # the loss is averaged over the groups that were kept
+            advantages = advantages * len(by_group) / max(1, int((by_group.max(1) > by_group.min(1)).sum()))
+        return advantages / rms if config["equal_rms"] and rms > 0 else advantages
+
+    def evaluate() -> dict[str, float]:
+        torch.manual_seed(10_000)
+        outcomes = []
+        prompts, columns = task.test["prompt"], {name: task.test[name] for name in task.test.column_names}
+        del columns["prompt"]
+        n = config["samples"]
+        for start in range(0, len(prompts), 64):
+            part = list(prompts[start : start + 64])
+            rollout = loop.sample(policy, part, n)
+            texts = policy.tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+            given = {
+                name: [v for v in values[start : start + 64] for _ in range(n)] for name, values in columns.items()
+            }
+            scores = task.reward(prompts=[p for p in part for _ in range(n)], completions=texts, **given)
+            for q in range(len(part)):
+                right = [score >= 1 for score in scores[q * n : q * n + n]]
+                answers = texts[q * n : q * n + n]
+                found = {a for a, r in zip(answers, right, strict=True) if r}
+                outcomes.append(
+                    (np.mean(right), pass_at_k(n, sum(right), n), majority_at_k(answers, right, n), len(found))
+                )
+        names = ("pass@1", f"pass@{n}", f"maj@{n}", "distinct")
+        return {name: round(float(value), 5) for name, value in zip(names, np.mean(outcomes, 0), strict=True)}
+
+    def divergence(rollout: Any) -> float:
+        """KL of the new policy from the one that sampled, a token, by samples."""
+        with torch.no_grad():
+            ones = torch.ones(len(rollout.mask))
+            ratio = loop.logprobs_of(policy.model, rollout) - rollout.logprobs
+            del ones
+            return float(((ratio.exp() - 1 - ratio) * rollout.mask).sum() / rollout.mask.sum())
+
+    kl: list[float] = []
+
+    def on_step(record: dict[str, float], rollout: Any) -> None:
+        if record["step"] % 10 == 1:
+            kl.append(round(divergence(rollout), 6))
+
+    policy.model.eval()
+    before = evaluate()
+    policy.model.train()
+    steps = loop.train(
+        policy,
+        task,
+        score,
+        steps=config["steps"],
+        prompts_per_step=config["rollouts"] // G,
+        group_size=G,
+        updates=config["updates"],
+        learning_rate=config["rate"],
+        # The sampled tokens of the replicate differ, its prompts do not.
+        seed=seed,
+        sampling_seed=seed + 500_000 if config["arm"] == "grpo_again" else seed,
+        on_step=on_step,
+    )
+    policy.model.eval()
+    for name in ("reward", "entropy", "grad_norm"):
+        curves[name] = [round(record[name], 4) for record in steps]
+    return {"before": before, "after": evaluate(), "kl": kl, "curves": {k: v[::3] for k, v in curves.items()}}
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """Records on disk, by their hash; a line that a kill cut short is passed over."""
+    found = {}
+    if RECORDS.is_file():
+        for line in RECORDS.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            found[record["hash"]] = record
+    return found
+
+
+def tuned_rates(records: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Best learning rate of each arm that was tuned in full: highest mean pass@1 over the tuning seeds."""
+    rates = {}
+    for arm in MAIN_ARMS:
+        means = {}
+        for rate in RATES:
+            names = [name_of(configuration("countdown", "middle", 2, arm, seed, rate)) for seed in range(1000, 1003)]
+            if all(name in records for name in names):
+                means[rate] = sum(records[name]["after"]["pass@1"] for name in names) / len(names)
+        if len(means) == len(RATES):
+            rates[arm] = max(means, key=lambda rate: means[rate])
+    return rates
+
+
+def append(record: dict[str, Any]) -> None:
+    """Add a line that is on the disk when this returns."""
+    RECORDS.parent.mkdir(exist_ok=True)
+    with RECORDS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def timed(config: Config) -> tuple[Config, dict[str, Any], float]:
+    """A run with its CPU seconds, in a worker."""
+    started = time.process_time()
+    return config, run(config), time.process_time() - started
+
+
+def commit() -> str:
+    """The commit that is checked out, marked where files differ from it."""
+    said = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return said.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--only", type=json.loads, help="one configuration, printed as a record and not written")
+    parser.add_argument("--stage", choices=["rates", "main", "ladder", "scale"])
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="two tiny runs, nothing written")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        for arm in ("ebpo", "dapo"):
+            print(
+                json.dumps(
+                    run({**configuration("sorting", "low", 2, arm, 0, 3e-4), "steps": 2, "rollouts": 32, "samples": 2})
+                )
+            )
+        return
+    records = recorded()
+    rates = tuned_rates(records)
+    if arguments.only:
+        config = configuration(**{"rate": rates.get(arguments.only["arm"], rates.get("grpo", 3e-4)), **arguments.only})
+        print(json.dumps({"hash": name_of(config), "config": config, **run(config)}))
+        return
+    wanted = list(queue(rates, arguments.stage))
+    missing = [config for config in wanted if name_of(config) not in records]
+    spent = [record["cpu_seconds"] for record in records.values()]
+    each = sum(spent) / len(spent) if spent else 100.0
+    print(
+        f"{len(wanted) - len(missing)} of {len(wanted)} runs done; {len(missing)} to go, about {len(missing) * each / 3600:.1f} CPU hours; rates {rates}"
+    )
+    if arguments.list:
+        return
+    version = commit()
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        for done in as_completed(pool.submit(timed, config) for config in missing):
+            config, result, seconds = done.result()
+            append(
+                {
+                    "hash": name_of(config),
+                    "commit": version,
+                    "config": config,
+                    **result,
+                    "cpu_seconds": round(seconds, 1),
+                }
+            )
+            print(
+                config["task"],
+                config["rung"],
+                config["G"],
+                config["arm"],
+                config["seed"],
+                config["rate"],
+                result["after"]["pass@1"],
+                f"{seconds:.0f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
