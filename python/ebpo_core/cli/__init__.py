@@ -1,4 +1,4 @@
-"""The ``ebpo`` command: ``train``, ``curriculum``, ``eval``, ``demo``, ``prior show`` and ``plot``.
+"""The ``ebpo`` command: ``train``, ``curriculum``, ``eval``, ``demo``, ``prior show``, ``signal`` and ``plot``.
 
 Nothing heavy is imported until a command runs, so ``ebpo --help`` answers at once and works with NumPy alone; a command
 whose extra is missing says what to install.
@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "avg@k, pass@k and maj@k by sampling, from transformers or an OpenAI-compatible server",
     "demo": "watch a small transformer learn arithmetic, on a CPU, in minutes",
     "prior": "show the running prior that a checkpoint holds",
+    "signal": "does this run have a signal? from the rewards it has written so far",
     "plot": "draw reward, entropy, shrinkage and saturated share of finished or running runs",
 }
 
@@ -31,6 +32,7 @@ NEEDED = {
     "eval": ("rich",),
     "demo": ("torch", "transformers", "trl", "datasets", "rich", "yaml", "matplotlib", "tensorboard"),
     "prior": (),
+    "signal": (),
     "plot": ("matplotlib",),
 }
 
