@@ -29,8 +29,8 @@ def rows_of(rewards: Iterable[Iterable[float]], groups_per_step: int | None = No
     rows = []
     for number, group in enumerate(rewards):
         step = {} if groups_per_step is None else {"step": number // groups_per_step}
-        for reward in group:
-            rows.append({**step, "group": f"g{number}", "prompt": f"Prompt {number}", "reward": float(reward)})
+        about = {**step, "group": f"g{number}", "prompt": f"Prompt {number}"}
+        rows.extend({**about, "reward": float(reward)} for reward in group)
     return rows
 
 

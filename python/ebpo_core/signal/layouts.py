@@ -59,7 +59,8 @@ def find_layout(rows: Sequence[Row], where: str, named: Mapping[str, Any]) -> La
     for field, value in given.items():
         missing = [name for name in ([value] if isinstance(value, str) else value) if name not in columns]
         if missing:
-            raise ValueError(f"{field}={missing[0]!r}: {where} has no such column; it has {', '.join(columns)}")
+            argument = field.removesuffix("s")  # `rewards`, which the caller names one by one
+            raise ValueError(f"{argument}={missing[0]!r}: {where} has no such column; it has {', '.join(columns)}")
     found = set(columns)
     if {"step", "prompt", "completion", "advantage"} <= found:
         layout = Layout("trl", _numeric(rows, columns), "prompt", "prompt", "step")

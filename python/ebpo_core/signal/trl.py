@@ -94,7 +94,7 @@ class SignalCallback(TrainerCallback):
         constant = _constant(logs, "reward", "reward_std")
         if constant is not None:
             message = (
-                f"{over} every reward was {constant:g}: nothing can be learnt; check reward function, answer extraction "
+                f"{over} every reward was {constant:g}: nothing can be learnt; check reward function, extraction "
                 "and the prompt's format on a few completions"
             )
             yield "constant_verifier", message
