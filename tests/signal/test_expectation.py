@@ -50,6 +50,17 @@ def test_measured_shares_are_those_of_all_subsets(values: tuple[float, ...]) -> 
         assert one.passed.value == pytest.approx(one.dead.value - one.failed.value)
 
 
+def test_a_few_short_groups_do_not_spoil_the_measurement() -> None:
+    rng = np.random.default_rng(9)
+    rewards = [list(group) for group in draw_rewards(rng, draw_rates(rng, 40, 0.2, 0.2, 1, 1), 8)]
+    whole = expected(np.array(rewards[2:]), resamples=5)
+    rewards[0], rewards[1] = rewards[0][:3], rewards[1][:1]
+    found = expected(rewards, resamples=5)
+    assert [one.measured for one in found.sizes] == [True, True, True, False, False, False]
+    assert found.sizes[2].dead.value == whole.sizes[2].dead.value
+    assert [one.measured for one in expected([*rewards, *([[0.0, 1.0]] * 10)], resamples=5).sizes][:2] == [True, False]
+
+
 TRUTHS = [(0.3, 0.1, 2.0, 3.0), (0.0, 0.0, 0.5, 1.0), (0.1, 0.3, 1.0, 1.0)]
 
 

@@ -114,6 +114,8 @@ def test_samples_of_an_evaluation_or_a_curriculum(tmp_path: Path) -> None:
         assert sizes(read.groups) == [3, 3, 3]
         assert read.rewards.tolist() == [1, 0, 1] * 3
         assert read.prompts is None
+    with pytest.raises(ValueError, match="^reward='right': .* has no such column; it has problem, sample"):
+        read_rollouts(path, reward=["right"])
 
 
 def verl_rows(step: int, *, uid: bool) -> list[dict[str, Any]]:

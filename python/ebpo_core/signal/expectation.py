@@ -1,9 +1,10 @@
 """Expected dead shares and signal at other group sizes, with intervals by a bootstrap over prompts.
 
 **Dead share.** A group of G is dead if all its rewards are equal, which has probability ``sum over v of E[q_v ** G]``,
-q_v a prompt's rate of the reward v. Where every group of the file has at least G rewards that is *measured*: the share
-of its G-subsets that are all equal, ``C(k, G) / C(n, G)``, has this expectation whatever the distribution. Beyond, it
-is *fitted*: computed from the distribution of :mod:`~ebpo_core.signal.rates`, which is an extrapolation.
+q_v a prompt's rate of the reward v. Where nine in ten groups of the file have at least G rewards that is *measured* on
+them: the share of a group's G-subsets that are all equal, ``C(k, G) / C(n, G)``, has this expectation whatever the
+distribution. Beyond, it is *fitted*: computed from the distribution of :mod:`~ebpo_core.signal.rates`, which is an
+extrapolation.
 
 **Signal.** GRPO divides by the group's standard deviation, so a group's squared advantages sum to G - 1 if it is
 informative and to 0 if it is dead, whatever the prompt. Their mean, ``1 - 1/G`` or 0, is the *signal of a group*: one
@@ -40,6 +41,8 @@ from ebpo_core.signal.rollouts import Codes, Vector
 SIZES = (2, 4, 8, 16, 32, 64)
 """Group sizes that are looked at."""
 
+# Share of groups that must have G rewards for the share at G to be measured on them.
+_MOST = 0.9
 # Largest size of the imagined prompt's group: beyond, its shape and not its size matters.
 _IMAGINED = 64
 
@@ -90,18 +93,19 @@ class Pairs(NamedTuple):
         """(R,) share of ``size``-subsets (None: of whole groups) that are all hits; the first of real prompts alone."""
         real = len(self.hits) - self.imagined
         hits, sizes = self.hits[:real].astype(np.float64), self.sizes[:real].astype(np.float64)
+        enough = np.ones(real, dtype=bool) if size is None else sizes >= size
         if size is None:
-            chance = ((hits == sizes) & (sizes >= 2)).astype(np.float64)
+            chance = (hits == sizes).astype(np.float64)
             usual = int(self.sizes[-1])
         else:
             usual = size
             chance = np.ones(real)
             for drawn in range(size):
-                chance *= np.maximum(hits - drawn, 0) / (sizes - drawn)
+                chance *= np.maximum(hits - drawn, 0) / np.maximum(sizes - drawn, 1)
         imagined_chance = float(np.exp(log_beta(1 + usual, self.imagined_b) - log_beta(1, self.imagined_b)))
         imagined = self.weights[:, real:].sum(axis=1)
         imagined[0] = 0
-        own = self.weights[:, :real]
+        own = self.weights[:, :real] * enough
         return np.asarray((own @ chance + imagined * imagined_chance) / (own.sum(axis=1) + imagined))
 
 
@@ -151,11 +155,11 @@ def expect(groups: Groups, *, resamples: int = 200, level: float = 0.95, seed: i
     pairs = _tabulate(groups, resamples, seed)
     rates = tuple(fit_rates(one.hits, one.sizes, one.weights) for one in pairs)
     failed = [one.failed for one in groups.levels]
-    smallest = int(groups.sizes[groups.paired].min())
+    sizes = groups.sizes[groups.paired]
 
     expected, signals = [], []
     for size in SIZES:
-        measured = size <= smallest
+        measured = bool((sizes >= size).mean() >= _MOST)
         shares = [one.measured(size) for one in pairs] if measured else [fit.power(size) for fit in rates]
         fail, passed = _by_side(shares, failed, resamples)
         dead = np.minimum(fail + passed, 1.0)

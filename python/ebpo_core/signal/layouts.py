@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 SAMPLES = Layout("samples", ("score",), "problem")
 
 
-def find_layout(rows: Sequence[Row], where: str, named: Mapping[str, Any]) -> Layout:
+def find_layout(rows: Sequence[Row], where: str, named: Mapping[str, Any], known: Layout | None = None) -> Layout:
     """The layout of rows by their columns; what the caller has named stands.
 
     * TRL's completions tables: ``step, prompt, completion``, one column a reward function, columns of ``log_extra``,
@@ -50,6 +50,7 @@ def find_layout(rows: Sequence[Row], where: str, named: Mapping[str, Any]) -> La
         rows: At least one.
         where: The file, for messages.
         named: Fields of :class:`Layout` by the caller's word; None or empty where the caller has named nothing.
+        known: The layout, where something else than the columns tells it.
 
     Raises:
         ValueError: A named column is not there, or none could be found for rewards or groups.
@@ -62,7 +63,9 @@ def find_layout(rows: Sequence[Row], where: str, named: Mapping[str, Any]) -> La
             argument = field.removesuffix("s")  # `rewards`, which the caller names one by one
             raise ValueError(f"{argument}={missing[0]!r}: {where} has no such column; it has {', '.join(columns)}")
     found = set(columns)
-    if {"step", "prompt", "completion", "advantage"} <= found:
+    if known is not None:
+        layout = known
+    elif {"step", "prompt", "completion", "advantage"} <= found:
         layout = Layout("trl", _numeric(rows, columns), "prompt", "prompt", "step")
     elif {"input", "output", "score", "step"} <= found:
         group = "uid" if "uid" in found else "input"
@@ -98,7 +101,7 @@ def _numeric(rows: Sequence[Row], columns: Sequence[str]) -> tuple[str, ...]:
     """Columns of TRL's table that a reward function can have filled: numbers, or None in every row."""
     others = {"step", "prompt", "completion", "advantage", "ebpo_advantage"}
     names = [name for name in columns if name not in others]
-    return tuple(name for name in names if all(isinstance(row[name], (float, int, type(None))) for row in rows))
+    return tuple(name for name in names if all(isinstance(row.get(name), (float, int, type(None))) for row in rows))
 
 
 def _repeating(rows: Sequence[Row], found: set[str]) -> str:

@@ -135,7 +135,9 @@ def read_rollouts(
         if layout.form == "trl":
             # TRL writes its table at each log, so a batch that serves for several steps is in several files.
             rewards = layout.rewards
-            batch = [(_token(row["prompt"]), _token(row["completion"]), [row[n] for n in rewards]) for row in content]
+            batch = [
+                (_token(row["prompt"]), _token(row["completion"]), [row.get(n) for n in rewards]) for row in content
+            ]
             if batch == previous:
                 repeated += 1
                 continue
@@ -186,11 +188,10 @@ def _read_file(file: Path, named: Mapping[str, Any]) -> tuple[Layout, list[Row]]
         with file.open(encoding="utf-8") as lines:
             start = lines.readline()
         if '"format": "ebpo-core/' in start:
-            layout = SAMPLES._replace(**{field: value for field, value in named.items() if value})
             records: list[Row] = list(read_journal(file, "samples")[1])
             if not records:
-                raise ValueError(f"{str(file)!r} holds no sample yet")
-            return layout, records
+                raise ValueError(f"{str(file)!r} holds no sample yet: wait for the first")
+            return find_layout(records, str(file), named, SAMPLES), records
     rows: list[Row] = list(read_rows(file))
     layout = find_layout(rows, str(file), named)
     if layout.form == "verl" and layout.group == "uid" and not named["group"]:
