@@ -123,14 +123,11 @@ def verl_rows(step: int, *, uid: bool) -> list[dict[str, Any]]:
     rows = []
     for prompt in range(2):
         for session in range(3):
-            for output in range(2 if uid and session == 1 else 1):
-                row = {
-                    "input": f"user\n{prompt}",
-                    "output": "text",
-                    "gts": "4",
-                    "score": float(session > prompt),
-                    "step": step,
-                }
+            outputs = 2 if uid and session == 1 else 1
+            for output in range(outputs):
+                # The reward of a session is that of its last output.
+                score = float(session > prompt) if output == outputs - 1 else -1.0
+                row = {"input": f"user\n{prompt}", "output": "text", "gts": "4", "score": score, "step": step}
                 rows.append(row | ({"uid": f"b7_{prompt}_{session}_{output}"} if uid else {"acc": True}))
     return rows
 
