@@ -1,7 +1,7 @@
 """Tasks of the training study and their rungs: policies warmed up to different success rates.
 
-``countdown`` is the package's task with 0/1 rewards. ``sorting`` is of another structure and graded: numbers are written down in
-ascending or descending order, and the reward is the share of them that stand in their place.
+``countdown`` is the package's task with 0/1 rewards. ``sorting`` is of another structure and graded: numbers are written
+down in ascending or descending order, and the reward is the share of them that stand in their place.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 from train_countdown import Policy
 
 from ebpo_core.tasks import countdown
-from ebpo_core.tasks.countdown import Problem
 from ebpo_core.tasks.loading import Task
 from ebpo_core.tasks.splits import draws, split_of
+from ebpo_core.tasks.supervised import fit
 from ebpo_core.tasks.tiny_model import build_model, build_tokenizer
 from ebpo_core.tasks.warmup import encode_batch, warm_up
-from ebpo_core.tasks.supervised import fit
 
 TRAIN_SIZE, TEST_SIZE = 6000, 600
 

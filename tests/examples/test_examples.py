@@ -107,10 +107,16 @@ def test_the_loss_is_clipped_on_the_side_that_would_gain(
 def test_training_learns_and_a_seed_decides_every_bit(policy: Any, task: Task) -> None:
     runs = []
     for seed in (0, 0, 1):
-        copied, lines = copy.deepcopy(policy), []
+        copied = copy.deepcopy(policy)
+        lines: list[dict[str, float]] = []
         options = {"prompts_per_step": 64, "group_size": 4, "learning_rate": 1e-3, "seed": seed}
         records = loop.train(
-            copied, task, ebpo_core.EBPO(), steps=12, on_step=lambda record, _: lines.append(record), **options
+            copied,
+            task,
+            ebpo_core.EBPO(),
+            steps=12,
+            on_step=lambda record, _, seen=lines: seen.append(record),
+            **options,
         )
         assert lines == records
         runs.append((records, copied.model.state_dict()))

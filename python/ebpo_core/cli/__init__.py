@@ -1,4 +1,4 @@
-"""The ``ebpo`` command: ``train``, ``curriculum``, ``eval``, ``demo``, ``prior show`` and ``plot``."""
+"""The ``ebpo`` command: ``train``, ``curriculum``, ``eval``, ``demo``, ``prior show``, ``signal`` and ``plot``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ COMMANDS = {
         (*_TRAINING, "matplotlib", "tensorboard"),
     ),
     "prior": Command("show the running prior that a checkpoint holds", "ebpo_core.cli.prior"),
+    "signal": Command("does this run have a signal? from the rewards it has written so far", "ebpo_core.cli.signal"),
     "plot": Command(
         "draw reward, entropy, shrinkage and saturated share of finished or running runs",
         "ebpo_core.cli.plot",
