@@ -50,7 +50,11 @@ def orders(size: int, seed: int, split: str) -> Iterator[Order]:
 
 
 def sorting_reward(
-    prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str], **_: Any
+    prompts: Sequence[str],  # noqa: ARG001
+    completions: Sequence[str],
+    *,
+    answer: Sequence[str],
+    **_: Any,
 ) -> list[float]:
     """Share of the numbers in their place, over the longer of answer and completion: 1 only for the exact answer."""
     scores = []

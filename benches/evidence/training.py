@@ -2,11 +2,12 @@
 
     python benches/evidence/training.py                 # all that is missing, cheapest decisive cells first
     python benches/evidence/training.py --list          # what there is, what is missing, how long it will take
-    python benches/evidence/training.py --only '{"task": "countdown", "rung": "middle", "G": 2, "arm": "ebpo", "seed": 3}'
+    python benches/evidence/training.py --only '{"task":"countdown","rung":"middle","G":2,"arm":"ebpo","seed":3}'
 
-Each run is one process with one thread. Its record is appended to ``records/training.jsonl`` when it ends, with the hash of its
-configuration and the commit; a run with another configuration has another hash and is never mixed in. ``--workers N`` runs N at once.
-``--stage`` limits the queue: "rates" (learning rates), "main", "ladder", "scale" (equal root mean square).
+Each run is one process with one thread. Its record is appended to ``records/training.jsonl`` when it ends, with the hash
+of its configuration and the commit; a run with another configuration has another hash and is never mixed in.
+``--workers N`` runs N at once. ``--stage`` limits the queue: "rates" (learning rates), "main", "ladder", "scale" (equal
+root mean square).
 """
 
 from __future__ import annotations
@@ -240,12 +241,8 @@ def timed(config: Config) -> tuple[Config, dict[str, Any], float]:
 
 def commit() -> str:
     """The commit that is checked out, marked where files differ from it."""
-    said = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
     return said.stdout.strip() or "unknown"
 
 
@@ -276,7 +273,8 @@ def main() -> None:
     spent = [record["cpu_seconds"] for record in records.values()]
     each = sum(spent) / len(spent) if spent else 100.0
     print(
-        f"{len(wanted) - len(missing)} of {len(wanted)} runs done; {len(missing)} to go, about {len(missing) * each / 3600:.1f} CPU hours; rates {rates}"
+        f"{len(wanted) - len(missing)} of {len(wanted)} runs done; {len(missing)} to go, about "
+        f"{len(missing) * each / 3600:.1f} CPU hours; learning rates {rates}"
     )
     if arguments.list:
         return

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ebpo_core.evaluation.journal import read_journal
 from ebpo_core.data.rows import read_rows
+from ebpo_core.evaluation.journal import read_journal
 from ebpo_core.signal.layouts import SAMPLES, Layout, Row, find_layout
 
 Vector = NDArray[np.float64]
