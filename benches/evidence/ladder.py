@@ -1,7 +1,7 @@
 """Tasks of the training study and their rungs: policies warmed up to different success rates.
 
-``countdown`` is the package's task with 0/1 rewards. ``sorting`` is of another structure and graded: numbers are written
-down in ascending or descending order, and the reward is the share of them that stand in their place.
+``countdown`` is the package's task with 0/1 rewards. ``sorting`` is of another structure and graded: numbers are put
+in ascending or descending order, and the reward is the share of them that stand in their place.
 """
 
 from __future__ import annotations
