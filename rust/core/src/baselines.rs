@@ -1,6 +1,7 @@
 //! The stateless methods that users compare EBPO with, in one enum.
 
 use crate::estimator::inverse_scale;
+use crate::groups::Group;
 use crate::james_stein::james_stein;
 use crate::options::check_eps;
 use crate::{Affine, Error, GroupStats, Normalize, Options, Prior};
@@ -40,24 +41,25 @@ impl Method {
     /// The advantages of a batch; `eps` matters to those that divide by a standard deviation.
     pub fn affine(self, groups: &GroupStats, eps: f64) -> Result<Affine, Error> {
         check_eps(eps)?;
-        let scale = |n: f64, ssw: f64| match self {
-            Self::Grpo if ssw / (n - 1.0) > 0.0 => 1.0 / ((ssw / (n - 1.0)).sqrt() + eps),
-            Self::Rloo if n > 1.0 => n / (n - 1.0),
-            Self::DrGrpo => 1.0,
-            _ => 0.0,
-        };
         Ok(match self {
-            Self::JamesStein => james_stein(groups),
+            Self::Grpo => about_means(groups, |g| {
+                let variance = g.ssw / (g.n - 1.0); // NaN of one row, and of none
+                if variance > 0.0 { 1.0 / (variance.sqrt() + eps) } else { 0.0 }
+            }),
+            Self::DrGrpo => about_means(groups, |_| 1.0),
+            Self::Rloo => about_means(groups, |g| if g.n > 1.0 { g.n / (g.n - 1.0) } else { 0.0 }),
             Self::ReinforcePp => {
                 let batch = *Prior::of(groups).rewards();
                 let options = Options { normalize: Normalize::Batch, eps, ..Options::default() };
                 let scale = inverse_scale(&options, batch.count(), batch.m2());
                 Affine { offset: vec![batch.mean(); groups.len()], scale: vec![scale; groups.len()] }
             }
-            Self::Grpo | Self::DrGrpo | Self::Rloo => Affine {
-                offset: groups.iter().map(|g| g.mean).collect(),
-                scale: groups.iter().map(|g| scale(g.n, g.ssw)).collect(),
-            },
+            Self::JamesStein => james_stein(groups),
         })
     }
+}
+
+/// `(r - mu_m) * scale(m)`.
+fn about_means(groups: &GroupStats, scale: impl Fn(&Group) -> f64) -> Affine {
+    Affine { offset: groups.iter().map(|g| g.mean).collect(), scale: groups.iter().map(scale).collect() }
 }
