@@ -4,7 +4,7 @@
     python benches/evidence/training.py --list          # what there is, what is missing, how long it will take
     python benches/evidence/training.py --only '{"task":"countdown","rung":"middle","G":2,"arm":"ebpo","seed":3}'
 
-Each run is one process with one thread. Its record is appended to ``records/training.jsonl`` when it ends, with the hash
+Each run is one process with one thread. Its record is appended to ``records/training.jsonl`` at its end, with the hash
 of its configuration and the commit. A run with another configuration has another hash and is never mixed in.
 ``--workers N`` runs N at once. ``--stage`` limits the queue: "rates" (learning rates), "main", "ladder", "scale" (equal
 root mean square).

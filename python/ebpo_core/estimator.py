@@ -165,7 +165,7 @@ class EBPO:
             together: Rewards = self._together(rewards, groups, mask, update, step, keys, process_group)
             return together
         batch = read_batch(rewards, groups, mask)
-        read = read_keys(keys, batch.groups, batch.rewards.size)
+        read = None if keys is None else read_keys(keys, batch.groups, batch.rewards.size)
         flat, vectors, scalars = self._state.advance(
             self._checked, batch.rewards, batch.groups, batch.mask, flag("update", update), step_id(step), read, False
         )

@@ -3,6 +3,7 @@
 use crate::batch::Batch;
 use crate::estimator::inverse_scale;
 use crate::float::Float;
+use crate::groups::Group;
 use crate::james_stein::james_stein;
 use crate::options::check_eps;
 use crate::pass_at_k::pass_at_k;
@@ -72,43 +73,40 @@ impl Method {
     pub fn advantages<T: Float>(self, batch: &Batch<'_, T>, out: &mut [T]) -> Result<(), Error> {
         let stats = GroupStats::collect(batch)?;
         match self {
-            Self::PassAtK(k) => pass_at_k(batch, k, out),
-            Self::MaxRl(_) => {
-                batch.check_non_negative("maxrl")?;
-                apply(batch, &self.affine(&stats), out);
-                Ok(())
-            }
-            _ => {
-                apply(batch, &self.affine(&stats), out);
-                Ok(())
-            }
+            Self::PassAtK(k) => return pass_at_k(batch, k, out),
+            Self::MaxRl(_) => batch.check_non_negative("maxrl")?,
+            _ => {}
         }
+        apply(batch, &self.affine(&stats), out);
+        Ok(())
     }
 
     /// Offset and scale of each group, for the methods that have that form.
     fn affine(self, groups: &GroupStats) -> Affine {
         let everywhere =
             |offset: f64, scale: f64| Affine { offset: vec![offset; groups.len()], scale: vec![scale; groups.len()] };
-        let scale = |n: f64, mean: f64, ssw: f64| match self {
-            Self::Grpo(eps) if ssw / (n - 1.0) > 0.0 => 1.0 / ((ssw / (n - 1.0)).sqrt() + eps),
-            Self::Rloo if n > 1.0 => n / (n - 1.0),
-            Self::MaxRl(eps) if mean > 0.0 => 1.0 / (mean + eps),
-            Self::DrGrpo => 1.0,
-            _ => 0.0,
-        };
         match self {
-            Self::JamesStein => james_stein(groups),
-            Self::Constant(c) => everywhere(c, 1.0),
-            Self::BatchMean => everywhere(Prior::of(groups).rewards().mean(), 1.0),
+            Self::Grpo(eps) => about_means(groups, |g| {
+                let variance = g.ssw / (g.n - 1.0); // NaN of one row, and of none
+                if variance > 0.0 { 1.0 / (variance.sqrt() + eps) } else { 0.0 }
+            }),
+            Self::DrGrpo => about_means(groups, |_| 1.0),
+            Self::Rloo => about_means(groups, |g| if g.n > 1.0 { g.n / (g.n - 1.0) } else { 0.0 }),
             Self::ReinforcePp(eps) => {
                 let batch = *Prior::of(groups).rewards();
                 let options = Options { normalize: Normalize::Batch, eps, ..Options::default() };
                 everywhere(batch.mean(), inverse_scale(&options, batch.count(), batch.m2()))
             }
-            Self::Grpo(_) | Self::DrGrpo | Self::Rloo | Self::MaxRl(_) | Self::PassAtK(_) => Affine {
-                offset: groups.iter().map(|g| g.mean).collect(),
-                scale: groups.iter().map(|g| scale(g.n, g.mean, g.ssw)).collect(),
-            },
+            Self::JamesStein => james_stein(groups),
+            Self::Constant(c) => everywhere(c, 1.0),
+            Self::BatchMean => everywhere(Prior::of(groups).rewards().mean(), 1.0),
+            Self::MaxRl(eps) => about_means(groups, |g| if g.mean > 0.0 { 1.0 / (g.mean + eps) } else { 0.0 }),
+            Self::PassAtK(_) => Affine::default(), // not of that form
         }
     }
+}
+
+/// `(r - mu_m) * scale(m)`.
+fn about_means(groups: &GroupStats, scale: impl Fn(&Group) -> f64) -> Affine {
+    Affine { offset: groups.iter().map(|g| g.mean).collect(), scale: groups.iter().map(scale).collect() }
 }

@@ -1,6 +1,7 @@
 //! The estimator's whole memory, the priors and the last step, and what changes it.
 
 use crate::estimator::{finish, inverse_scale, leave_one_out_by_key};
+use crate::groups::Group;
 use crate::{Error, GroupStats, Keys, Normalize, Options, Prior, Score, Scored, Shrinkage, Tree};
 
 /// The estimator's memory between batches. [`State::default`] has seen nothing.
@@ -61,19 +62,21 @@ impl State {
         if !score_first {
             blended = self.blended(options, keys);
         }
-        // Steps 2 and 3: mu and S of each group; mostly computed once, for groups are mostly of one size and key.
-        let mut known = (usize::MAX, 0.0, (0.0, 0.0));
-        let shrunk = |(group, n): (usize, f64)| {
-            let key = keys.of_group(group);
-            if let Some(without) = &without {
-                return (without[group].factor(n), without[group].mu);
-            }
-            if (key, n) != (known.0, known.1) {
-                known = (key, n, (blended[key].factor(n), blended[key].mu));
-            }
-            known.2
+        // Steps 2 and 3: S and mu of each group; those of a key mostly once, for its groups are mostly of one size.
+        let shrunk: Vec<_> = if let Some(without) = without {
+            without.iter().zip(groups.iter()).map(|(rest, g)| (rest.factor(g.n), rest.mu)).collect()
+        } else {
+            let mut known = vec![(0.0, (0.0, 0.0)); blended.len()];
+            let of_group = |(group, g): (usize, &Group)| {
+                let key = keys.of_group(group);
+                let (n, shrunk) = &mut known[key];
+                if *n != g.n {
+                    (*n, *shrunk) = (g.n, (blended[key].factor(g.n), blended[key].mu));
+                }
+                *shrunk
+            };
+            groups.iter().enumerate().map(of_group).collect()
         };
-        let shrunk: Vec<_> = groups.iter().map(|g| g.n).enumerate().map(shrunk).collect();
         // Steps 4 to 6.
         let prior = if score_first { before } else { self.tree.root };
         let (affine, shrinkage, baseline) = finish(options, groups, &shrunk);

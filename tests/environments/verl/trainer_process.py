@@ -134,7 +134,8 @@ class Runner:
         return done
 
     def state(self) -> dict[str, Any]:
-        """The estimator's state in this process."""
+        """The estimator's state in this process; empty where verl trains with another one."""
         from ebpo_core.integrations.verl import estimator as verl_estimator
 
-        return verl_estimator.running(self.trainer.config.algorithm).state_dict()
+        algorithm = self.trainer.config.algorithm
+        return verl_estimator.running(algorithm).state_dict() if verl_estimator.is_ebpo(algorithm) else {}
