@@ -36,6 +36,9 @@ from ebpo_core.rewards.simple import decided
         ("\\boxed{42}, the answer is above", "42"),
         ("\\boxed{42}\nFinal Answer: see the box", "42"),
         ("\\fbox{42}", "42"),
+        ("\\boxed{42}, as asked in \\boxed{...} or \\boxed{\\;} or \\boxed{\\text{ }}", "42"),
+        ("First \\boxed{3}. Then, \\boxed{42}.", "42"),
+        ("$a = \\boxed{1}$ and $b = \\boxed{2}$", "1, 2"),
         ("\\boxed{1}, \\boxed{2}", "1, 2"),
         ("\\boxed{1} and \\boxed{2}", "1, 2"),
         ("$\\boxed{1}$\n$\\boxed{2}$", "1, 2"),
@@ -266,7 +269,7 @@ def test_not_refused(text: str) -> None:
     assert refusal(text) is None
 
 
-@pytest.mark.parametrize("text", ["40 2", "40\\quad 2", "1.2.3", "so 42 apples, 7", "1, \\ldots, 9", "3_2x", "42}{"])
+@pytest.mark.parametrize("text", ["40 2", "40\\quad 2", "1.2.3", "see solution 3 above", "1, \\ldots, 9", "42}{"])
 def test_unreadable(text: str) -> None:
     with pytest.raises(UnreadableError):
         read(text)

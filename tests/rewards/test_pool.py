@@ -86,13 +86,32 @@ def test_hostile_answers_score_nothing_are_counted_and_harm_no_other(verifier: M
         "^{" * 50 + "9" + "}" * 50,
         "4\x002",
         "4\ud8002",
+        "1e999999999",
+        "2^{-99999999}",
+        "\\sqrt" * 400 + "2",
+        "4\u202e2",
     ]
     # Read, but not evaluated: neither is there a name that would do anything.
+    # Letters of other alphabets that look like ours are other letters; digits of theirs are no digits.
+    look_alikes = [
+        "4\N{CYRILLIC SMALL LETTER O}2",
+        "\N{ARABIC-INDIC DIGIT FOUR}\N{ARABIC-INDIC DIGIT TWO}",
+        "x\N{CYRILLIC SMALL LETTER HA}",
+    ]
+    nested = [
+        "\\frac1" * 60 + "2",
+        "\\pm" * 40 + "42",
+        ",".join("1" * 200),
+        "42" + "'" * 200,
+        "\\text{" * 12 + "42" + "}" * 12,
+    ]
     harmless = [f"touch(\\text{{{mark}}})", "eval(1)", "\\operatorname{exit}(0)", "\\input{/etc/passwd}", "lambda: 42"]
-    hostile = [*refused, SLOW, *harmless]
+    hostile = [*refused, SLOW, *look_alikes, *nested[:4], *harmless]
     # A right answer between any two, of which every other needs a worker.
     completions = [
-        text for pair in zip(boxed(*hostile), boxed(*(["42", "6\\cdot 7"] * 8)), strict=True) for text in pair
+        text
+        for pair in zip(boxed(*hostile), boxed(*(["42", "6\\cdot 7"] * 20)[: len(hostile)]), strict=True)
+        for text in pair
     ]
     before = verifier.metrics
     assert verifier.score(completions, ["42"] * len(completions)) == [0.0, 1.0] * len(hostile)

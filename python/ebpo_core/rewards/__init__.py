@@ -1,9 +1,8 @@
-"""Verifiers: rewards for mathematical answers, exact where that suffices and by Math-Verify, in limited processes,
-else.
+"""Rewards for mathematical answers: two plain numbers exactly, everything else by Math-Verify, in limited processes.
 
-A completion's final answer is compared with the reference answer as a number or a text first. What that cannot decide
-goes to Math-Verify (``pip install "ebpo-core[math]"``) in worker processes with a hard limit on time and memory per
-answer. Model text is compared or read by grammars; it is never evaluated as code.
+The final answer of a completion and the reference go through the same reading. Plain numbers and words are compared in
+this process. What that cannot decide goes to Math-Verify (``pip install "ebpo-core[math]"``) in worker processes with a
+hard limit on time and memory per answer. Model text is compared or read by grammars; it is never evaluated as code.
 """
 
 from __future__ import annotations

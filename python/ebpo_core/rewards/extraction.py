@@ -29,6 +29,9 @@ _TAG = re.compile(rf"<answer>((?:(?!<answer>).){{0,{8 * _WINDOW}}}?)</answer>", 
 _HASHES = re.compile(r"(?<!#)####[ \t]*(?=[-+.0-9$£€\\])")
 _MAX_HASHES = 8
 _MAX_BOXES = 16
+_EMPTY = re.compile(
+    r"(?:\s|\\[,;:! ]|\\q?quad|\\text\{\s*\}|\{\}|\\[lc]?dots|\.{2,}|\?|_)*"
+)  # "put it into \boxed{...}"
 # What joins boxes to one list: commas, "and", line breaks, and a name for the next ("and y = ").
 _JOINT = re.compile(
     r"(?:[\s$&;,]|\\\\|\\[()\[\],;: ]|\\q?quad(?![a-z])|\\text\{\s*(?:,|and|or)*\s*\}|\band\b|\bor\b)*", re.ASCII
@@ -133,7 +136,7 @@ def _boxes(text: str) -> list[tuple[int, int, str]] | None:
             return found if found else None
         content = text[box.end() : end].strip()
         end_of_text = box.start()
-        if not content:
+        if _EMPTY.fullmatch(content):
             continue
         if found and end > found[0][0]:
             continue  # around the one that was found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ebpo_core.rewards.numerals import UnreadableError
 if TYPE_CHECKING:
     from ebpo_core.rewards.presets import Preset
 
+_CAPITAL = re.compile(r"(\\[a-zA-Z]+)|[A-Z]")  # letters, and not those of a command such as \Delta
 _MOST_DIGITS = 40_000
 _POINTS = 3
 
@@ -27,8 +29,9 @@ def same_formulas(left: str, right: str, preset: Preset) -> bool:
         return is_definite(expression(left))
     complex_ = _is_complex(left) or _is_complex(right)
     pairs = [(expression(left, complex_), expression(right, complex_))]
-    if not preset.case and (left.lower(), right.lower()) != (left, right) and _keeps_symbols(left, right):
-        pairs.append((expression(left.lower(), complex_), expression(right.lower(), complex_)))
+    small = [_CAPITAL.sub(lambda match: match[1] or match[0].lower(), text) for text in (left, right)]
+    if not preset.case and small != [left, right] and _keeps_symbols(left, right):
+        pairs.append((expression(small[0], complex_), expression(small[1], complex_)))
     for one, other in pairs:
         if not (is_definite(one) and is_definite(other)):
             return False

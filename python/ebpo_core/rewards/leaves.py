@@ -23,7 +23,8 @@ def leaf(tokens: Tokens) -> Node:
     if not tokens:
         raise UnreadableError("nothing")
     if _all_words(tokens):
-        return Node("words", re.sub(r"[\W_]+", "", "".join(words(token) or token for token in tokens)).casefold())
+        letters = re.sub(r"[\W_]+", "", "".join(words(token) or token for token in tokens))
+        return Node("words", letters if len(letters) == 1 else letters.casefold())
     base, unit, factor = _split_unit(tokens)
     texts = [place for place, token in enumerate(base) if words(token) is not None]
     if sum(len((words(base[place]) or "").split()) for place in texts) > 1 or (
@@ -76,10 +77,9 @@ def _split_unit(tokens: Tokens) -> tuple[Tokens, str, Fraction]:
     one = Fraction(1)
     if tokens[-1] in _PERCENT and len(tokens) > 1:
         return strip(tokens[:-1]), "%", Fraction(1, 100)
-    for modulo in (r"\pmod", r"\bmod", r"\mod"):
-        if modulo in tokens[1:]:
-            place = tokens.index(modulo)
-            return strip(tokens[:place]), "mod " + "".join(tokens[place + 1 :]).strip("{} "), one
+    if r"\pmod" in tokens[1:]:
+        place = tokens.index(r"\pmod")
+        return strip(tokens[:place]), "mod " + "".join(tokens[place + 1 :]).strip("{} "), one
     sign = tokens[:1] if tokens[0] in ("+", "-") else ()
     rest = strip(tokens[len(sign) :])
     if len(rest) > 1 and rest[0] in _CURRENCIES:

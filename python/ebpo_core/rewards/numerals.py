@@ -190,6 +190,8 @@ def written(tokens: Tokens) -> str:
             if token == "^" and power and tokens[place : place + 1] == ("(",):
                 kind, before = "group", ""  # c^2(x+1) is a product, to the library a call of c
             if inner == (r"\prime",):
+                if start and is_numeral(tokens[start - 1]):
+                    raise UnreadableError("a prime after a number")
                 text = "_{prime}"
             elif inner == (r"\circ",):
                 text = r"^\circ "
@@ -204,7 +206,9 @@ def written(tokens: Tokens) -> str:
         elif token == "'":
             if start and is_numeral(tokens[start - 1]):
                 raise UnreadableError("a prime after a number")
-            text = "_{prime}"
+            while tokens[place : place + 1] == ("'",):
+                place += 1
+            text = "_{" + "prime" * (place - start) + "}"
         elif token in ("I", "E", r"\gamma"):
             text = (
                 r"\text{" + token.removeprefix("\\") + "}"

@@ -191,7 +191,9 @@ def _relation(parts: list[Tokens], found: list[str]) -> Node:
         names = _names(parts[0])
         if value.kind == "ratio" and ":" not in names and not names.isalpha():
             raise UnreadableError("an equation of ratios")
-        return value._replace(name=names, members=value.members or tuple(map(_node, parts[1:-1])))
+        return value._replace(
+            name=names, members=value.members or tuple(_node(part) for part in parts[1:-1] if not _is_name(part))
+        )
     sides = tuple(_node(part) for part in parts)
     return Node("relation", latex_of(parts, found), members=sides, marks=tuple(found))
 

@@ -41,6 +41,8 @@ def same_regions(left: Node, right: Node, preset: Preset) -> bool:
         if left.kind == right.kind == "relation":
             return _same_relations(left, right)
         raise
+    if sets[0].is_empty and {left.kind, right.kind} <= {"relation", "list"}:
+        return False  # relations that never hold have only that in common
     return _same_sets(sets[0], sets[1])
 
 

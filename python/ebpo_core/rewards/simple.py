@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -55,12 +56,11 @@ def same_numbers(reference: Node, answer: Node, preset: Preset) -> bool:
 
 
 def same_words(left: Node, right: Node) -> bool:
-    """Words letter by letter, whatever their case; a single letter may stand bare."""
-    if "value" in (left.kind, right.kind) and not all(len(node.text) == 1 for node in (left, right)):
-        return "".join(left.text.split()).casefold() == "".join(right.text.split()).casefold() and not (
-            left.number or right.number
-        )
-    return left.text.casefold() == right.text.casefold()
+    """Words letter by letter, whatever their case, but for single letters, of which one may stand bare."""
+    if left.number is not None or right.number is not None or left.unit or right.unit:
+        return False
+    one, other = (re.sub(r"\\text\{(\w+)\}", r"\1", node.text) for node in (left, right))
+    return one == other if len(one) == 1 else one.casefold() == other.casefold()
 
 
 def _rounds(decimal: Fraction, digits: int, value: Fraction) -> bool:

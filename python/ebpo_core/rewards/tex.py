@@ -228,7 +228,11 @@ def _braced(tokens: Tokens) -> Tokens:
         token = left.pop()
         if token == "}":
             raise ValueError("braces that do not match")
-        out += ("{", *_braced(_group(left)), "}") if token == "{" else _command(token, left)
+        if token == "{":
+            inner = _braced(_group(left))
+            out += inner if len(inner) == 1 else ("{", *inner, "}")  # in TeX 1{5} is 15
+        else:
+            out += _command(token, left)
     return tuple(out)
 
 

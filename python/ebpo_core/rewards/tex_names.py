@@ -79,6 +79,7 @@ SYNONYMS = {
     **dict.fromkeys((r"\backslash", r"\smallsetminus"), r"\setminus"),
     **dict.fromkeys((r"\colon", r"\ratio"), ":"),
     **dict.fromkeys((r"\thickapprox", r"\simeq"), r"\approx"),
+    r"\lg": r"\log",
     r"\lbrack": "[",
     r"\rbrack": "]",
     r"\lt": "<",

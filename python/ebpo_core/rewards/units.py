@@ -12,8 +12,8 @@ import re
 _TABLE = """
 mm millimeter millimetre | cm centimeter centimetre | dm decimeter decimetre | m meter metre | km kilometer kilometre
 in inch inches | ft foot feet | yd yard | mi mile | mg milligram | g gram gm | kg kilogram kilo | ton tonne
-lb pound lbs | oz ounce | ml milliliter millilitre mL | cl centiliter | l liter litre L | gal gallon | qt quart
-pt pint
+lb pound lbs | oz ounce | ml milliliter millilitre mL | cl centiliter | l liter litre L | gal gallon
+qt quart | pt pint
 s sec second | ms millisecond | min minute mins | h hr hour hrs | day | week wk
 month | year yr | decade | century centuries
 degree deg | rad radian | kelvin | N newton | J joule | kJ kilojoule | W watt | kW kilowatt | V volt
@@ -43,7 +43,7 @@ _VALUE = re.compile(
     r"percent|percentage|pct|permille|ppm|if|when|for|where|with|without|at|least|most|about|approximately|between|not|"
     r"no|none|wrong|pi|pis|squared|cubed|power|exponent|base|negative|positive|sin|cos|tan|log|ln|exp|versu|per|"
     r"alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|psi|tau|infinity|unknown|undefined|mean|equal|remain|"
-    r"exclude|except|minu|a|i|other|instead|false)s?",
+    r"exclude|except|basi|sine|cosine|tangent|inverse|reciprocal|decibel|minu|a|i|other|instead|false)s?",
     re.IGNORECASE,
 )
 _COUNTED = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
