@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ebpo_core.data import Problem
-from ebpo_core.rewards.extraction import _BOX, _closing_brace, _last
+from ebpo_core.rewards.extraction import last_boxed
 from ebpo_core.rewards.text import RewardFunction, load_reward
 from ebpo_core.tasks.arithmetic import final_integer
 from ebpo_core.tasks.loading import BUILT_IN
@@ -82,10 +82,8 @@ def last_integer(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last ``\boxed{...}``, braces matched, without white space; None without a closed box."""
-    box = _last("\\boxed", _BOX, text)
-    end = None if box is None else _closing_brace(text, box.end())
-    return None if box is None or end is None else "".join(text[box.end() : end].split()) or None
+    r"""The content of the last ``\boxed{...}`` without white space; None without a closed box."""
+    return "".join((last_boxed(text) or "").split()) or None
 
 
 EXTRACTORS: dict[str, Extract] = {"text": whole_text, "integer": last_integer, "boxed": boxed}

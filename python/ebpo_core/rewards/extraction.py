@@ -90,6 +90,12 @@ def final_answer(text: str) -> str | None:
     return max(found)[1].strip() or None
 
 
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last ``\boxed{...}`` as :func:`final_answer` reads it; None without a closed one."""
+    boxes = _boxes(text)
+    return _as_list(boxes) or None if boxes else None
+
+
 def reference_answer(reference: Any) -> str:
     r"""The answer in a reference column: a number, the bare answer, or a solution that ends with one.
 
