@@ -139,6 +139,7 @@ def test_failing_costs_more_where_the_policy_usually_succeeds(low: float, high: 
                     "dof": 300.0,
                     "inv_n": 25.0,
                 },
+                "keys": [],
                 "step": None,
             }
         )
