@@ -20,6 +20,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ebpo_core.files import write_json
+
 PRIOR_NAME = "ebpo_prior.json"
 TRAINER_STATE_NAME = "trainer_state.json"
 FORMAT = "ebpo-core/prior"
@@ -50,19 +52,7 @@ def write_prior(path: str | os.PathLike[str], state: dict[str, Any] | list[dict[
         target = target / PRIOR_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
     states = {"ebpo_per_reward" if isinstance(state, list) else "ebpo": state}
-    text = json.dumps({"format": FORMAT, "version": VERSION, **states, **extra}, indent=2) + "\n"
-    # A rename is atomic only within one file system, hence the temporary file beside its target.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _fsync_folder(target.parent)
+    write_json(target, {"format": FORMAT, "version": VERSION, **states, **extra})
     return target
 
 
@@ -245,17 +235,3 @@ def _json_object(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut; file systems and platforms that cannot are left as they are."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows does not open folders
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

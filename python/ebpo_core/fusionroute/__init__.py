@@ -6,8 +6,9 @@ and transformers are imported when a name below is used; traces, ``vllm.client``
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ebpo_core.lazy import lazily
 
 from .registration import register_with_transformers
 
@@ -50,20 +51,7 @@ _HOMES = {
     "check_tokenizers": "experts.tokenizers",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        raise ImportError(
-            f'{__name__}.{name} needs {error.name}: pip install "ebpo-core[fusionroute]" (Python 3.11 or newer)'
-        ) from error
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOMES, "fusionroute")
 
 
 def __dir__() -> list[str]:

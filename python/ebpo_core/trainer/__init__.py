@@ -7,10 +7,10 @@ The checkpoint helpers (``read_prior``, ``write_prior``, ``last_complete_checkpo
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ebpo_core.checkpoint import PRIOR_NAME, is_complete, last_complete_checkpoint, read_prior, write_prior
+from ebpo_core.lazy import lazily
 
 if TYPE_CHECKING:
     from .config import EBPOArguments, EBPOConfig
@@ -35,18 +35,4 @@ _LAZY = {
     "EBPOTrainer": "trainer",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # TRL takes seconds to import and is an extra, while reading a prior needs neither: load it at first use.
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(f".{_LAZY[name]}", __name__)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("ebpo_core"):
-            raise
-        raise ImportError(
-            f"{__name__}.{name} needs TRL >= 1.16, and the module {error.name!r} was not found: "
-            'pip install "ebpo-core[train]" (Python >= 3.11)'
-        ) from error
-    return getattr(module, name)
+__getattr__ = lazily(__name__, _LAZY, "train")

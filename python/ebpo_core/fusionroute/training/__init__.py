@@ -7,8 +7,9 @@ losses are in :mod:`.losses`, and in NumPy beside the paper's formulas in :mod:`
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ebpo_core.lazy import lazily
 
 if TYPE_CHECKING:
     from .cdpo import FusionRouteCDPOTrainer
@@ -44,18 +45,4 @@ _LAZY = {
     "tokenize_samples": "data",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # transformers.Trainer takes seconds to import, and accelerate is an extra: load a name at its first use.
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(f".{_LAZY[name]}", __name__)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("ebpo_core"):
-            raise
-        raise ImportError(
-            f"{__name__}.{name} needs the module {error.name!r}, which was not found: "
-            'pip install "ebpo-core[fusionroute]" (Python >= 3.11)'
-        ) from error
-    return getattr(module, name)
+__getattr__ = lazily(__name__, _LAZY, "fusionroute")
