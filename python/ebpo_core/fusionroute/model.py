@@ -33,7 +33,7 @@ else:
 class _HeadInput:
     """The input of the router's LM head in one forward: all S positions are kept, and those asked for passed on."""
 
-    def __init__(self, keep: slice | Tensor) -> None:
+    def __init__(self, keep: slice | Tensor | None) -> None:
         self.keep = keep
         self.seen: list[Tensor] = []
 
@@ -48,7 +48,19 @@ def _listen(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...
     if heard is None:
         return None
     heard.seen.append(inputs[0])
-    return (inputs[0][:, heard.keep], *inputs[1:])
+    return None if heard.keep is None else (_at(heard.keep, inputs[0]), *inputs[1:])
+
+
+def _kept(logits_to_keep: int | Tensor, columns: int) -> slice | Tensor | None:
+    """The positions whose logits are asked for, as an index; None for all ``columns``."""
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    return slice(-logits_to_keep, None) if 0 < logits_to_keep < columns else None
+
+
+def _at(keep: slice | Tensor | None, columns: Tensor) -> Tensor:
+    """The positions ``keep`` of ``[B, S, ...]``."""
+    return columns if keep is None else columns[:, keep]
 
 
 @dataclass
@@ -213,7 +225,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         new = _new_tokens(input_ids, attention_mask, position_ids, state)
 
         # 1. The router: logits at the K positions asked for, [B, K, V_router], hidden states at all, [B, S, D].
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        keep = _kept(logits_to_keep, input_ids.shape[1])
         router_logits, hidden, out = self._run_router(
             keep,
             input_ids=input_ids,
@@ -227,19 +239,18 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         result: dict[str, Any] = {CACHE: state if use_cache else None, "routing_weights": None}
         result |= {"hidden_states": out.hidden_states, "attentions": out.attentions}
         if router_only:
-            weights = self._routing_weights(hidden[:, keep])
+            weights = self._routing_weights(_at(keep, hidden))
             result |= {"routing_weights": weights, "logits": router_logits[..., :V]}
             return FusionRouteOutput(**result, expert_ids=weights.detach().argmax(-1))
 
         # 2. The route: an expert for each of the K positions, [B, K]. With hysteresis it depends on those before it.
-        routed = slice(None) if options.hysteresis else keep
+        routed = None if options.hysteresis else keep
         previous = state.last_selected(new.seen) if options.hysteresis and state is not None else None
-        weights = self._routing_weights(hidden[:, routed])
-        selected = select(weights, options, allowed, previous, new.real[:, routed])
-        ids = selected
+        weights = self._routing_weights(_at(routed, hidden))
+        selected = select(weights, options, allowed, previous, _at(routed, new.real))
+        ids, runs = selected, _at(keep, new.real)
         if routed is not keep:
-            weights, ids = weights[:, keep], selected[:, keep]
-        runs = new.real[:, keep]
+            weights, ids = _at(keep, weights), _at(keep, selected)
         if active_rows is not None:
             runs = runs & active_rows[:, None].to(runs.device)
         ids = torch.where(runs, ids, -1)
@@ -251,7 +262,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         else:
             wanted = state.append(new, selected, ids)
             state.budget = options.expert_cache_budget
-            if options.expert_prefill == "eager" and new.past == 0:
+            if options.expert_prefill == "eager" and not new.seen.shape[1]:
                 state.read_with_the_others(wanted)
             expert_logits = lazy_logits(self.experts, state, wanted, ids.device)
         if call is not None and call.recorder is not None:
@@ -281,7 +292,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
                 "no experts are loaded (load_experts=False): load the model with its experts, or pass router_only=True"
             )
 
-    def _run_router(self, keep: slice | Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Any]:
+    def _run_router(self, keep: slice | Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor, Any]:
         """Run the router, its LM head on the positions ``keep`` alone.
 
         Returns:
@@ -329,10 +340,10 @@ def _new_tokens(
             f"{past} columns of the cache and {S} of input_ids"
         )
     else:
-        mask = attention_mask.bool()
+        mask = attention_mask.to(torch.bool, copy=True)  # the cache keeps it
     if position_ids is None:
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-    return NewTokens(input_ids, position_ids.expand(B, S), mask)
+    return NewTokens(input_ids, position_ids.expand(B, S), mask, seen=mask[:, :past], real=mask[:, past:])
 
 
 AutoModelForCausalLM.register(FusionRouteConfig, FusionRouteForCausalLM, exist_ok=True)

@@ -14,32 +14,21 @@ _FIRST_COLUMNS = 64
 
 
 class NewTokens(NamedTuple):
-    """Tokens of one forward: S columns behind the T - S columns of the cache.
+    """Tokens of one forward: S columns behind those of the cache, T in all.
 
     Attributes:
         ids: ``[B, S]`` int64.
         positions: rotary positions, ``[B, S]`` int64.
-        mask: of all columns, ``[B, T]`` bool, False at padding. What the cache holds may become padding.
+        mask: of all columns, ``[B, T]`` bool, False at padding.
+        seen: of the cache's columns, ``[B, T - S]``: what it holds may become padding.
+        real: of the new columns, ``[B, S]``.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
-
-    @property
-    def past(self) -> int:
-        """Columns of the cache, T - S."""
-        return self.mask.shape[1] - self.ids.shape[1]
-
-    @property
-    def real(self) -> Tensor:
-        """The mask of the new columns, ``[B, S]``."""
-        return self.mask[:, self.past :]
-
-    @property
-    def seen(self) -> Tensor:
-        """The mask of the cache's columns, ``[B, T - S]``."""
-        return self.mask[:, : self.past]
+    seen: Tensor
+    real: Tensor
 
 
 class TokenHistory:
@@ -52,33 +41,40 @@ class TokenHistory:
         self.lengths = [0] * batch_size
         # [ids or positions, row, place]; the last column takes what padding would write.
         self._tokens = torch.zeros(2, batch_size, _FIRST_COLUMNS, dtype=torch.int64, device=device)
-        # As the router sees them, padding included: [B, T] each.
-        self.ids = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
+        # As the router sees them, padding included: [ids, positions or selected experts, B, T], and the mask [B, T].
+        self._columns = torch.zeros(3, batch_size, 0, dtype=torch.int64, device=device)
         self.mask = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
-        self.selected = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)  # expert ids, -1: not asked for
 
     @property
     def columns(self) -> int:
         """T, padding included."""
-        return self.ids.shape[1]
+        return self.mask.shape[1]
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids as the router saw them, ``[B, T]``."""
+        return self._columns[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """Rotary positions as the router saw them, ``[B, T]``."""
+        return self._columns[1]
 
     def append(self, new: NewTokens, selected: Tensor, counts: Sequence[int]) -> None:
         """Add S columns.
 
         Args:
-            new: the tokens; what they say about earlier columns is for :meth:`remask`.
+            new: the tokens; where their mask changes earlier columns, :meth:`remask` came first.
             selected: experts of the last columns, ``[B, S]`` or fewer.
             counts: real tokens among the columns, per row.
         """
-        self.ids = torch.cat([self.ids, new.ids], dim=1)
-        self.positions = torch.cat([self.positions, new.positions], dim=1)
-        self.mask = torch.cat([self.mask, new.real], dim=1)
         unknown = new.ids.shape[1] - selected.shape[1]
         if unknown:
             selected = torch.nn.functional.pad(selected, (unknown, 0), value=-1)
-        self.selected = torch.cat([self.selected, selected], dim=1)
-        self._write(new.ids, new.positions, new.real, counts)
+        columns = torch.stack([new.ids, new.positions, selected])
+        self._columns = torch.cat([self._columns, columns], dim=2)
+        self.mask = new.mask
+        self._write(columns[:2], new.real, counts)
 
     def last_selected(self, mask: Tensor) -> Tensor:
         """The expert of each row's last real column, ``[B]`` int64; -1 where there is none.
@@ -88,7 +84,7 @@ class TokenHistory:
         """
         columns = torch.arange(mask.shape[1], device=mask.device)
         last = torch.where(mask, columns, -1).amax(1, keepdim=True)
-        return torch.where(last < 0, -1, self.selected.gather(1, last.clamp(min=0)))[:, 0]
+        return torch.where(last < 0, -1, self._columns[2].gather(1, last.clamp(min=0)))[:, 0]
 
     def remask(self, mask: Tensor) -> list[int]:
         """Let ``mask``, ``[B, T]`` bool, say what is padding; returns how many of each row's first tokens stay."""
@@ -96,11 +92,11 @@ class TokenHistory:
         kept: list[int] = (self.mask & same).sum(1).tolist()
         self.mask = mask
         self.lengths = [0] * len(kept)
-        self._write(self.ids, self.positions, mask, mask.sum(1).tolist())
+        self._write(self._columns[:2], mask, mask.sum(1).tolist())
         return kept
 
-    def _write(self, ids: Tensor, positions: Tensor, mask: Tensor, counts: Sequence[int]) -> None:
-        """Put the real tokens of some columns behind each row's last one."""
+    def _write(self, columns: Tensor, mask: Tensor, counts: Sequence[int]) -> None:
+        """Put the real tokens of some columns, ids and positions ``[2, B, S]``, behind each row's last one."""
         room = self._tokens.shape[2] - 1
         needed = max(length + count for length, count in zip(self.lengths, counts, strict=True))
         if needed > room:
@@ -108,9 +104,9 @@ class TokenHistory:
             self._tokens = torch.nn.functional.pad(self._tokens, (0, more))
         self._tokens = writable(self._tokens)
         trash = self._tokens.shape[2] - 1
-        first = torch.tensor(self.lengths, device=ids.device)[:, None]
+        first = torch.tensor(self.lengths, device=mask.device)[:, None]
         places = torch.where(mask, first + mask.cumsum(1) - 1, trash)
-        self._tokens.scatter_(2, places.expand(2, -1, -1), torch.stack([ids, positions]))
+        self._tokens.scatter_(2, places.expand(2, -1, -1), columns)
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def gather(self, chunk: Chunk, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,11 +125,10 @@ class TokenHistory:
 
     def take(self, rows: Sequence[int]) -> None:
         """Let the batch be ``rows`` of what it was."""
-        index = torch.tensor(list(rows), device=self.ids.device)
+        index = torch.tensor(list(rows), device=self.mask.device)
         self.lengths = [self.lengths[row] for row in rows]
         self._tokens = self._tokens[:, index]
-        self.ids, self.positions = self.ids[index], self.positions[index]
-        self.mask, self.selected = self.mask[index], self.selected[index]
+        self._columns, self.mask = self._columns[:, index], self.mask[index]
 
     def crop(self, columns: int) -> None:
         """Remove the last ``columns`` columns."""
@@ -141,5 +136,4 @@ class TokenHistory:
             return
         removed = self.mask[:, -columns:].sum(1).tolist()
         self.lengths = [length - count for length, count in zip(self.lengths, removed, strict=True)]
-        self.ids, self.positions = self.ids[:, :-columns], self.positions[:, :-columns]
-        self.mask, self.selected = self.mask[:, :-columns], self.selected[:, :-columns]
+        self._columns, self.mask = self._columns[..., :-columns], self.mask[:, :-columns]
