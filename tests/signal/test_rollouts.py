@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from rollout_files import healthy, rows_of, write_lines
 
+from ebpo_core.data import Problem
+from ebpo_core.data.rows import write_rows
 from ebpo_core.evaluation.journal import Journal
-from ebpo_core.evaluation.problems import Problem
-from ebpo_core.evaluation.rows import write_rows
 from ebpo_core.evaluation.sampling import (
     KEY,
     KIND,
