@@ -46,7 +46,7 @@ def zero_or_one(name: str, value: Any) -> int:
 
 
 def count(name: str, value: Any) -> int:
-    """How many of something: an integer, at least 0."""
+    """A number of things: an integer, at least 0."""
     try:
         number = operator.index(value)
     except TypeError:

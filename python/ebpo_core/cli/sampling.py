@@ -123,7 +123,7 @@ class Sampling:
         )
 
     def scorer(self) -> Scorer:
-        """What scores the samples."""
+        """The scorer of the samples."""
         given = self.arguments
         return load_scorer(given.scorer, given.task, given.extract, given.preset)
 

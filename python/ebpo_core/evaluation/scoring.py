@@ -200,7 +200,7 @@ class MathScorer(Scorer):
 
 
 def unscorable_rows(names: Sequence[str]) -> str:
-    """What is said of problems that cannot be scored: their number and the first ids."""
+    """The message about problems that cannot be scored: their number and the first ids."""
     return (
         f"{len(names)} problems have no 'answer' that the math scorer can read: {', '.join(names[:5])}"
         f"{', ...' if len(names) > 5 else ''}; correct these rows or leave them out"

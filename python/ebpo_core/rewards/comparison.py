@@ -23,7 +23,7 @@ _COMMA = re.compile(r"-?[0-9]+,[0-9]+")
 
 
 def equal(reference: str, answer: str, preset: Preset) -> bool:
-    """Whether an answer is the reference.
+    """True if an answer is the reference.
 
     Raises:
         UnreadableError: One of them has no reading.
@@ -165,7 +165,7 @@ def _bare(node: Node) -> Node:
 
 
 def _is_clock(node: Node, *, shape: bool = False) -> bool:
-    """Whether hours and minutes are meant, not a ratio: ``1:05``, ``12:30 pm``, ``12:30`` (a ratio would be 2:5).
+    """True if hours and minutes are meant, not a ratio: ``1:05``, ``12:30 pm``, ``12:30`` (a ratio would be 2:5).
 
     With ``shape``: whether they may be meant.
     """

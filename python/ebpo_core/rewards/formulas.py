@@ -22,7 +22,7 @@ _POINTS = 3
 
 
 def same_formulas(left: str, right: str, preset: Preset) -> bool:
-    """Whether Math-Verify finds two formulas equal, in either order, and a check does not find them different."""
+    """True if Math-Verify finds two formulas equal, in either order, and a check does not find them different."""
     from math_verify import verify
 
     if left == right:
@@ -46,7 +46,7 @@ def same_formulas(left: str, right: str, preset: Preset) -> bool:
 
 
 def _keeps_symbols(left: str, right: str) -> bool:
-    """Whether letters in lower case are as many as before: R^2-r^2 must not become 0."""
+    """True if letters in lower case are as many as before: R^2-r^2 must not become 0."""
     for text in (left, right):
         symbols = {str(symbol) for symbol in expression(text).free_symbols}
         if len({symbol.lower() for symbol in symbols}) < len(symbols):
@@ -95,7 +95,7 @@ def _is_complex(text: str) -> bool:
 
 
 def is_definite(found: Any) -> bool:
-    """Whether a formula has a value: not 1/0."""
+    """True if a formula has a value: not 1/0."""
     import sympy
 
     if isinstance(found, sympy.MatrixBase):

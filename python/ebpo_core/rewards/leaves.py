@@ -1,4 +1,4 @@
-"""What stands in no list: a number, words, or a formula, with its unit."""
+"""Answers that stand in no list: a number, words, or a formula, with its unit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _fraction_text(number: Fraction) -> str:
 
 
 def _all_words(tokens: Tokens) -> bool:
-    """Whether a text is words: nothing but letters, and at least one whole word."""
+    """True if a text is words: nothing but letters, and at least one whole word."""
     if any(words(token) is None and not (token.isspace() or token.isalpha() or token in ".'-!?\"") for token in tokens):
         return False
     found = [token for token in tokens if words(token) is not None]
@@ -73,7 +73,7 @@ def _significant(tokens: Tokens) -> int:
 
 
 def _split_unit(tokens: Tokens) -> tuple[Tokens, str, Fraction]:
-    """What has the unit, the unit in its one spelling, and a factor (of a percent sign, of "million")."""
+    """The text that has the unit, the unit in its one spelling, and a factor (of a percent sign, of "million")."""
     one = Fraction(1)
     if tokens[-1] in _PERCENT and len(tokens) > 1:
         return strip(tokens[:-1]), "%", Fraction(1, 100)
@@ -160,7 +160,7 @@ def _may_be_unit(token: str, before: Tokens) -> bool:
 
 
 def _stands_apart(tokens: Tokens, start: int, base: Tokens) -> bool:
-    """Whether letters from ``start`` on are a unit by how they are written: as text, or bare after a number.
+    """True if letters from ``start`` on are a unit by how they are written: as text, or bare after a number.
 
     A single bare letter needs a space before it: ``5 m`` is a length, ``5m`` a product.
     """

@@ -1,4 +1,4 @@
-"""Which answers are refused unread: those too long, too deep or too large to be worth a worker's time.
+"""Limits by which answers are refused unread: those too long, too deep or too large to be worth a worker's time.
 
 The limits are far above what answers of competition problems need (the longest of MATH-500 has 159 characters;
 exponents such as 2024 are common). They only save time: an answer that passes them and is still slow meets the worker's
@@ -58,5 +58,5 @@ def _depth(text: str) -> int:
 
 
 def _large(base: str, exponent: str) -> bool:
-    """Whether base ** exponent exceeds the limit, by logarithms: the power itself may not fit into memory."""
+    """True if base ** exponent exceeds the limit, by logarithms: the power itself may not fit into memory."""
     return int(base) > 1 and int(exponent) * math.log10(int(base)) > math.log10(MAX_EXPONENT)

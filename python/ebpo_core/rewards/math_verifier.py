@@ -34,7 +34,7 @@ _LIVE: weakref.WeakSet[MathVerifier] = weakref.WeakSet()
 
 
 class Verdict(NamedTuple):
-    """What a completion earned and why.
+    """A completion's score, and why.
 
     ``score`` is 1.0, 0.0, or NaN; ``route`` is the counter of :attr:`MathVerifier.metrics` it went into; ``answer`` is
     the final answer it stated, None where it stated none.
@@ -202,7 +202,7 @@ class MathVerifier:
         return result
 
     def scorable(self, answers: Sequence[Any]) -> list[bool]:
-        """Which reference answers can be scored: the check of a data set before it is trained on. Counts nothing.
+        """Flags of the references that can be scored: the check of a data set before it is trained on. Counts nothing.
 
         False for what is neither text nor number as well, which :meth:`score` raises for.
         """
@@ -245,7 +245,7 @@ class MathVerifier:
         return [bool(equal) for equal in found]
 
     def _decided(self, reference: str, answer: str) -> bool | None:
-        """What needs no symbolic library; None for the rest."""
+        """Verdicts that need no symbolic library; None for the rest."""
         try:
             truth, given = read(reference), read(answer)
         except UnreadableError as reason:
@@ -254,7 +254,7 @@ class MathVerifier:
         return True if truth == given else decided(truth, given, self.preset)
 
     def _judged(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """What Math-Verify says of references and answers, in the worker processes; each pair is asked for once."""
+        """Math-Verify's verdicts on references and answers, in the worker processes; each pair is asked for once."""
         distinct = list(dict.fromkeys(pairs))
         outcomes = self.pool.run(
             [{"reference": one, "answer": other, "preset": self.preset.name} for one, other in distinct]
@@ -276,7 +276,7 @@ class MathVerifier:
         return final_answer(text)
 
     def _scorable(self, references: Sequence[str]) -> dict[str, bool]:
-        """Whether each reference can be scored, whatever the completions are.
+        """Flags, True where a reference can be scored, whatever the completions are.
 
         Asked before any answer is looked at: were it asked for wrong answers only, what is left of an unreadable
         reference's group would be its right answers.

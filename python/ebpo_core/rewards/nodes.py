@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Node(NamedTuple):
-    """What a text states.
+    """The statement of a text.
 
     Attributes:
         kind: "value" (a formula), "words", "list", "set", "tuple", "sets" (unions and the like), "relation", "ratio".

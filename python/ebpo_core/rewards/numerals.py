@@ -142,7 +142,7 @@ def _ratio(above: Fraction, below: Fraction) -> Fraction | None:
 
 
 def mixed(numeral: str, following: Tokens) -> bool:
-    r"""Whether a numeral before ``\frac{a}{b}`` makes a mixed number: all three integers, and a below b."""
+    r"""True if a numeral before ``\frac{a}{b}`` makes a mixed number: all three integers, and a below b."""
     if following[:1] != (r"\frac",) or not numeral.isdigit() or len(following) < 7:
         return False
     _, _, above, close, opening, below, end = following[:7]

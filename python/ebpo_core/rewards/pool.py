@@ -37,7 +37,7 @@ class VerifierPoolError(RuntimeError):
 
 
 class Outcome(NamedTuple):
-    """What became of a job: ``equal``, or where it was not judged a ``failure`` ("timeout", "error") and a reason."""
+    """The outcome of a job: ``equal``, or where it was not judged a ``failure`` ("timeout", "error") and a reason."""
 
     equal: bool | None
     failure: str = ""

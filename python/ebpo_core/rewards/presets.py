@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """What is accepted beside what is mathematically the same.
+    """Leniency beyond what is mathematically the same.
 
     Attributes:
         name: How results call it.
@@ -31,7 +31,7 @@ class Preset:
 
     @property
     def symmetric(self) -> bool:
-        """Whether reference and answer may change places."""
+        """True if reference and answer may change places."""
         return not self.reference_precision
 
 

@@ -211,7 +211,7 @@ def _names(tokens: Tokens) -> str:
 
 
 def _is_name(tokens: Tokens) -> bool:
-    r"""Whether what stands before "=" names what follows: ``x``, ``f(x)``, ``AB``, ``(p,q)``, ``A:B``, ``|AB|``."""
+    r"""True if what stands before "=" names what follows: ``x``, ``f(x)``, ``AB``, ``(p,q)``, ``A:B``, ``|AB|``."""
     place = 0
     lower = 0
     tokens = strip(tokens)

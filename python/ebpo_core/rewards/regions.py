@@ -16,7 +16,7 @@ _FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq", "=": "=", r"
 
 
 def same_regions(left: Node, right: Node, preset: Preset) -> bool:
-    """Whether two nodes, one of them a relation, sets, or inequalities joined by words, say the same."""
+    """True if two nodes, one of them a relation, sets, or inequalities joined by words, say the same."""
     constants = [_constant(node, preset) for node in (left, right)]
     if any(constants):
         one, other = (found or node for found, node in zip(constants, (left, right), strict=True))

@@ -1,4 +1,4 @@
-"""What is decided without a symbolic library: two plain numbers, words, and units."""
+"""Comparisons without a symbolic library: two plain numbers, words, and units."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def decided(reference: Node, answer: Node, preset: Preset) -> bool | None:
-    """Whether two nodes are the same, as far as plain numbers and words tell; None where Math-Verify has to."""
+    """True if two nodes are the same, as far as plain numbers and words tell; None where Math-Verify has to."""
     for node in (reference, answer):
         if node.name or node.members or node.kind not in ("value", "words"):
             return None
@@ -64,7 +64,7 @@ def same_words(left: Node, right: Node) -> bool:
 
 
 def _rounds(decimal: Fraction, digits: int, value: Fraction) -> bool:
-    """Whether a value is within half a unit in the last of a decimal's significant digits."""
+    """True if a value is within half a unit in the last of a decimal's significant digits."""
     if decimal == 0:
         return False
     size = abs(decimal)

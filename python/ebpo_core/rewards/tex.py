@@ -284,7 +284,7 @@ def _next(left: list[str]) -> str:
 
 
 def _group(left: list[str]) -> Tokens:
-    """What follows up to the brace that closes, which is taken as well."""
+    """The text up to the brace that closes, which is taken as well."""
     depth = 1
     inside: list[str] = []
     while left:

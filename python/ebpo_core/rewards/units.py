@@ -51,12 +51,12 @@ _WORD = re.compile(r"[A-Za-z.]+(?:-[a-z]+)?|[0-9]+|[/^*·]|\S")
 
 
 def multiplier(word: str) -> int | None:
-    """What "million" and the like multiply a number by."""
+    """The factor that "million" and the like multiply a number by."""
     return _COUNTED.get(word.strip().lower())
 
 
 def is_measure(word: str) -> bool:
-    """Whether a word is in the table of units."""
+    """True if a word is in the table of units."""
     return word in _NAMES or (word.endswith("s") and len(word) > 2 and word[:-1] in _NAMES)
 
 

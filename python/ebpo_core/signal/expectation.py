@@ -56,7 +56,7 @@ class Shares(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What groups of one size would be.
+    """Groups of one size as they would be.
 
     Attributes:
         size: G.

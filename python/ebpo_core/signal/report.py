@@ -16,7 +16,7 @@ from ebpo_core.signal.rules import Rule, compare_rules
 
 
 class StepSignal(NamedTuple):
-    """What a step holds, on the mean over the file's steps.
+    """Contents of a step, on the mean over the file's steps.
 
     Attributes:
         groups: Groups with at least two scored completions.

@@ -26,7 +26,7 @@ class Push(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What one rule does.
+    """Effect of one rule.
 
     Attributes:
         name: The rule.

@@ -33,7 +33,7 @@ def weighted_sum(rewards_per_func: Array, weights: Array) -> Array:
 
 
 def shadow_metrics(trl: Array, ebpo: Array, rewards: Array) -> dict[str, float]:
-    """How EBPO's advantages would differ from TRL's, which are the ones that train in shadow mode.
+    """Differences of EBPO's advantages from TRL's, which are the ones that train in shadow mode.
 
     Args:
         trl: ``(n,)`` TRL's advantages.
