@@ -192,7 +192,7 @@ def _last(word: str, pattern: re.Pattern[str], text: str, end: int | None = None
 
 
 def _closing_brace(text: str, start: int) -> int | None:
-    """Position of the brace that closes the one before ``start``, or the window's end; None where the text ends first."""
+    """Position of the brace that closes the one before ``start``, or the window's end; None if the text ends first."""
     depth = 1
     for match in _BRACE.finditer(text, start, start + _WINDOW):
         if match[0] == "{":
