@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from .decoding.routing import STORED_OPTIONS, RoutingOptions
 
 VERSION = 1
+_ROUTERS_OWN = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 class FusionRouteConfig(PreTrainedConfig):
@@ -82,6 +83,28 @@ class FusionRouteConfig(PreTrainedConfig):
         text = copy.copy(text)
         text.vocab_size = self.vocab_size
         return text
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """True if the router's LM head is its embedding matrix. Setting it changes the router's config."""
+        return bool(getattr(self.router_config, "tie_word_embeddings", False))
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        router: Any = self.router_config
+        for config in (router, router.get_text_config()):
+            config.tie_word_embeddings = value
+
+    def __getattr__(self, name: str) -> Any:
+        """The router's sizes: what PEFT, DeepSpeed and engines look for in the config of any language model."""
+        router = self.__dict__.get("router_config")
+        if name in _ROUTERS_OWN and isinstance(router, PreTrainedConfig):
+            return getattr(router.get_text_config(), name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe values, ``tie_word_embeddings`` among them, which PEFT reads there."""
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     def options(self) -> RoutingOptions:
         """The stored defaults of decoding."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ else:
 class _HeadInput:
     """The input of the router's LM head in one forward: all S positions are kept, and those asked for passed on."""
 
-    def __init__(self, keep: slice | Tensor) -> None:
-        self.keep = keep
+    def __init__(self, head: nn.Module, keep: slice | Tensor) -> None:
+        self.head, self.keep = head, keep
         self.seen: list[Tensor] = []
 
 
@@ -43,9 +43,9 @@ _head_input: ContextVar[_HeadInput | None] = ContextVar("fusionroute_lm_head_inp
 _listening = Lock()  # threads that run a model's first forward side by side must not register the hook twice
 
 
-def _listen(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def _listen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     heard = _head_input.get()
-    if heard is None:
+    if heard is None or module is not heard.head:  # a head that PEFT has wrapped since still has the hook
         return None
     heard.seen.append(inputs[0])
     return (inputs[0][:, heard.keep], *inputs[1:])
@@ -90,6 +90,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["route_head"]  # noqa: RUF012 -- transformers declares it so
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}  # none but the router's, which PEFT finds where this is a dict
 
     def __init__(self, config: FusionRouteConfig) -> None:
         super().__init__(config)
@@ -292,7 +293,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         with _listening:
             if _listen not in head._forward_pre_hooks.values():
                 head.register_forward_pre_hook(_listen)
-        heard = _HeadInput(keep)
+        heard = _HeadInput(head, keep)
         token = _head_input.set(heard)
         try:
             out = self.router(**inputs, return_dict=True)

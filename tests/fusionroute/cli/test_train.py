@@ -22,6 +22,7 @@ from ebpo_core.fusionroute.cli import main
 from ebpo_core.fusionroute.cli.arguments import parse
 from ebpo_core.fusionroute.cli.train import load_model
 from ebpo_core.fusionroute.training import FusionRouteCDPOConfig, FusionRouteSFTConfig
+from ebpo_core.fusionroute.training.base import FusionRouteTrainer
 
 # transformers renamed what TRL 1.16 still sets; see ebpo_core.fusionroute.cli.main for the command itself.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:(transformers|trl)")
@@ -132,6 +133,28 @@ def test_an_adapter_is_merged_into_the_checkpoint(folder: Path, tmp_path: Path) 
     assert sorted(changed) == [name for name in sorted(router) if "q_proj" in name or "v_proj" in name]
     assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == tiny_tokenizer().get_vocab()
     assert len(model.experts) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [[], ["lm_head"], ["q_proj", "embed_tokens"], ["all-linear"]])
+def test_an_adapter_of_a_tied_router_is_merged_as_it_was_trained(
+    folder: Path, tmp_path: Path, targets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without targets those of the router's family, as the recipe advises."""
+    pytest.importorskip("peft")
+    save_tiny(tmp_path / "router", "llama", seed=0, hidden_size=32, layers=1, tie_word_embeddings=True)
+    ids, expected = torch.tensor([[1, 7, 8, 9]]), []
+
+    def recorded(trainer: Any, output: Any) -> None:
+        expected.append(trainer.model.eval()(input_ids=ids).logits)
+        save_merged(trainer, output)
+
+    save_merged = FusionRouteTrainer.save_merged
+    monkeypatch.setattr(FusionRouteTrainer, "save_merged", recorded)
+    flags = ["--use_peft", "--lora_r=2", *(["--lora_target_modules", *targets] if targets else [])]
+    assert train(folder, f"--model_name_or_path={tmp_path}/router", f"--output_dir={tmp_path}/run", *flags) == 0
+    model = FusionRouteForCausalLM.from_pretrained(tmp_path / "run")
+    torch.testing.assert_close(model(input_ids=ids).logits, expected[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

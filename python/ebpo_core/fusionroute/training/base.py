@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +12,7 @@ from transformers import Trainer
 from ebpo_core.checkpoint import CompleteCheckpoints
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
+from .adapters import merged
 from .batches import MixCollator, MixDataset
 from .config import FusionRouteArguments
 from .losses import IGNORE, label_logprobs, routing_loss_normalized, routing_loss_softmax, selected_logprobs
@@ -221,7 +221,7 @@ class FusionRouteTrainer(CompleteCheckpoints, _Base):  # type: ignore[misc]
         """Save a FusionRoute checkpoint, also of a PEFT model: a copy of it with the adapter merged into the router."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if hasattr(model, "merge_and_unload"):
-            model = copy.deepcopy(model).merge_and_unload()
+            model = merged(model)
         if self.args.should_save:
             model.save_pretrained(folder)
             if self.processing_class is not None:

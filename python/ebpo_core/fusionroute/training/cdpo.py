@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from .base import FusionRouteTrainer, Scores
 from .config import FusionRouteCDPOConfig
+from .dropout import disable_dropout
 from .losses import cdpo_bias, cdpo_loss, cdpo_margin
 from .metrics import Quotients
 from .preparation import fusion_model, prepared_data, prepared_model
@@ -102,6 +103,8 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
         trains_head = sft_dataset is not None
         samples = trains_head or eval_sft_dataset is not None
         model = prepared_model(model, args, peft_config, samples=samples, trains_head=trains_head)
+        if args.disable_dropout:
+            disable_dropout(model)
         train = prepared_data(fusion, args, processing_class, "train", samples=sft_dataset, pairs=train_dataset)
         evaluation = prepared_data(fusion, args, processing_class, "eval", samples=eval_sft_dataset, pairs=eval_dataset)
         self._head_rests = _HeadRests()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from pathlib import Path
@@ -16,6 +15,7 @@ from ebpo_core.fusionroute.experts.experts import Experts
 from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
+from .adapters import check_adapters, with_adapter
 from .batches import MixDataset
 from .config import FusionRouteArguments
 from .data import tokenize_pairs, tokenize_samples
@@ -54,9 +54,9 @@ def prepared_model(
 
     Raises:
         ImportError: PEFT is not installed.
-        TypeError: another model, or one that has an adapter already.
-        ValueError: several GPUs or a ZeRO stage in which the experts do not survive, experts that are not loaded, or a
-            frozen route head.
+        TypeError: another model, one that has an adapter already, or a ``peft_config`` that is none.
+        ValueError: several GPUs or a ZeRO stage in which the experts do not survive, experts that are not loaded, a
+            frozen route head, or an adapter that a FusionRoute model cannot be trained with.
     """
     if args.n_gpu > 1:
         raise ValueError(
@@ -74,7 +74,9 @@ def prepared_model(
             'with its experts, or use routing_loss="softmax", which needs the expert cache alone'
         )
     if peft_config is not None:
-        model = _with_adapter(model, peft_config)
+        model = with_adapter(model, peft_config)
+    else:
+        check_adapters(model)
     head = [value for name, value in model.named_parameters() if "route_head." in name]
     if not trains_head:
         for value in head:
@@ -85,18 +87,6 @@ def prepared_model(
             '["route_head"] in the PEFT config (peft_config does so by itself)'
         )
     return model
-
-
-def _with_adapter(model: Any, peft_config: Any) -> Any:
-    try:
-        from peft import get_peft_model
-    except ModuleNotFoundError as error:
-        raise ImportError('peft_config needs PEFT: pip install "ebpo-core[fusionroute]"') from error
-    if hasattr(model, "peft_config"):
-        raise TypeError("peft_config is given and the model has an adapter already: leave one of them out")
-    config = copy.deepcopy(peft_config)
-    config.modules_to_save = sorted({*(config.modules_to_save or []), "route_head"})
-    return get_peft_model(model, config)
 
 
 def prepared_data(
