@@ -56,7 +56,8 @@ def load_model(
 
     source, gguf_file = resolve_model(name)
     files = {"gguf_file": gguf_file} if gguf_file else {}
-    shared = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    both = ("revision", "trust_remote_code", "cache_dir", "force_download", "local_files_only", "token")
+    shared = {key: options[key] for key in both if key in options}
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", truncation_side="left", **files, **shared)
     torch_dtype = dtype if dtype in (None, "auto") else getattr(torch, dtype)
     model, _ = load_weights(source, gguf_file, dtype=torch_dtype, **options)

@@ -18,10 +18,12 @@ from ebpo_core.models import load_model
 
 from .card import model_card
 from .config import FusionRouteConfig
+from .decoding.routing import STORED_OPTIONS, RoutingOptions
 from .experts.experts import Experts
 from .experts.naming import overridden
 from .experts.references import ExpertReference
 from .experts.tokenizers import check_tokenizers, load_tokenizer
+from .keywords import loading_arguments
 
 if TYPE_CHECKING:
     from typing import Any as Base  # stands in front of PreTrainedModel
@@ -63,9 +65,13 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 whose folder holds no tokenizer are not compared.
             vocab_size: V; by default the smallest width among router and experts.
             dtype: of router and experts that are loaded here and name none; by default the router's own, or float32.
-            options: stored as defaults of decoding, see :class:`~.decoding.routing.RoutingOptions`.
+            options: stored as defaults of decoding, see :class:`~.decoding.routing.RoutingOptions`; or arguments for
+                loading the router from its path, as for ``AutoModelForCausalLM.from_pretrained``:
+                ``attn_implementation``, ``quantization_config``, ``device_map`` (one device), ``revision``, ``token``,
+                ``cache_dir``, ``local_files_only``, ``force_download``. Experts have theirs in their references.
 
         Raises:
+            TypeError: a name that is none of these, or a loading argument for a loaded router.
             ValueError: no experts, tokenizers that disagree (the first differing token is named), a bad reference, or
                 the router's own object among the experts.
         """
@@ -75,10 +81,14 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                     "the router is one of the experts, as the same object: training would freeze or change both; "
                     "pass copy.deepcopy(router) as the expert, or a path"
                 )
+        if "torch_dtype" in options:  # the older name of the same
+            dtype = options.pop("torch_dtype") if dtype is None else dtype
+        loading = loading_arguments(options, STORED_OPTIONS, loaded=isinstance(router, PreTrainedModel))
+        RoutingOptions().updated(**options)  # wrong values are found before anything is loaded
         # 1. Router and experts, loaded where they are not models already.
         if not isinstance(router, PreTrainedModel):
             name = None if dtype is None else str(dtype).removeprefix("torch.")
-            router, loaded_tokenizer = load_model(os.fspath(router), dtype=name or "float32")
+            router, loaded_tokenizer = load_model(os.fspath(router), dtype=name or "float32", **loading)
             tokenizer = loaded_tokenizer if tokenizer is None else tokenizer
         loaded = Experts.load(experts, default_dtype=dtype or router.dtype, device=router.device)
         if not len(loaded):
@@ -106,6 +116,8 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         model.router = router
         model.route_head = head.to(router.device)
         model.generation_config = router.generation_config
+        if getattr(router, "hf_quantizer", None) is not None:  # it knows how to save quantised weights
+            model.hf_quantizer = router.hf_quantizer
         object.__setattr__(model, "_experts", loaded)
         model.eval()
         return model

@@ -23,6 +23,7 @@ from .decoding.history import NewTokens
 from .decoding.routing import OPTION_NAMES, permitted, select, selected_share
 from .experts.experts import Experts
 from .generation import FusionRouteGenerationMixin, current_call
+from .keywords import check_forward
 
 if TYPE_CHECKING:
     from typing import Any as PreTrainedModel
@@ -40,6 +41,7 @@ class _HeadInput:
 
 # Set while `_run_router` listens. Per thread, so that calls may run side by side.
 _head_input: ContextVar[_HeadInput | None] = ContextVar("fusionroute_lm_head_input", default=None)
+_OWN = ("fuse", "router_only", "active_rows", "logits_to_keep")  # of the forward's keywords, those that are ours alone
 _listening = Lock()  # threads that run a model's first forward side by side must not register the hook twice
 
 
@@ -188,9 +190,10 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             active_rows: ``[B]`` bool; rows that are False run no expert (their sequences are finished).
             kwargs: alpha, complementary, route, hysteresis, allowed_experts, forced_expert, expert_prefill and
                 expert_cache_budget, see :class:`~.decoding.routing.RoutingOptions`; by default those of the call of
-                ``generate``, then the config's. All others go to the router's forward.
+                ``generate``, then the config's. Others that the router's forward knows go there.
 
         Raises:
+            TypeError: a keyword that neither knows.
             ValueError: no input_ids, an attention mask that is not 2-D, a cache of another kind, arguments that do not
                 go with a cache, or no experts loaded. The cache is as it was then.
         """
@@ -199,6 +202,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         call = current_call(self)
         options = self.config.options() if call is None else call.options
         options = options.updated(**{name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs})
+        check_forward(type(self.router), kwargs, (*OPTION_NAMES, *_OWN), fused=not router_only)
         state = cache if cache is not None else past_key_values
         if use_cache is None:  # as stock models: a loop that feeds the output's cache back works without asking for it
             one_pass = self.training or router_only or labels is not None or isinstance(logits_to_keep, Tensor)
