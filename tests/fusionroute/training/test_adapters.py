@@ -9,6 +9,7 @@ import fusionroute_worker as worker
 import pytest
 import torch
 from fusionroute_tiny import tiny_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 from ebpo_core.fusionroute.training.adapters import with_adapter
@@ -194,3 +195,52 @@ def test_other_adapters_merge_too(root: Path, tmp_path: Path) -> None:
         trainer.save_merged(tmp_path / type(config).__name__ / "merged")
         found = worker.load(tmp_path / type(config).__name__ / "merged")
         torch.testing.assert_close(found(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}])
+@pytest.mark.parametrize("begin", ["path", "model", "checkpoint"])
+def test_a_quantised_router_trains_an_adapter(root: Path, tmp_path: Path, bits: dict[str, Any], begin: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantization = BitsAndBytesConfig(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, **bits)
+    experts = {"one": root / "one", "two": root / "two"}
+    if begin == "checkpoint":
+        model = worker.load(root / "start", quantization_config=quantization)
+    elif begin == "path":
+        model = FusionRouteForCausalLM.from_experts(root / "router", experts, quantization_config=quantization)
+    else:
+        router = AutoModelForCausalLM.from_pretrained(root / "router", quantization_config=quantization)
+        model = FusionRouteForCausalLM.from_experts(router, experts)
+    kinds = {type(module).__name__ for module in model.router.modules()}
+    assert "Linear4bit" in kinds
+    # Saved as it is, it is the same quantised model.
+    logits = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path / "quantised")
+    torch.testing.assert_close(worker.load(tmp_path / "quantised")(input_ids=IDS).logits, logits)
+    with pytest.raises(ValueError, match="the router's weights are quantised, .* pass peft_config"):
+        worker.sft_trainer(model, tmp_path)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj", "lm_head"], task_type="CAUSAL_LM")
+    trainer = worker.sft_trainer(model, tmp_path, learning_rate=0.05, max_steps=2, trainer={"peft_config": lora})
+    trainer.train()
+    expected = trainer.model.eval()(input_ids=IDS).logits
+    assert (expected - logits).abs().max() > 1e-2
+    trainer.save_merged(tmp_path / "merged")
+    found = worker.load(tmp_path / "merged")
+    assert not {"Linear4bit"} & {type(module).__name__ for module in found.router.modules()}
+    assert "quantization_config" not in found.config.to_dict()
+    torch.testing.assert_close(found(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(trainer.model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.slow
+def test_an_8_bit_router_merges_to_its_rounding(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = worker.load(root / "start", quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    trainer = worker.sft_trainer(model, tmp_path, learning_rate=0.05, max_steps=2, trainer={"peft_config": lora})
+    trainer.train()
+    expected = trainer.model.eval()(input_ids=IDS).logits
+    trainer.save_merged(tmp_path / "merged")
+    found = worker.load(tmp_path / "merged")(input_ids=IDS).logits
+    # 8-bit layers round their inputs too, which a merged model does not.
+    assert (found - expected).abs().mean() < 0.03 * expected.abs().mean()

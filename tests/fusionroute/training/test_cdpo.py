@@ -421,3 +421,43 @@ def test_dropout_stays_where_it_is_asked_for(start: Path, tmp_path: Path) -> Non
         margins.append(abs(log["rewards/margins"]))
     assert margins[0] < 1e-5, "an adapter's dropout too"
     assert margins[1] > 1e-3
+
+
+def test_evaluate_and_predict_take_rows(start: Path, tmp_path: Path) -> None:
+    rows, other, samples = (
+        worker.preference_rows(5, seed=4),
+        worker.preference_rows(4, seed=8),
+        worker.sft_rows(3, seed=9),
+    )
+    trainer = mixed(start, tmp_path / "1", evaluation=rows, trainer={"eval_sft_dataset": samples})
+    before = trainer.evaluate(other)
+    assert abs(before["eval_rewards/margins"]) < 1e-5, "the reference is the router as it is"
+    trainer.train()
+    expected = trainer.evaluate()
+    found = trainer.evaluate(rows, eval_sft_dataset=samples)
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+    assert trainer.evaluate(rows)["eval_rewards/margins"] == pytest.approx(expected["eval_rewards/margins"], rel=1e-4)
+    assert trainer.predict(rows).metrics["test_loss_cdpo"] == pytest.approx(expected["eval_loss_cdpo"], rel=1e-4)
+    caches = sorted((tmp_path / "1" / "expert_cache").iterdir())
+    with pytest.raises(ValueError, match="eval_dataset: the router has moved since training began"):
+        trainer.evaluate(worker.preference_rows(4, seed=99))
+    assert sorted((tmp_path / "1" / "expert_cache").iterdir()) == caches, "refused before the experts were run"
+
+
+def test_the_reference_of_rows_given_later_is_the_model_without_its_new_adapter(start: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    rows = worker.preference_rows(5, seed=4)
+    results = []
+    for evaluation in (rows, None):
+        torch.manual_seed(3)
+        trainer = worker.cdpo_trainer(
+            worker.load(start), tmp_path / str(evaluation is None), evaluation=evaluation, trainer={"peft_config": lora}
+        )
+        trainer.train()
+        results.append(trainer.evaluate() if evaluation else trainer.evaluate(rows))
+    assert abs(results[0]["eval_rewards/margins"]) > 1e-4
+    for name in ("eval_rewards/margins", "eval_loss"):
+        assert results[1][name] == pytest.approx(results[0][name], rel=1e-5)
+    trainer.train()
+    assert trainer.evaluate(rows)["eval_loss"] > 0

@@ -104,13 +104,20 @@ def _choose_targets(config: Any, model: FusionRouteForCausalLM) -> None:
         config.exclude_modules = {*(excluded or ()), _HEAD}
 
 
+def is_quantized(model: Any) -> bool:
+    """True if the router's weights are quantised, in whichever way they were loaded."""
+    fusion = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return any(getattr(part, "hf_quantizer", None) is not None for part in (fusion, fusion.router))
+
+
 def merged(model: Any) -> FusionRouteForCausalLM:
     """A copy of a PEFT model on a FusionRoute model with its active adapters merged into the router.
 
     Tied embeddings are untied where an adapter changes the head or the embeddings, and stay so unless both come out
-    equal: merged into one shared matrix, a change of one would also change the other.
+    equal: merged into one shared matrix, a change of one would also change the other. Quantised weights are dequantised
+    first, since rounding the sum to their few values anew would lose most of what was learnt.
     """
-    model = copy.deepcopy(model)
+    model = _dequantised(model) if is_quantized(model) else copy.deepcopy(model)
     fusion: Any = model.get_base_model()
     was_tied = fusion.config.tie_word_embeddings
     untied = untie(fusion.router)
@@ -124,3 +131,27 @@ def merged(model: Any) -> FusionRouteForCausalLM:
             fusion.config.tie_word_embeddings = True
     result: FusionRouteForCausalLM = fusion
     return result
+
+
+def _dequantised(model: Any) -> Any:
+    """A copy of a PEFT model whose router has plain weights, of the values that the quantised ones stand for."""
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    active = model.active_adapters
+    states = {name: get_peft_model_state_dict(model, adapter_name=name) for name in active}
+    fusion = copy.deepcopy(model).unload()
+    owner = fusion if getattr(fusion, "hf_quantizer", None) is not None else fusion.router
+    owner.dequantize(dtype=fusion.router.dtype)
+    for part in (fusion, fusion.router):
+        part.hf_quantizer = None
+        vars(part.config).pop("quantization_config", None)
+    plain: Any = None
+    for name in active:
+        config = copy.deepcopy(model.peft_config[name])
+        if plain is None:
+            plain = PeftModel(fusion, config, adapter_name=name)
+        else:
+            plain.add_adapter(name, config)
+        set_peft_model_state_dict(plain, states[name], adapter_name=name)
+    plain.base_model.set_adapter(active)
+    return plain.eval()

@@ -193,6 +193,27 @@ class FusionRouteTrainer(CompleteCheckpoints, _Base):  # type: ignore[misc]
 
     # ----------------------------------------------------------------------------------------------- logs, evaluation
 
+    @abstractmethod
+    def data_of_rows(self, rows: Any) -> MixDataset:
+        """Rows of the kind that the constructor takes as ``eval_dataset``, with the experts' columns."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's own, of rows too: ``evaluate`` takes what the constructor takes."""
+        if eval_dataset is None or isinstance(eval_dataset, (str, MixDataset)):
+            return super().get_eval_dataloader(eval_dataset)
+        # Trainer keeps the loader of persistent workers, whatever its data is.
+        kept: dict[str, Any] = getattr(self, "_eval_dataloaders", {})
+        self._eval_dataloaders: dict[str, Any] = {}
+        try:
+            return super().get_eval_dataloader(self.data_of_rows(eval_dataset))
+        finally:
+            self._eval_dataloaders = kept
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's own, of rows too."""
+        data = test_dataset if isinstance(test_dataset, MixDataset) else self.data_of_rows(test_dataset)
+        return super().get_test_dataloader(data)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             tally = self._tallies["train"]
