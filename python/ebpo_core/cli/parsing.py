@@ -125,6 +125,8 @@ def check_model_config(model: Any, *, quantisation: str | None = None) -> None:
             raise ValueError(f"dtype={model.dtype!r} with {name}: name a dtype to compute in, such as bfloat16")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError(f"{name}={given[name]} needs the package bitsandbytes: pip install bitsandbytes")
+    if "lora_task_type" in given and model.use_peft:
+        raise ValueError(f"lora_task_type={model.lora_task_type!r}: a language model is trained; leave it CAUSAL_LM")
     for name, value in given.items():
         if name.startswith(("bnb_4bit_", "use_bnb_")) and not model.load_in_4bit:
             raise ValueError(f"{name}={value!r}: is of load_in_4bit, which is not set; set it, or leave {name} out")

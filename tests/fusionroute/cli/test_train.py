@@ -267,3 +267,46 @@ def test_a_plain_model_needs_experts_and_a_model_is_needed(
     for flags in (["--config=nowhere.yaml"], ["--config"]):
         with pytest.raises(FileNotFoundError, match="no such YAML"):
             parse(flags)
+
+
+@pytest.mark.slow
+def test_qlora_trains_and_saves_plain_weights(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    flags = ["--use_peft", "--lora_r=2", "--load_in_4bit=true", "--bnb_4bit_quant_type=nf4"]
+    assert train(folder, f"--output_dir={tmp_path}/sft", *flags, f"--eval_data={folder}/samples.jsonl") == 0
+    model = FusionRouteForCausalLM.from_pretrained(tmp_path / "sft")
+    assert "Linear4bit" not in {type(module).__name__ for module in model.router.modules()}
+    # From the checkpoint too, which has its experts.
+    flags += [f"--model_name_or_path={tmp_path}/sft", f"--preferences={folder}/pairs.jsonl", "--stage=mix"]
+    assert train(folder, f"--output_dir={tmp_path}/mix", *flags) == 0
+    found, before = weights(tmp_path / "mix"), weights(tmp_path / "sft")
+    assert found.keys() == before.keys()
+    name = "router.model.layers.0.self_attn.q_proj.weight"
+    assert len(before[name].unique()) > 100 < len(found[name].unique())
+    assert not torch.equal(found[name], before[name]), "rounded to four bits"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--load_in_4bit=true"], "load_in_4bit=True: quantised weights do not train, an adapter does; add use_peft"),
+        (["--load_in_8bit=true"], "load_in_8bit=True: quantised weights do not train"),
+        (["--load_in_4bit=true", "--use_peft", "--dtype=auto"], "dtype='auto' with load_in_4bit"),
+        (["--load_in_4bit=true", "--load_in_8bit=true"], "8 bit and 4 bit precision at the same time"),
+        (["--bnb_4bit_quant_type=fp4"], "bnb_4bit_quant_type='fp4': is of load_in_4bit"),
+        (["--bnb_4bit_quant_storage=uint8", "--use_peft"], "bnb_4bit_quant_storage='uint8': is of load_in_4bit"),
+        (["--use_bnb_nested_quant=true", "--load_in_8bit=true", "--use_peft"], "use_bnb_nested_quant=True: is of"),
+        (["--lora_r=4"], "lora_r=4: is of use_peft, which is not set"),
+        (["--lora_target_modules", "q_proj", "v_proj"], "lora_target_modules=['q_proj', 'v_proj']: is of use_peft"),
+        (["--use_dora=true"], "use_dora=True: is of use_peft"),
+        (["--use_peft", "--lora_task_type=SEQ_CLS"], "lora_task_type='SEQ_CLS'"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded: there is nothing where these paths lead."""
+    flags = [f"--model_name_or_path={tmp_path}/none", f"--data={tmp_path}/none.jsonl", "--use_cpu=true"]
+    assert main(["train", *flags, "--experts", f"a={tmp_path}/a", f"--output_dir={tmp_path}/run", *more]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]

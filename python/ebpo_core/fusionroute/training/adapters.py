@@ -110,6 +110,18 @@ def is_quantized(model: Any) -> bool:
     return any(getattr(part, "hf_quantizer", None) is not None for part in (fusion, fusion.router))
 
 
+def keep_quantised_weights(model: Any) -> None:
+    """Keep bitsandbytes from rewriting a router's 4-bit weights in its first evaluation on a CPU.
+
+    It packs them for one of the CPU's instructions there, with scales rounded to bfloat16, and fails for layers
+    narrower than a block: training would go on with other weights than it began with.
+    """
+    fusion = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for module in fusion.router.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def merged(model: Any) -> FusionRouteForCausalLM:
     """A copy of a PEFT model on a FusionRoute model with its active adapters merged into the router.
 
@@ -138,7 +150,7 @@ def _dequantised(model: Any) -> Any:
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     active = model.active_adapters
-    states = {name: get_peft_model_state_dict(model, adapter_name=name) for name in active}
+    states = {name: get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in active}
     fusion = copy.deepcopy(model).unload()
     owner = fusion if getattr(fusion, "hf_quantizer", None) is not None else fusion.router
     owner.dequantize(dtype=fusion.router.dtype)

@@ -15,7 +15,7 @@ from ebpo_core.fusionroute.experts.experts import Experts
 from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
-from .adapters import check_adapters, is_quantized, with_adapter
+from .adapters import check_adapters, is_quantized, keep_quantised_weights, with_adapter
 from .batches import MixDataset
 from .config import FusionRouteArguments
 from .data import tokenize_pairs, tokenize_samples
@@ -81,6 +81,7 @@ def prepared_model(
             "the router's weights are quantised, and such weights do not train: pass peft_config (use_peft on the "
             "command line), or load the router without quantisation"
         )
+    keep_quantised_weights(model)
     head = [value for name, value in model.named_parameters() if "route_head." in name]
     if not trains_head:
         for value in head:
