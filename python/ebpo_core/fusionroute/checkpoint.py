@@ -195,6 +195,12 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 references = experts.save_into(folder)
             elif len(experts):
                 references = experts.stored(folder)
+                for name in experts.changed():
+                    logger.warning(
+                        f"expert {name!r} was changed in memory since it was loaded from "
+                        f"{experts[name].reference.path!r}, to which {folder} refers: save the changed model and pass "
+                        f"its folder when loading, expert_paths={{{name!r}: ...}}, or save with save_experts=True"
+                    )
             else:
                 references = [ExpertReference.from_dict(expert).stored(folder) for expert in kept or []]
             for reference in references:
