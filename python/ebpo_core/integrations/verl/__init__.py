@@ -60,8 +60,8 @@ def compute_ebpo_advantage(
 
     Raises:
         ValueError: no uids, rewards that are not finite, wrong options, ``algorithm.ebpo.keys`` without
-            :class:`PriorCheckpoint`, or a prompt with more rows than ``rollout.n`` (1 where a whole configuration does not
-            set it) without it.
+            :class:`PriorCheckpoint`, or, without it, a prompt with more rows than ``rollout.n`` (1 where a whole
+            configuration does not set it).
     """
     if index is None:
         raise ValueError("the batch has no 'uid', and EBPO needs to know which rows share a prompt: set one per prompt")
