@@ -12,6 +12,9 @@ from fusionroute_tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 from ebpo_core.fusionroute import FusionRouteConfig, FusionRouteForCausalLM
+from ebpo_core.fusionroute.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 IDS = torch.tensor([[1, 7, 8, 9]])
 SMALL = {"hidden_size": 32, "layers": 1}
@@ -117,3 +120,46 @@ def test_forward_refuses_other_names(root: Path) -> None:
     model(input_ids=IDS, labels=IDS, num_items_in_batch=torch.tensor(3))
     with pytest.raises(ValueError, match="alhpa"):
         model.generate(IDS, max_new_tokens=1, alhpa=0.5)
+
+
+def test_routers_that_are_none_are_refused_in_one_line(root: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    small = tiny_model("llama", 0, **SMALL)
+    adapted = peft.get_peft_model(tiny_model("llama", 0, **SMALL), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    loaded = tiny_model("llama", 0, **SMALL)
+    loaded.load_adapter(str(tmp_path))
+    for router, message in [
+        (adapted, "router is a PeftModel with an adapter: merge it"),
+        (loaded, "router is a LlamaForCausalLM with an adapter: merge it"),
+        (small.model, "router is a LlamaModel, without an LM head: use AutoModelForCausalLM"),
+        (made(root), "router is a FusionRoute model: pass model.router"),
+        (root / "fused", "router is a FusionRoute model: pass model.router"),
+        (torch.nn.Linear(2, 2), "router is a Linear: pass a path"),
+        (None, "router is a NoneType: pass a path"),
+    ]:
+        with pytest.raises(TypeError, match=message) as caught:
+            FusionRouteForCausalLM.from_experts(router, {"one": tmp_path / "nowhere"})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="a PEFT adapter, not a model; merge it into its base"):
+        made(root, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        made(root, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt=w7"], ["eval", "--tasks=arc_easy"], ["convert", "out"]])
+def test_commands_name_a_model_that_is_no_checkpoint(
+    root: Path, tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, rest = command[0], command[1:]
+    tiny_model("llama", 0, **SMALL).save_pretrained(tmp_path / "bare")  # without a tokenizer
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    capsys.readouterr()  # bars of saving
+    for folder, message in [(root / "router", "llama"), (tmp_path / "bare", "llama"), (tmp_path / "adapter", "give")]:
+        assert main([name, str(folder), *rest]) == 1
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1
+        assert error[0].startswith(f"fusionroute {name}: ")
+        assert "FusionRoute checkpoint" in error[0]
+        assert message in error[0]

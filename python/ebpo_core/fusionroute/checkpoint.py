@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ebpo_core.files import write_text
-from ebpo_core.models import load_model
+from ebpo_core.models import load_model, resolve_model
 
 from .card import model_card
 from .config import FusionRouteConfig
@@ -71,7 +71,8 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 ``cache_dir``, ``local_files_only``, ``force_download``. Experts have theirs in their references.
 
         Raises:
-            TypeError: a name that is none of these, or a loading argument for a loaded router.
+            TypeError: a name that is none of these, a loading argument for a loaded router, or a router that is no
+                causal LM: a PEFT model, a FusionRoute model, a backbone without its LM head.
             ValueError: no experts, tokenizers that disagree (the first differing token is named), a bad reference, or
                 the router's own object among the experts.
         """
@@ -85,6 +86,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             dtype = options.pop("torch_dtype") if dtype is None else dtype
         loading = loading_arguments(options, STORED_OPTIONS, loaded=isinstance(router, PreTrainedModel))
         RoutingOptions().updated(**options)  # wrong values are found before anything is loaded
+        _check_router(router)
         # 1. Router and experts, loaded where they are not models already.
         if not isinstance(router, PreTrainedModel):
             name = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -224,6 +226,34 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         if not card.exists() or "2601.05106" not in card.read_text(encoding="utf-8"):
             write_text(card, model_card(self.config))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def _check_router(router: Any) -> None:
+    """Refuse what cannot be a router, by its class or its config, before anything is loaded.
+
+    Raises:
+        TypeError: with the remedy.
+    """
+    if hasattr(router, "peft_config"):
+        raise TypeError(
+            f"router is a {type(router).__name__} with an adapter: merge it (merge_and_unload), or pass the plain "
+            "model here and peft_config to the trainer"
+        )
+    if not isinstance(router, (str, os.PathLike, PreTrainedModel)):
+        raise TypeError(f"router is a {type(router).__name__}: pass a path, a hub id, or a causal LM of transformers")
+    if isinstance(router, PreTrainedModel):
+        config: Any = router.config
+        if router.get_output_embeddings() is None:
+            raise TypeError(f"router is a {type(router).__name__}, without an LM head: use AutoModelForCausalLM")
+    else:
+        source, gguf_file = resolve_model(os.fspath(router))
+        if gguf_file is not None or not (Path(source) / "config.json").is_file():
+            return
+        config = AutoConfig.from_pretrained(source)
+    if config.model_type == FusionRouteConfig.model_type:
+        raise TypeError("router is a FusionRoute model: pass model.router, or load it with from_pretrained as it is")
+    if config.is_encoder_decoder:
+        raise TypeError(f"router is a {config.model_type} model with an encoder: pass a causal LM")
 
 
 def _compare_tokenizers(router: PreTrainedModel, tokenizer: Any, experts: Experts, vocab_size: int) -> None:
