@@ -18,6 +18,10 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     Args:
         name: A model directory, a hub id, a path to a ``.gguf`` file, or ``package:<name>``, an installed Python
             package that carries a GGUF file or a model directory. The package itself is not imported.
+
+    Raises:
+        FileNotFoundError: A path that leads nowhere.
+        ValueError: A folder without a model, or a package that is not installed.
     """
     if name.startswith(PACKAGE_PREFIX):
         package = name.removeprefix(PACKAGE_PREFIX)
@@ -34,9 +38,16 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), path.name
     if not path.is_dir():
+        if path.is_absolute() or name.startswith("."):
+            raise FileNotFoundError(f"model={name!r}: there is no such folder or .gguf file")
         return name, None
     if (path / "config.json").is_file():
         return str(path), None
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model={name!r}: a PEFT adapter, not a model; merge it into its base (merge_and_unload), save that, and "
+            "give its folder"
+        )
     gguf = sorted(file.name for file in path.glob("*.gguf"))
     if len(gguf) != 1:
         raise ValueError(f"model={name!r}: expected config.json or exactly one .gguf file, found {gguf or 'neither'}")
@@ -56,7 +67,8 @@ def load_model(
 
     source, gguf_file = resolve_model(name)
     files = {"gguf_file": gguf_file} if gguf_file else {}
-    shared = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    both = ("revision", "trust_remote_code", "cache_dir", "force_download", "local_files_only", "token")
+    shared = {key: options[key] for key in both if key in options}
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", truncation_side="left", **files, **shared)
     torch_dtype = dtype if dtype in (None, "auto") else getattr(torch, dtype)
     model, _ = load_weights(source, gguf_file, dtype=torch_dtype, **options)

@@ -234,6 +234,40 @@ def test_live_experts_need_a_path_or_a_copy(tmp_path: Path, caplog: pytest.LogCa
     assert greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "copied")) == expected
 
 
+@pytest.mark.parametrize("how", ["live", "by path"])
+@pytest.mark.parametrize("when", ["before", "between saves"])
+def test_an_expert_changed_in_memory_is_warned_of_or_copied_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str, when: str
+) -> None:
+    for seed, name in enumerate(["router", "math"]):
+        save_tiny(tmp_path / name, "llama", seed)
+    expert: Any = tmp_path / "math"
+    if how == "live":
+        expert = AutoModelForCausalLM.from_pretrained(expert)
+        if when == "before":
+            expert.model.norm.weight.data.mul_(3)
+    model = FusionRouteForCausalLM.from_experts(tmp_path / "router", {"math": expert})
+    logging.getLogger("ebpo_core.fusionroute.checkpoint").addHandler(caplog.handler)
+    if when == "between saves":
+        model.save_pretrained(tmp_path / "first")
+        assert "changed in memory" not in caplog.text
+        assert greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "first")) == greedy(model)
+    if how == "by path" or when == "between saves":
+        with torch.no_grad():
+            model.experts[0].model.model.norm.weight.mul_(3)
+    expected = greedy(model)
+    model.save_pretrained(tmp_path / "second")
+    assert f"expert 'math' was changed in memory since it was loaded from {str(tmp_path / 'math')!r}" in caplog.text
+    if how == "live":  # its hash is of what the router was saved beside
+        with pytest.raises(ValueError, match="the weights of expert 'math' are not those"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+        model.experts[0].model.save_pretrained(tmp_path / "changed")
+        moved = {"math": tmp_path / "changed"}
+        assert greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "second", expert_paths=moved)) == expected
+    model.save_pretrained(tmp_path / "copied", save_experts=True)
+    assert greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "copied")) == expected
+
+
 def test_the_hub_gets_our_card(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """push_to_hub writes transformers' empty form over the card, then uploads: what is uploaded is our card again."""
     from transformers.utils.hub import PushToHubMixin

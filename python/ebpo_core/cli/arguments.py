@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ebpo_core.cli.parsing import check_at_least, early_value, parse_with_trl, read_flags
+from ebpo_core.cli.parsing import check_at_least, check_model_config, early_value, parse_with_trl, read_flags
 
 Method = Literal["ebpo", "grpo"]
 
@@ -93,4 +93,5 @@ def parse(
             "model_name_or_path is missing: give a model directory, a hub id, a .gguf file, "
             "package:<installed package>, or tiny:countdown"
         )
+    check_model_config(model, quantisation="ebpo train loads the model unquantised")
     return train, config, model

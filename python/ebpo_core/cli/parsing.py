@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,34 @@ def check_at_least(options: Any, least: int, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"{name}={value}: expected at least {least}")
+
+
+def check_model_config(model: Any, *, quantisation: str | None = None) -> None:
+    """See that no option of TRL's ``ModelConfig`` is given that another one leaves without effect.
+
+    Args:
+        model: The parsed ModelConfig.
+        quantisation: Why the command loads no quantised model; None if it does.
+
+    Raises:
+        ValueError: The option, its value and what it needs; or a package that is not installed.
+    """
+    given = {one.name: getattr(model, one.name) for one in fields(model) if getattr(model, one.name) != one.default}
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if name not in given:
+            continue
+        if quantisation is not None:
+            raise ValueError(f"{name}={given[name]}: {quantisation}; leave it out")
+        if not model.use_peft:
+            raise ValueError(f"{name}={given[name]}: quantised weights do not train, an adapter does; add use_peft")
+        if model.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={model.dtype!r} with {name}: name a dtype to compute in, such as bfloat16")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"{name}={given[name]} needs the package bitsandbytes: pip install bitsandbytes")
+    if "lora_task_type" in given and model.use_peft:
+        raise ValueError(f"lora_task_type={model.lora_task_type!r}: a language model is trained; leave it CAUSAL_LM")
+    for name, value in given.items():
+        if name.startswith(("bnb_4bit_", "use_bnb_")) and not model.load_in_4bit:
+            raise ValueError(f"{name}={value!r}: is of load_in_4bit, which is not set; set it, or leave {name} out")
+        if name.startswith(("lora_", "use_rslora", "use_dora")) and not model.use_peft:
+            raise ValueError(f"{name}={value!r}: is of use_peft, which is not set; set it, or leave {name} out")

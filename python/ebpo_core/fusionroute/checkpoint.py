@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ebpo_core.files import write_text
-from ebpo_core.models import load_model
+from ebpo_core.models import load_model, resolve_model
 
 from .card import model_card
 from .config import FusionRouteConfig
+from .decoding.routing import STORED_OPTIONS, RoutingOptions
 from .experts.experts import Experts
 from .experts.naming import overridden
 from .experts.references import ExpertReference
 from .experts.tokenizers import check_tokenizers, load_tokenizer
+from .keywords import loading_arguments
 
 if TYPE_CHECKING:
     from typing import Any as Base  # stands in front of PreTrainedModel
@@ -63,9 +65,14 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 whose folder holds no tokenizer are not compared.
             vocab_size: V; by default the smallest width among router and experts.
             dtype: of router and experts that are loaded here and name none; by default the router's own, or float32.
-            options: stored as defaults of decoding, see :class:`~.decoding.routing.RoutingOptions`.
+            options: stored as defaults of decoding, see :class:`~.decoding.routing.RoutingOptions`; or arguments for
+                loading the router from its path, as for ``AutoModelForCausalLM.from_pretrained``:
+                ``attn_implementation``, ``quantization_config``, ``device_map`` (one device), ``revision``, ``token``,
+                ``cache_dir``, ``local_files_only``, ``force_download``. Experts have theirs in their references.
 
         Raises:
+            TypeError: a name that is none of these, a loading argument for a loaded router, or a router that is no
+                causal LM: a PEFT model, a FusionRoute model, a backbone without its LM head.
             ValueError: no experts, tokenizers that disagree (the first differing token is named), a bad reference, or
                 the router's own object among the experts.
         """
@@ -75,10 +82,15 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                     "the router is one of the experts, as the same object: training would freeze or change both; "
                     "pass copy.deepcopy(router) as the expert, or a path"
                 )
+        if "torch_dtype" in options:  # the older name of the same
+            dtype = options.pop("torch_dtype") if dtype is None else dtype
+        loading = loading_arguments(options, STORED_OPTIONS, loaded=isinstance(router, PreTrainedModel))
+        RoutingOptions().updated(**options)  # wrong values are found before anything is loaded
+        _check_router(router)
         # 1. Router and experts, loaded where they are not models already.
         if not isinstance(router, PreTrainedModel):
             name = None if dtype is None else str(dtype).removeprefix("torch.")
-            router, loaded_tokenizer = load_model(os.fspath(router), dtype=name or "float32")
+            router, loaded_tokenizer = load_model(os.fspath(router), dtype=name or "float32", **loading)
             tokenizer = loaded_tokenizer if tokenizer is None else tokenizer
         loaded = Experts.load(experts, default_dtype=dtype or router.dtype, device=router.device)
         if not len(loaded):
@@ -106,6 +118,8 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         model.router = router
         model.route_head = head.to(router.device)
         model.generation_config = router.generation_config
+        if getattr(router, "hf_quantizer", None) is not None:  # it knows how to save quantised weights
+            model.hf_quantizer = router.hf_quantizer
         object.__setattr__(model, "_experts", loaded)
         model.eval()
         return model
@@ -183,6 +197,12 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 references = experts.save_into(folder)
             elif len(experts):
                 references = experts.stored(folder)
+                for name in experts.changed():
+                    logger.warning(
+                        f"expert {name!r} was changed in memory since it was loaded from "
+                        f"{experts[name].reference.path!r}, to which {folder} refers: save the changed model and pass "
+                        f"its folder when loading, expert_paths={{{name!r}: ...}}, or save with save_experts=True"
+                    )
             else:
                 references = [ExpertReference.from_dict(expert).stored(folder) for expert in kept or []]
             for reference in references:
@@ -206,6 +226,34 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         if not card.exists() or "2601.05106" not in card.read_text(encoding="utf-8"):
             write_text(card, model_card(self.config))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def _check_router(router: Any) -> None:
+    """Refuse what cannot be a router, by its class or its config, before anything is loaded.
+
+    Raises:
+        TypeError: with the remedy.
+    """
+    if hasattr(router, "peft_config"):
+        raise TypeError(
+            f"router is a {type(router).__name__} with an adapter: merge it (merge_and_unload), or pass the plain "
+            "model here and peft_config to the trainer"
+        )
+    if not isinstance(router, (str, os.PathLike, PreTrainedModel)):
+        raise TypeError(f"router is a {type(router).__name__}: pass a path, a hub id, or a causal LM of transformers")
+    if isinstance(router, PreTrainedModel):
+        config: Any = router.config
+        if router.get_output_embeddings() is None:
+            raise TypeError(f"router is a {type(router).__name__}, without an LM head: use AutoModelForCausalLM")
+    else:
+        source, gguf_file = resolve_model(os.fspath(router))
+        if gguf_file is not None or not (Path(source) / "config.json").is_file():
+            return
+        config = AutoConfig.from_pretrained(source)
+    if config.model_type == FusionRouteConfig.model_type:
+        raise TypeError("router is a FusionRoute model: pass model.router, or load it with from_pretrained as it is")
+    if config.is_encoder_decoder:
+        raise TypeError(f"router is a {config.model_type} model with an encoder: pass a causal LM")
 
 
 def _compare_tokenizers(router: PreTrainedModel, tokenizer: Any, experts: Experts, vocab_size: int) -> None:

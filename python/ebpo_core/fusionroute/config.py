@@ -3,13 +3,22 @@
 # mypy: disable-error-code="no-untyped-call"
 # No `from __future__ import annotations`: transformers validates the annotated fields of a config at run time.
 import copy
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .decoding.routing import STORED_OPTIONS, RoutingOptions
+from .keywords import unexpected
 
 VERSION = 1
+# Of transformers' configs, beside the fields: what a checkpoint's config.json may hold, and what loading sets.
+_NAMES = {
+    *("model_type", "name_or_path", "torch_dtype", "num_labels", "attn_implementation", "experts_implementation"),
+    *("output_attentions", "quantization_config", "tie_word_embeddings", "use_cache", "tokenizer_class", "auto_map"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "task_specific_params"),
+}
+_ROUTERS_OWN = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 class FusionRouteConfig(PreTrainedConfig):
@@ -25,6 +34,7 @@ class FusionRouteConfig(PreTrainedConfig):
         fusionroute_version: version of this format.
 
     Raises:
+        TypeError: an unknown name. In a ``config.json`` one is passed over: a later transformers may have written it.
         ValueError: a value that does not fit, or a config written by a newer version of this package.
     """
 
@@ -44,6 +54,9 @@ class FusionRouteConfig(PreTrainedConfig):
     fusionroute_version: int = VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in _NAMES and not name.startswith("_"):
+                raise unexpected(type(self).__name__, name, [field.name for field in fields(self)])
         if self.fusionroute_version > VERSION:
             raise ValueError(
                 f"fusionroute_version is {self.fusionroute_version} and this ebpo_core reads {VERSION}: "
@@ -69,6 +82,12 @@ class FusionRouteConfig(PreTrainedConfig):
         self.options()  # raises for values that do not fit
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        known = {field.name for field in fields(cls)} | _NAMES
+        kept = {name: value for name, value in config_dict.items() if name in known}
+        return super().from_dict(kept, **kwargs)
+
     @property
     def num_experts(self) -> int:
         return len(self.experts or [])
@@ -82,6 +101,28 @@ class FusionRouteConfig(PreTrainedConfig):
         text = copy.copy(text)
         text.vocab_size = self.vocab_size
         return text
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """True if the router's LM head is its embedding matrix. Setting it changes the router's config."""
+        return bool(getattr(self.router_config, "tie_word_embeddings", False))
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        router: Any = self.router_config
+        for config in (router, router.get_text_config()):
+            config.tie_word_embeddings = value
+
+    def __getattr__(self, name: str) -> Any:
+        """The router's sizes: what PEFT, DeepSpeed and engines look for in the config of any language model."""
+        router = self.__dict__.get("router_config")
+        if name in _ROUTERS_OWN and isinstance(router, PreTrainedConfig):
+            return getattr(router.get_text_config(), name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe values, ``tie_word_embeddings`` among them, which PEFT reads there."""
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     def options(self) -> RoutingOptions:
         """The stored defaults of decoding."""

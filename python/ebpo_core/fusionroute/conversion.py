@@ -165,7 +165,7 @@ def _opened(checkpoint: str | os.PathLike[str], revision: str | None) -> tuple[P
     file = folder / _CONFIG
     if not file.is_file():
         raise FileNotFoundError(
-            f"checkpoint={os.fspath(checkpoint)!r}: no {_CONFIG} in it; give the checkpoint's own folder"
+            f"checkpoint={os.fspath(checkpoint)!r}: no {_CONFIG} in it; give the folder of a FusionRoute checkpoint"
         )
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     kind = config.get("model_type")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .decoding.history import NewTokens
 from .decoding.routing import OPTION_NAMES, permitted, select, selected_share
 from .experts.experts import Experts
 from .generation import FusionRouteGenerationMixin, current_call
+from .keywords import check_forward
 
 if TYPE_CHECKING:
     from typing import Any as PreTrainedModel
@@ -33,19 +34,20 @@ else:
 class _HeadInput:
     """The input of the router's LM head in one forward: all S positions are kept, and those asked for passed on."""
 
-    def __init__(self, keep: slice | Tensor | None) -> None:
-        self.keep = keep
+    def __init__(self, head: nn.Module, keep: slice | Tensor | None) -> None:
+        self.head, self.keep = head, keep
         self.seen: list[Tensor] = []
 
 
 # Set while `_run_router` listens. Per thread, so that calls may run side by side.
 _head_input: ContextVar[_HeadInput | None] = ContextVar("fusionroute_lm_head_input", default=None)
+_OWN = ("fuse", "router_only", "active_rows", "logits_to_keep")  # of the forward's keywords, those that are ours alone
 _listening = Lock()  # threads that run a model's first forward side by side must not register the hook twice
 
 
-def _listen(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def _listen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     heard = _head_input.get()
-    if heard is None:
+    if heard is None or module is not heard.head:  # a head that PEFT has wrapped since still has the hook
         return None
     heard.seen.append(inputs[0])
     return None if heard.keep is None else (_at(heard.keep, inputs[0]), *inputs[1:])
@@ -102,6 +104,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["route_head"]  # noqa: RUF012 -- transformers declares it so
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}  # none but the router's, which PEFT finds where this is a dict
 
     def __init__(self, config: FusionRouteConfig) -> None:
         super().__init__(config)
@@ -199,9 +202,10 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             active_rows: ``[B]`` bool; rows that are False run no expert (their sequences are finished).
             kwargs: alpha, complementary, route, hysteresis, allowed_experts, forced_expert, expert_prefill and
                 expert_cache_budget, see :class:`~.decoding.routing.RoutingOptions`; by default those of the call of
-                ``generate``, then the config's. All others go to the router's forward.
+                ``generate``, then the config's. Others that the router's forward knows go there.
 
         Raises:
+            TypeError: a keyword that neither knows.
             ValueError: no input_ids, an attention mask that is not 2-D, a cache of another kind, arguments that do not
                 go with a cache, or no experts loaded. The cache is as it was then.
         """
@@ -210,6 +214,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         call = current_call(self)
         options = self.config.options() if call is None else call.options
         options = options.updated(**{name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs})
+        check_forward(type(self.router), kwargs, (*OPTION_NAMES, *_OWN), fused=not router_only)
         state = cache if cache is not None else past_key_values
         if use_cache is None:  # as stock models: a loop that feeds the output's cache back works without asking for it
             one_pass = self.training or router_only or labels is not None or isinstance(logits_to_keep, Tensor)
@@ -303,7 +308,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         with _listening:
             if _listen not in head._forward_pre_hooks.values():
                 head.register_forward_pre_hook(_listen)
-        heard = _HeadInput(keep)
+        heard = _HeadInput(head, keep)
         token = _head_input.set(heard)
         try:
             out = self.router(**inputs, return_dict=True)

@@ -207,6 +207,14 @@ def test_sessions_of_several_outputs_raise_without_the_callback() -> None:
         run(with_padding(data, 7), whole(completions=2))
 
 
+@pytest.mark.parametrize("rollout", [{}, {"rollout": {}}, {"rollout": {"n": None}}])
+def test_a_configuration_without_n_has_verls_default(rollout: dict[str, Any]) -> None:
+    nodes = {"algorithm": {"adv_estimator": "ebpo"}, "trainer": {"save_freq": -1}}
+    for root in (nodes, {**nodes, "actor_rollout_ref": rollout}):
+        with pytest.raises(ValueError, match=r"4 rows and actor_rollout_ref.rollout.n is not set.*checkpoint_callback"):
+            run(batch(0), OmegaConf.create(root).algorithm)
+
+
 def test_a_filter_of_saturated_groups_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_warned", set())
     config = whole(filter_groups={"enable": True, "metric": "acc"})

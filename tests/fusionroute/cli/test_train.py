@@ -22,6 +22,7 @@ from ebpo_core.fusionroute.cli import main
 from ebpo_core.fusionroute.cli.arguments import parse
 from ebpo_core.fusionroute.cli.train import load_model
 from ebpo_core.fusionroute.training import FusionRouteCDPOConfig, FusionRouteSFTConfig
+from ebpo_core.fusionroute.training.base import FusionRouteTrainer
 
 # transformers renamed what TRL 1.16 still sets; see ebpo_core.fusionroute.cli.main for the command itself.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:(transformers|trl)")
@@ -135,6 +136,28 @@ def test_an_adapter_is_merged_into_the_checkpoint(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("targets", [[], ["lm_head"], ["q_proj", "embed_tokens"], ["all-linear"]])
+def test_an_adapter_of_a_tied_router_is_merged_as_it_was_trained(
+    folder: Path, tmp_path: Path, targets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without targets those of the router's family, as the recipe advises."""
+    pytest.importorskip("peft")
+    save_tiny(tmp_path / "router", "llama", seed=0, hidden_size=32, layers=1, tie_word_embeddings=True)
+    ids, expected = torch.tensor([[1, 7, 8, 9]]), []
+
+    def recorded(trainer: Any, output: Any) -> None:
+        expected.append(trainer.model.eval()(input_ids=ids).logits)
+        save_merged(trainer, output)
+
+    save_merged = FusionRouteTrainer.save_merged
+    monkeypatch.setattr(FusionRouteTrainer, "save_merged", recorded)
+    flags = ["--use_peft", "--lora_r=2", *(["--lora_target_modules", *targets] if targets else [])]
+    assert train(folder, f"--model_name_or_path={tmp_path}/router", f"--output_dir={tmp_path}/run", *flags) == 0
+    model = FusionRouteForCausalLM.from_pretrained(tmp_path / "run")
+    torch.testing.assert_close(model(input_ids=ids).logits, expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_run_resumes_as_if_never_stopped(folder: Path, tmp_path: Path) -> None:
     saving = ("--save_strategy=steps", "--save_steps=1", "--max_steps=3")
     assert train(folder, f"--output_dir={tmp_path}/whole", *saving) == 0
@@ -244,3 +267,46 @@ def test_a_plain_model_needs_experts_and_a_model_is_needed(
     for flags in (["--config=nowhere.yaml"], ["--config"]):
         with pytest.raises(FileNotFoundError, match="no such YAML"):
             parse(flags)
+
+
+@pytest.mark.slow
+def test_qlora_trains_and_saves_plain_weights(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    flags = ["--use_peft", "--lora_r=2", "--load_in_4bit=true", "--bnb_4bit_quant_type=nf4"]
+    assert train(folder, f"--output_dir={tmp_path}/sft", *flags, f"--eval_data={folder}/samples.jsonl") == 0
+    model = FusionRouteForCausalLM.from_pretrained(tmp_path / "sft")
+    assert "Linear4bit" not in {type(module).__name__ for module in model.router.modules()}
+    # From the checkpoint too, which has its experts.
+    flags += [f"--model_name_or_path={tmp_path}/sft", f"--preferences={folder}/pairs.jsonl", "--stage=mix"]
+    assert train(folder, f"--output_dir={tmp_path}/mix", *flags) == 0
+    found, before = weights(tmp_path / "mix"), weights(tmp_path / "sft")
+    assert found.keys() == before.keys()
+    name = "router.model.layers.0.self_attn.q_proj.weight"
+    assert len(before[name].unique()) > 100 < len(found[name].unique())
+    assert not torch.equal(found[name], before[name]), "rounded to four bits"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--load_in_4bit=true"], "load_in_4bit=True: quantised weights do not train, an adapter does; add use_peft"),
+        (["--load_in_8bit=true"], "load_in_8bit=True: quantised weights do not train"),
+        (["--load_in_4bit=true", "--use_peft", "--dtype=auto"], "dtype='auto' with load_in_4bit"),
+        (["--load_in_4bit=true", "--load_in_8bit=true"], "8 bit and 4 bit precision at the same time"),
+        (["--bnb_4bit_quant_type=fp4"], "bnb_4bit_quant_type='fp4': is of load_in_4bit"),
+        (["--bnb_4bit_quant_storage=uint8", "--use_peft"], "bnb_4bit_quant_storage='uint8': is of load_in_4bit"),
+        (["--use_bnb_nested_quant=true", "--load_in_8bit=true", "--use_peft"], "use_bnb_nested_quant=True: is of"),
+        (["--lora_r=4"], "lora_r=4: is of use_peft, which is not set"),
+        (["--lora_target_modules", "q_proj", "v_proj"], "lora_target_modules=['q_proj', 'v_proj']: is of use_peft"),
+        (["--use_dora=true"], "use_dora=True: is of use_peft"),
+        (["--use_peft", "--lora_task_type=SEQ_CLS"], "lora_task_type='SEQ_CLS'"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded: there is nothing where these paths lead."""
+    flags = [f"--model_name_or_path={tmp_path}/none", f"--data={tmp_path}/none.jsonl", "--use_cpu=true"]
+    assert main(["train", *flags, "--experts", f"a={tmp_path}/a", f"--output_dir={tmp_path}/run", *more]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -24,6 +24,7 @@ from ebpo_core.fusionroute.baselines import (
     reward_scores,
     select_sequences,
     task_arithmetic,
+    ties,
 )
 from ebpo_core.fusionroute.demo.domains import build_tokenizer
 from ebpo_core.rewards.text import exact_match
@@ -137,6 +138,38 @@ def test_dare_is_unbiased_over_masks(drop: float) -> None:
         changes = [w * (t[name] - base[name]).numpy() for w, t in zip(weights, tuned, strict=True)]
         error = np.sqrt(sum(change**2 for change in changes) * drop / (1 - drop) / draws)
         assert (np.abs(total[name] / draws - exact.numpy()) < 5 * error).all()
+
+
+@given(st.integers(0, 2**32), st.lists(st.floats(0.1, 3), min_size=1, max_size=4), st.sampled_from([0.2, 0.5, 1.0]))
+def test_ties_is_its_formula(seed: int, weights: list[float], density: float) -> None:
+    """Algorithm 1 by loops over entries."""
+    base, *tuned = states(seed, 1 + len(weights))
+    merged = ties(base, tuned, weights, density=density)
+    for name, start in base.items():
+        theta = start.numpy().astype(np.float64).reshape(-1)
+        changes = [t[name].numpy().astype(np.float64).reshape(-1) - theta for t in tuned]
+        kept = max(1, round(density * theta.size))
+        for change in changes:
+            change[np.argsort(-np.abs(change))[kept:]] = 0
+        expected = theta.copy()
+        for entry in range(theta.size):
+            sign = np.sign(sum(w * c[entry] for w, c in zip(weights, changes, strict=True)))
+            agree = [(w, c[entry]) for w, c in zip(weights, changes, strict=True) if c[entry] * sign > 0]
+            if agree:
+                expected[entry] += sum(w * c for w, c in agree) / sum(w for w, _ in agree)
+        np.testing.assert_allclose(merged[name].numpy().reshape(-1), expected, atol=1e-5)
+
+
+def test_ties_of_one_whole_change_is_the_tuned_model_and_bad_settings_are_named() -> None:
+    base, one, other = states(0, 3)
+    for name, value in ties(base, [one], density=1.0).items():
+        torch.testing.assert_close(value, one[name])
+    assert all(torch.isfinite(value).all() for value in ties(base, [base, base]).values())
+    for density in (0, 1.5, math.nan):
+        with pytest.raises(ValueError, match=f"density={density}"):
+            ties(base, [one], density=density)
+    with pytest.raises(ValueError, match="a sign is elected by weights of at least 0"):
+        ties(base, [one, other], [1, -1])
 
 
 def test_masks_are_seeded_and_differ_between_models_and_tensors() -> None:

@@ -11,12 +11,15 @@ import fusionroute_worker as worker
 import numpy as np
 import pytest
 import torch
+import transformers
 from fusionroute_worker import after, same, twin
 
+from ebpo_core.fusionroute import FusionRouteForCausalLM
 from ebpo_core.fusionroute.training import columns, reference
 from ebpo_core.fusionroute.training.batches import MixCollator, MixDataset
 from ebpo_core.fusionroute.training.cdpo import FusionRouteCDPOTrainer
 from ebpo_core.fusionroute.training.config import FusionRouteSFTConfig
+from ebpo_core.fusionroute.training.dropout import disable_dropout
 from ebpo_core.fusionroute.training.sequences import PreferencePairs, TokenSequences
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning:transformers")]
@@ -334,3 +337,127 @@ def test_what_is_refused(start: Path, tmp_path: Path) -> None:
         MixDataset(None, None, data.pairs, data.pair_experts, data.reference[:3])
     with pytest.raises(IndexError):
         data[12]
+
+
+def noisy(family: str, folder: Path, **settings: Any) -> Any:
+    """A model whose router of that family has dropout, and an expert without."""
+    sizes = {"vocab_size": worker.V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
+    config = transformers.AutoConfig.for_model(family, **sizes, **settings)
+    torch.manual_seed(0)
+    router = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = FusionRouteForCausalLM.from_experts(router, {name: folder.parent / name for name in ("one", "two")})
+    torch.nn.init.normal_(model.route_head.weight, std=0.3)
+    return model
+
+
+LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+ROUTERS = {
+    "llama": {**LLAMA, "attention_dropout": 0.5},
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4, "resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.5},
+    "opt": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "dropout": 0.3,
+        "attention_dropout": 0.3,
+        "layerdrop": 0.5,
+    },
+    "falcon": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "attention_dropout": 0.4,
+        "hidden_dropout": 0.3,
+    },
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 4,
+        "attention_types": [[["global"], 1]],
+        "attention_dropout": 0.5,
+    },
+    "persimmon": {**LLAMA, "attention_dropout": 0.5, "hidden_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_dropout_is_off_in_policy_and_reference(start: Path, tmp_path: Path, family: str) -> None:
+    model = noisy(family, start, **ROUTERS[family])
+    stored = model.config.router_config.to_dict()
+    trainer = worker.cdpo_trainer(model, tmp_path, max_steps=1)
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "rewards/margins" in log)
+    assert abs(log["rewards/margins"]) < 1e-5, "policy and reference are one model at the first step"
+    assert log["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    assert model.config.router_config.to_dict() == stored, "what is saved keeps its dropout"
+
+
+def test_the_noise_of_a_mixture_of_experts_is_off() -> None:
+    sizes = {**LLAMA, "vocab_size": worker.V, "num_key_value_heads": 4, "num_local_experts": 2}
+    config = transformers.AutoConfig.for_model("mixtral", **sizes, router_jitter_noise=0.5, attention_dropout=0.5)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    disable_dropout(model)
+    ids = torch.tensor([[1, 7, 8, 9]])
+    assert torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    assert (model.config.router_jitter_noise, model.config.attention_dropout) == (0.5, 0.5)
+
+
+def test_dropout_stays_where_it_is_asked_for(start: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    margins = []
+    for disable in (True, False):
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+        trainer = worker.cdpo_trainer(
+            worker.load(start),
+            tmp_path / str(disable),
+            max_steps=1,
+            disable_dropout=disable,
+            trainer={"peft_config": lora},
+        )
+        trainer.train()
+        log = next(log for log in trainer.state.log_history if "rewards/margins" in log)
+        margins.append(abs(log["rewards/margins"]))
+    assert margins[0] < 1e-5, "an adapter's dropout too"
+    assert margins[1] > 1e-3
+
+
+def test_evaluate_and_predict_take_rows(start: Path, tmp_path: Path) -> None:
+    rows, other, samples = (
+        worker.preference_rows(5, seed=4),
+        worker.preference_rows(4, seed=8),
+        worker.sft_rows(3, seed=9),
+    )
+    trainer = mixed(start, tmp_path / "1", evaluation=rows, trainer={"eval_sft_dataset": samples})
+    before = trainer.evaluate(other)
+    assert abs(before["eval_rewards/margins"]) < 1e-5, "the reference is the router as it is"
+    trainer.train()
+    expected = trainer.evaluate()
+    found = trainer.evaluate(rows, eval_sft_dataset=samples)
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+    assert trainer.evaluate(rows)["eval_rewards/margins"] == pytest.approx(expected["eval_rewards/margins"], rel=1e-4)
+    assert trainer.predict(rows).metrics["test_loss_cdpo"] == pytest.approx(expected["eval_loss_cdpo"], rel=1e-4)
+    caches = sorted((tmp_path / "1" / "expert_cache").iterdir())
+    with pytest.raises(ValueError, match="eval_dataset: the router has moved since training began"):
+        trainer.evaluate(worker.preference_rows(4, seed=99))
+    assert sorted((tmp_path / "1" / "expert_cache").iterdir()) == caches, "refused before the experts were run"
+
+
+def test_the_reference_of_rows_given_later_is_the_model_without_its_new_adapter(start: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    rows = worker.preference_rows(5, seed=4)
+    results = []
+    for evaluation in (rows, None):
+        torch.manual_seed(3)
+        trainer = worker.cdpo_trainer(
+            worker.load(start), tmp_path / str(evaluation is None), evaluation=evaluation, trainer={"peft_config": lora}
+        )
+        trainer.train()
+        results.append(trainer.evaluate() if evaluation else trainer.evaluate(rows))
+    assert abs(results[0]["eval_rewards/margins"]) > 1e-4
+    for name in ("eval_rewards/margins", "eval_loss"):
+        assert results[1][name] == pytest.approx(results[0][name], rel=1e-5)
+    trainer.train()
+    assert trainer.evaluate(rows)["eval_loss"] > 0

@@ -89,6 +89,35 @@ def test_a_template_whose_prefixes_change_is_refused() -> None:
     assert one(row, tokenizer, train_on="all")[0] == [BOS, USER, 7, ASSISTANT, 39, USER, 9, ASSISTANT, 10, EOS]
 
 
+def test_a_text_is_learnt_whole() -> None:
+    assert one({"text": "w7 w8"}) == ([BOS, 7, 8, EOS], [7, 8, EOS])
+    assert one({"text": "w7 <eos>"}) == ([BOS, 7, EOS], [7, EOS])
+    assert one({"text": "w7", "messages": [user("w8"), reply("w9")]})[0] == [BOS, USER, 8, ASSISTANT, 9, EOS]
+
+
+def test_sharegpt_is_messages_under_other_names() -> None:
+    turns = [("human", "w7"), ("gpt", "w9"), ("human", "w8"), ("gpt", "w10")]
+    row = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    messages = [user("w7"), reply("w9"), user("w8"), reply("w10")]
+    assert one(row) == one({"messages": messages})
+    assert one({"conversations": messages}) == one({"messages": messages})
+    assert one({"conversations": [{"from": "user", "value": "w7"}, {"from": "assistant", "value": "w9"}]}) == one(
+        {"messages": messages[:2]}
+    )
+    system = {"role": "system", "content": "w20"}
+    assert one({**row, "system": "w20"}) == one({"messages": [system, *messages]})
+    assert one({**row, "system": ""}) == one(row)
+    sides = {"chosen": {"from": "gpt", "value": "w10"}, "rejected": {"from": "gpt", "value": "w11"}}
+    ranked = {"conversations": row["conversations"][:3], **sides}
+    assert pair(ranked) == pair({"prompt": messages[:3], "chosen": "w10", "rejected": "w11"})
+    with pytest.raises(ValueError, match=r"row 0: from='narrator': use one of \['assistant', 'gpt', 'human'"):
+        one({"conversations": [{"from": "narrator", "value": "w7"}]})
+    with pytest.raises(ValueError, match="row 0: None is a NoneType: give a string"):
+        one({"conversations": [{"from": "human"}, {"from": "gpt", "value": "w9"}]})
+    with pytest.raises(ValueError, match="row 0: 7 is a int: give a string"):
+        one({"text": 7})
+
+
 def test_arguments_of_the_template() -> None:
     tokenizer = tiny_tokenizer(40)
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "{{ bos_token }} {{ tone }}")
@@ -152,7 +181,7 @@ def test_cutting_is_counted_and_what_is_left_empty_is_dropped() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "w7"}, r"row 1: columns \['text'\]: a row of SFT data must be one of .*messages"),
+        ({"body": "w7"}, r"row 1: columns \['body'\]: a row of SFT data must be one of .*messages"),
         ({"input_ids": [5, 6]}, "row 1: input_ids without labels"),
         ({"input_ids": [5, 6], "labels": [5]}, "row 1: 2 input_ids and 1 labels"),
         ({"input_ids": [5, 6], "labels": [5, -100]}, "row 1: nothing to learn"),

@@ -10,6 +10,7 @@ import fusionroute_worker as worker
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from fusionroute_worker import after, same, twin
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
@@ -303,3 +304,40 @@ def test_it_is_lazy() -> None:
     assert package.FusionRouteSFTTrainer is FusionRouteSFTTrainer
     assert isinstance(worker.TOKENIZER.pad_token_id, int)
     assert issubclass(FusionRouteForCausalLM, torch.nn.Module)
+
+
+def test_evaluate_and_predict_take_rows(start: Path, tmp_path: Path) -> None:
+    rows, other = worker.sft_rows(7, seed=5), worker.sft_rows(3, seed=6)
+    trainer = worker.sft_trainer(worker.load(start), tmp_path, evaluation=rows)
+    trainer.train()
+    known = ("eval_loss", "eval_routing/accuracy")
+    expected = trainer.evaluate()
+    found = trainer.evaluate(rows)
+    assert [found[name] for name in known] == [expected[name] for name in known]
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == expected["eval_loss"]
+    assert trainer.evaluate(Dataset.from_list(rows))["eval_loss"] == expected["eval_loss"]
+    assert trainer.evaluate(other)["eval_loss"] != expected["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == expected["eval_loss"]
+    both = trainer.evaluate({"a": rows, "b": other}, metric_key_prefix="held")
+    assert both["held_a_loss"] == expected["eval_loss"] != both["held_b_loss"]
+    predicted = trainer.predict(rows).metrics
+    assert predicted["test_loss"] == expected["eval_loss"]
+    assert predicted["test_routing/accuracy"] == expected["eval_routing/accuracy"]
+    # As in the constructor.
+    with pytest.raises(TypeError, match="the data is a generator"):
+        trainer.evaluate(row for row in rows)
+    with pytest.raises(ValueError, match="row of SFT data must be one of"):
+        trainer.predict([{"question": "w7"}])
+    with pytest.raises(ValueError, match="no row to train on"):
+        trainer.evaluate([])
+    without = worker.sft_trainer(worker.load(start), tmp_path / "without")
+    assert without.evaluate(rows)["eval_loss"] > 0
+
+
+def test_rows_given_later_are_read_in_spite_of_persistent_workers(start: Path, tmp_path: Path) -> None:
+    rows, other = worker.sft_rows(4, seed=5), worker.sft_rows(4, seed=6)
+    trainer = worker.sft_trainer(
+        worker.load(start), tmp_path, evaluation=rows, dataloader_num_workers=1, dataloader_persistent_workers=True
+    )
+    first, second, third = trainer.evaluate(), trainer.evaluate(other), trainer.evaluate()
+    assert first["eval_loss"] == third["eval_loss"] != second["eval_loss"]

@@ -4,7 +4,7 @@ Each is a few lines with its formulas, to be read beside its paper; to merge mod
 is made for it.
 """
 
-from .merging import dare, task_arithmetic
+from .merging import dare, task_arithmetic, ties
 from .sequence import Selection, likelihood_scores, reward_scores, select_sequences
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "reward_scores",
     "select_sequences",
     "task_arithmetic",
+    "ties",
 ]

@@ -1,4 +1,4 @@
-"""Merging fine-tuned models of one architecture by their weights: task arithmetic and DARE, over state dicts."""
+"""Merging fine-tuned models of one architecture by their weights: task arithmetic, DARE and TIES, over state dicts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 StateDict = Mapping[str, torch.Tensor]
 Weights = float | Sequence[float]
 Change = Callable[[int, str, torch.Tensor], torch.Tensor]
+Combine = Callable[[list[torch.Tensor]], torch.Tensor]
 
 
 def task_arithmetic(base: StateDict, tuned: Sequence[StateDict], weights: Weights = 1.0) -> dict[str, torch.Tensor]:
@@ -70,12 +71,66 @@ def dare(
     return _merge(base, tuned, weights, thin)
 
 
-def _merge(base: StateDict, tuned: Sequence[StateDict], weights: Weights, change: Change) -> dict[str, torch.Tensor]:
+def ties(
+    base: StateDict, tuned: Sequence[StateDict], weights: Weights = 1.0, *, density: float = 0.2
+) -> dict[str, torch.Tensor]:
+    """TIES (Yadav et al., arXiv 2306.01708, algorithm 1): trim small changes, elect a sign, average what agrees.
+
+    Of each tensor of each task vector the share ``density`` of largest magnitude is kept, the rest is 0. An entry's
+    sign is that of ``sum_i w_i tau_i``, and the result adds the mean of the changes that have it, weighted alike:
+    ``sum_A w_i tau_i / sum_A w_i`` over the models A whose change is not 0 and has that sign. The paper scales the
+    whole by a factor lambda and trims over all weights at once; here each tensor is trimmed by itself.
+
+    Args:
+        base, tuned: as for :func:`task_arithmetic`.
+        weights: as there, but at least 0; equal ones of any size give the paper's mean.
+        density: the share that is kept, in (0, 1]; the paper's 0.2.
+
+    Returns:
+        As :func:`task_arithmetic`.
+
+    Raises:
+        ValueError: ``density`` outside (0, 1], a negative weight, or as :func:`task_arithmetic`.
+    """
+    if not 0 < density <= 1:  # NaN fails too
+        raise ValueError(f"density={density}: expected the share of changes to keep, above 0 and at most 1")
+    scales = _scales(weights, len(tuned))
+    if min(scales, default=0) < 0:
+        raise ValueError(f"weights={weights!r}: a sign is elected by weights of at least 0")
+
+    def trim(_index: int, _name: str, change: torch.Tensor) -> torch.Tensor:
+        kept = max(1, round(density * change.numel())) if change.numel() else 0
+        places = change.abs().flatten().topk(kept).indices
+        trimmed = torch.zeros_like(change).flatten()
+        trimmed[places] = change.flatten()[places]
+        return trimmed.view_as(change)
+
+    def elect(changes: list[torch.Tensor]) -> torch.Tensor:
+        # [n, ...]: models first.
+        stacked = torch.stack(changes)
+        share = torch.tensor(scales, dtype=stacked.dtype, device=stacked.device).view(-1, *[1] * changes[0].ndim)
+        sign = (share * stacked).sum(0).sign()
+        agreeing = share * (stacked.sign() == sign) * (stacked != 0)
+        return (agreeing * stacked).sum(0) / agreeing.sum(0).clamp(min=torch.finfo(stacked.dtype).tiny)
+
+    return _merge(base, tuned, weights, trim, elect)
+
+
+def _scales(weights: Weights, models: int) -> list[float]:
+    """One finite weight for each model."""
+    scales = [float(weights)] * models if isinstance(weights, int | float) else [float(w) for w in weights]
+    if len(scales) != models or not all(map(math.isfinite, scales)):
+        raise ValueError(f"weights={weights!r}: expected one finite number, or one for each of {models} models")
+    return scales
+
+
+def _merge(
+    base: StateDict, tuned: Sequence[StateDict], weights: Weights, change: Change, combine: Combine | None = None
+) -> dict[str, torch.Tensor]:
+    """The base and the models' changes, which ``combine`` puts together; by default their weighted sum."""
     if not tuned:
         raise ValueError("tuned=[]: give the state dict of at least one fine-tuned model")
-    scales = [float(weights)] * len(tuned) if isinstance(weights, int | float) else [float(w) for w in weights]
-    if len(scales) != len(tuned) or not all(map(math.isfinite, scales)):
-        raise ValueError(f"weights={weights!r}: expected one finite number, or one for each of {len(tuned)} models")
+    scales = _scales(weights, len(tuned))
     for index, state in enumerate(tuned):
         _check_same(base, state, index)
     merged: dict[str, torch.Tensor] = {}
@@ -93,8 +148,12 @@ def _merge(base: StateDict, tuned: Sequence[StateDict], weights: Weights, change
                 continue
             precise = start.to(torch.promote_types(start.dtype, torch.float32))
             total = precise.clone()
-            for index, (scale, state) in enumerate(zip(scales, tuned, strict=True)):
-                total += scale * change(index, name, state[name].to(precise) - precise)
+            changes = (change(index, name, state[name].to(precise) - precise) for index, state in enumerate(tuned))
+            if combine is not None:
+                total += combine(list(changes))
+            else:
+                for scale, one in zip(scales, changes, strict=True):
+                    total += scale * one
             merged[name] = total.to(start.dtype)
     return merged
 

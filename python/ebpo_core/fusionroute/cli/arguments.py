@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from ebpo_core.cli.parsing import check_at_least, early_value, has_flag, parse_with_trl, read_flags
+from ebpo_core.cli.parsing import check_at_least, check_model_config, early_value, has_flag, parse_with_trl, read_flags
 from ebpo_core.fusionroute.cli.options import named_paths
 
 Stage = Literal["sft", "mix", "cdpo"]
@@ -110,5 +110,6 @@ def parse(argv: Sequence[str], prog: str = "fusionroute train") -> tuple[Any, An
             "model_name_or_path is missing: give a FusionRoute checkpoint, or a router (a causal LM's directory, hub "
             "id, .gguf file or package:<installed package>) together with experts"
         )
+    check_model_config(model)
     train.experts_typed = has_flag("experts", flags)
     return train, config, model

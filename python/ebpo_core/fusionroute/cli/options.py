@@ -108,7 +108,9 @@ def load_tokenizer(arguments: Namespace) -> Any:
     if not folder.exists() and (folder.is_absolute() or arguments.path.startswith(".")):
         raise FileNotFoundError(f"path={arguments.path!r}: no such checkpoint")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"path={arguments.path!r}: no config.json in it; give the checkpoint's own folder")
+        what = "a PEFT adapter" if (folder / "adapter_config.json").is_file() else "no config.json in it"
+        raise FileNotFoundError(f"path={arguments.path!r}: {what}; give the folder of a FusionRoute checkpoint")
+    _config(arguments)
     try:
         return AutoTokenizer.from_pretrained(_source(arguments))
     except (OSError, ValueError) as error:
@@ -125,22 +127,38 @@ def load_model(arguments: Namespace) -> Any:
             ``from_pretrained`` raises.
     """
     import torch
-    from transformers import AutoConfig
 
     from ebpo_core.cli.quiet import hide_loading_bars
     from ebpo_core.fusionroute.decoding.routing import permitted_rows
     from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
     source, paths = _source(arguments), named_paths("expert-path", arguments.expert_path)
-    config = AutoConfig.from_pretrained(source)
-    if config.model_type != "fusionroute":
-        raise ValueError(f"path={arguments.path!r}: a {config.model_type} model, not a FusionRoute checkpoint")
+    config = _config(arguments)
     names = [expert["name"] for expert in config.experts or []]
     permitted_rows(config.options().updated(**routing_options(arguments)), names)
     hide_loading_bars()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = FusionRouteForCausalLM.from_pretrained(source, dtype=arguments.dtype, expert_paths=paths or None)
     return model.to(device).eval()
+
+
+def _config(arguments: Namespace) -> Any:
+    """The checkpoint's config.
+
+    Raises:
+        ValueError: Another model's.
+    """
+    from transformers import AutoConfig
+
+    import ebpo_core.fusionroute  # noqa: F401 -- transformers learns our type
+
+    config = AutoConfig.from_pretrained(_source(arguments))
+    if config.model_type != "fusionroute":
+        raise ValueError(
+            f"path={arguments.path!r}: a {config.model_type} model, not a FusionRoute checkpoint; make one with "
+            "fusionroute train --model_name_or_path ... --experts NAME=PATH ..."
+        )
+    return config
 
 
 def _source(arguments: Namespace) -> str:

@@ -80,6 +80,7 @@ def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tup
         ValueError: What :func:`check_experts` says, or an ``alpha`` that is no finite number.
     """
     from transformers import AutoTokenizer
+    from trl import get_quantization_config  # type: ignore[attr-defined]
 
     from ebpo_core.fusionroute.decoding.routing import RoutingOptions
     from ebpo_core.fusionroute.model import FusionRouteForCausalLM
@@ -93,6 +94,9 @@ def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tup
     options: dict[str, Any] = {"revision": revision}
     if model_config.attn_implementation:
         options["attn_implementation"] = model_config.attn_implementation
+    quantization = get_quantization_config(model_config)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     model: Any
     tokenizer: Any
     if kind == CHECKPOINT:

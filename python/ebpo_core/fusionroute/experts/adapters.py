@@ -94,7 +94,7 @@ def merge_adapter(model: Any, expert: str, adapter: str) -> None:
         if getattr(model.peft_config[adapter], "layer_replication", None):
             raise ValueError("it repeats layers of the base, which then share weights")
         set_adapter(model, adapter, inference_mode=True)
-        _untie(model)
+        untie(model)
         options: dict[str, Any] = {"safe_merge": True, "adapter_names": [adapter]}
         merged: list[str] = []
         for path, module in list(model.named_modules()):
@@ -121,12 +121,18 @@ def merge_adapter(model: Any, expert: str, adapter: str) -> None:
             config.tie_word_embeddings = False
 
 
-def _untie(model: Any) -> None:
-    """Give embeddings and head weights of their own where an adapter changes either: it may change one alone."""
+def untie(model: Any) -> bool:
+    """Give embeddings and head weights of their own where an adapter changes either: it may change one alone.
+
+    Returns:
+        True if they were tied and are not any more.
+    """
     outer = [model.get_input_embeddings(), model.get_output_embeddings()]
     inner = [_innermost(module) for module in outer]
-    if inner != outer and inner[0].weight is inner[1].weight:
+    tied = inner != outer and inner[0].weight is inner[1].weight
+    if tied:
         inner[1].weight = nn.Parameter(inner[1].weight.detach().clone(), requires_grad=False)
+    return tied
 
 
 def _innermost(module: Any) -> Any:

@@ -43,6 +43,7 @@ class Expert:
         self.adapter = adapter
         self.vocab_size = _logit_width(model)
         self.reference = replace(reference, vocab_size=self.vocab_size)
+        self._versions = _versions(model)
         self._switch, self._pool = switch, pool
         holder = pool or switch
         self._lock: AbstractContextManager[Any] = holder.lock if holder else nullcontext()
@@ -64,16 +65,20 @@ class Expert:
 
     @property
     def hash(self) -> str:
-        """The hash of its weights (see :mod:`~.hashes`); read once."""
-        if self.reference.hash is None:
+        """The hash of its weights (see :mod:`~.hashes`); read once, but for a live model's, which may have changed."""
+        if self.live:
+            self.reference = replace(self.reference, hash=tensors_hash(self.model.state_dict()))
+        elif self.reference.hash is None:
             with explained(self.name):
-                found = (
-                    tensors_hash(self.model.state_dict())
-                    if self.live
-                    else sources_hash(self.reference.source(), self.reference.adapter_source())
-                )
+                found = sources_hash(self.reference.source(), self.reference.adapter_source())
             self.reference = replace(self.reference, hash=found)
         return str(self.reference.hash)
+
+    @property
+    def touched(self) -> bool:
+        """True if an optimizer, or anything else that torch counts, has written to its weights since it was made."""
+        now = _versions(self.model)
+        return any(now.get(name, version) > version for name, version in self._versions.items())
 
     def __call__(self, **kwargs: Any) -> Any:
         """The model's forward. Inputs are on :attr:`device`; the output is the model's, without gradients."""
@@ -102,6 +107,12 @@ class Expert:
 
     def __repr__(self) -> str:
         return f"Expert({self.name!r}, {type(self.model).__name__}, {self.model.dtype}, {self.device})"
+
+
+def _versions(model: Any) -> dict[str, int]:
+    """How often each parameter was written to in place; those of inference mode are not counted."""
+    named = model.named_parameters()
+    return {name: value._version for name, value in named if not value.is_inference()}
 
 
 def _logit_width(model: Any) -> int:

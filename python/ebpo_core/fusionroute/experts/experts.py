@@ -11,7 +11,7 @@ import torch
 
 from .expert import Expert
 from .export import copy_experts
-from .loading import load_experts
+from .loading import is_where_it_came_from, load_experts
 from .offload import exact_device
 from .references import ExpertReference
 
@@ -83,6 +83,10 @@ class Experts(Sequence[Expert]):
         for expert in self:
             _ = expert.hash
         return [expert.reference.stored(checkpoint_dir) for expert in self]
+
+    def changed(self) -> list[str]:
+        """Names of the experts whose weights in memory are not those that their references lead to."""
+        return [each.name for each in self if each.reference.path is not None and not is_where_it_came_from(each)]
 
     def save_into(self, checkpoint_dir: str | os.PathLike[str]) -> list[ExpertReference]:
         """Copy every expert into ``checkpoint_dir/experts/<name>``; returns references to the copies.

@@ -62,7 +62,7 @@ def copy_experts(experts: Iterable[Expert], checkpoint_dir: Path) -> list[Expert
     taken = {expert.name.casefold() for expert in experts}
     bases: dict[Source, str] = {}  # the folder of each base model: of an expert without an adapter, by its name
     for expert in experts:
-        if not expert.live and expert.reference.adapter is None:
+        if not (expert.live or expert.touched) and expert.reference.adapter is None:
             bases.setdefault(expert.reference.source(), expert.name)
     root = checkpoint_dir / EXPERTS_FOLDER
     root.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,12 @@ def copy_experts(experts: Iterable[Expert], checkpoint_dir: Path) -> list[Expert
 
         for expert in experts:
             copied = replace(expert.reference, revision=None, subfolder=None, adapter_revision=None)
-            if expert.live:
+            if expert.touched and expert.reference.adapter is not None:
+                raise ValueError(
+                    f"expert {expert.name!r} was changed in memory below its adapter, and neither's files hold that: "
+                    "merge the adapter, save the model, and pass its folder as the expert"
+                )
+            if expert.live or expert.touched:
                 path = add(expert.name, expert.model.save_pretrained)
                 copies.append(replace(copied, path=path, hash=None))
                 continue

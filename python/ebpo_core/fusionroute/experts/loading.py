@@ -146,6 +146,27 @@ def load_base(reference: ExpertReference, *, default_dtype: torch.dtype | str | 
     return model
 
 
+_known_tensors: dict[tuple[str, str | None], str] = {}  # of files, and the dtype they were loaded in
+
+
+def is_where_it_came_from(expert: Expert) -> bool:
+    """True if the path of an expert's reference leads to the weights that it has in memory.
+
+    For a live model its files are loaded once more, on the CPU, unless they were compared before.
+    """
+    if not expert.live:
+        return not expert.touched
+    reference = replace(expert.reference, hash=None, device="cpu", offload=False)
+    try:
+        key = (sources_hash(reference.source()), reference.dtype)
+        if key not in _known_tensors:
+            model = load_base(reference, default_dtype=None, device=torch.device("cpu"))
+            _known_tensors[key] = tensors_hash(model.state_dict())
+    except (ImportError, OSError, ValueError):  # gone, or not what it was: loading it later will say so too
+        return False
+    return _known_tensors[key] == expert.hash
+
+
 @contextmanager
 def whole_models() -> Iterator[None]:
     """Every process loads all of an expert, whatever is set up for the model that is trained.

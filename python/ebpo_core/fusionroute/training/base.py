@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +12,7 @@ from transformers import Trainer
 from ebpo_core.checkpoint import CompleteCheckpoints
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
+from .adapters import merged
 from .batches import MixCollator, MixDataset
 from .config import FusionRouteArguments
 from .losses import IGNORE, label_logprobs, routing_loss_normalized, routing_loss_softmax, selected_logprobs
@@ -193,6 +193,27 @@ class FusionRouteTrainer(CompleteCheckpoints, _Base):  # type: ignore[misc]
 
     # ----------------------------------------------------------------------------------------------- logs, evaluation
 
+    @abstractmethod
+    def data_of_rows(self, rows: Any) -> MixDataset:
+        """Rows of the kind that the constructor takes as ``eval_dataset``, with the experts' columns."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's own, of rows too: ``evaluate`` takes what the constructor takes."""
+        if eval_dataset is None or isinstance(eval_dataset, (str, MixDataset)):
+            return super().get_eval_dataloader(eval_dataset)
+        # Trainer keeps the loader of persistent workers, whatever its data is.
+        kept: dict[str, Any] = getattr(self, "_eval_dataloaders", {})
+        self._eval_dataloaders: dict[str, Any] = {}
+        try:
+            return super().get_eval_dataloader(self.data_of_rows(eval_dataset))
+        finally:
+            self._eval_dataloaders = kept
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's own, of rows too."""
+        data = test_dataset if isinstance(test_dataset, MixDataset) else self.data_of_rows(test_dataset)
+        return super().get_test_dataloader(data)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             tally = self._tallies["train"]
@@ -221,7 +242,7 @@ class FusionRouteTrainer(CompleteCheckpoints, _Base):  # type: ignore[misc]
         """Save a FusionRoute checkpoint, also of a PEFT model: a copy of it with the adapter merged into the router."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if hasattr(model, "merge_and_unload"):
-            model = copy.deepcopy(model).merge_and_unload()
+            model = merged(model)
         if self.args.should_save:
             model.save_pretrained(folder)
             if self.processing_class is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,10 +15,12 @@ from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from .base import FusionRouteTrainer, Scores
+from .batches import MixDataset
 from .config import FusionRouteCDPOConfig
+from .dropout import disable_dropout
 from .losses import cdpo_bias, cdpo_loss, cdpo_margin
 from .metrics import Quotients
-from .preparation import fusion_model, prepared_data, prepared_model
+from .preparation import content_name, fusion_model, prepared_data, prepared_model, tokenized_pairs
 from .reference_logprobs import reference_sums
 from .sequences import PreferencePairs
 from .sft import Rows
@@ -102,23 +106,79 @@ class FusionRouteCDPOTrainer(FusionRouteTrainer):
         trains_head = sft_dataset is not None
         samples = trains_head or eval_sft_dataset is not None
         model = prepared_model(model, args, peft_config, samples=samples, trains_head=trains_head)
+        if args.disable_dropout:
+            disable_dropout(model)
         train = prepared_data(fusion, args, processing_class, "train", samples=sft_dataset, pairs=train_dataset)
         evaluation = prepared_data(fusion, args, processing_class, "eval", samples=eval_sft_dataset, pairs=eval_dataset)
         self._head_rests = _HeadRests()
+        # An adapter made here, and no more than that, can be turned off to have the reference again.
+        self._new_adapter = peft_config is not None and getattr(peft_config, "bias", "none") == "none"
         super().__init__(model, args, train, evaluation, processing_class, **kwargs)
         self.add_callback(self._head_rests)
         for name, dataset in (("train", train), ("eval", evaluation)):
             if dataset is not None and dataset.pairs is not None:
                 dataset.reference = self._reference(name, dataset.pairs)
 
-    def _reference(self, name: str, pairs: PreferencePairs) -> NDArray[np.float32]:
+    def _reference(self, name: str, pairs: PreferencePairs, *, with_adapter: bool = True) -> NDArray[np.float32]:
         model = self.accelerator.unwrap_model(self.model)
 
         def forward(**inputs: Any) -> Any:
-            with torch.no_grad(), self.accelerator.autocast():
+            context = nullcontext() if with_adapter else model.disable_adapter()
+            with torch.no_grad(), self.accelerator.autocast(), context:
                 return model(**inputs)
 
-        return reference_sums(self.args, name, pairs, model, forward)
+        return reference_sums(self.args, name, pairs, model, forward, with_adapter=with_adapter)
+
+    def evaluate(
+        self, eval_dataset: Any = None, *args: Any, eval_sft_dataset: Rows | None = None, **kwargs: Any
+    ) -> Any:
+        """``Trainer.evaluate``, of rows too.
+
+        Args:
+            eval_dataset: preference rows; None: the constructor's.
+            args, kwargs: as in ``Trainer.evaluate``.
+            eval_sft_dataset: SFT rows beside them.
+
+        Raises:
+            ValueError: preference rows that the constructor did not see, after training has moved the router itself:
+                their reference is gone.
+        """
+        if eval_sft_dataset is not None:
+            eval_dataset = self._data(eval_sft_dataset, eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def data_of_rows(self, rows: Any) -> MixDataset:
+        return self._data(None, rows)
+
+    def _data(self, samples: Any, pairs: Any) -> MixDataset:
+        prepare = partial(prepared_data, self.fusion, self.args, self.processing_class, None)
+        if pairs is not None and hasattr(pairs, "__len__"):  # before the experts are run
+            self._known_reference(tokenized_pairs(pairs, self.args, self.processing_class))
+        data = cast("MixDataset", prepare(samples=samples, pairs=pairs))  # there are rows of one kind at least
+        if data.pairs is not None:
+            known = self._known_reference(data.pairs)
+            with_adapter = self.state.global_step == 0
+            name = content_name(data.pairs.sequences)
+            data.reference = self._reference(name, data.pairs, with_adapter=with_adapter) if known is None else known
+        return data
+
+    def _known_reference(self, pairs: PreferencePairs) -> NDArray[np.float32] | None:
+        """The sums of pairs that the constructor saw; None if they can still be computed.
+
+        Raises:
+            ValueError: neither.
+        """
+        for data in (self.train_dataset, self.eval_dataset):
+            seen = data.pairs if isinstance(data, MixDataset) else None
+            if seen is not None and seen.sequences.fingerprint == pairs.sequences.fingerprint:
+                reference: NDArray[np.float32] | None = data.reference
+                return reference
+        if self.state.global_step and not self._new_adapter:
+            raise ValueError(
+                "eval_dataset: the router has moved since training began, and these rows have no log-probabilities of "
+                "the reference; pass them to the constructor, as eval_dataset"
+            )
+        return None
 
     def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, Quotients]:
         samples, pairs = (int(count) for count in inputs["counts"])

@@ -110,6 +110,13 @@ class FusionRouteCDPOConfig(FusionRouteArguments):
         default=1 / 3,
         metadata={"help": "Weight of an SFT sample's loss beside a pair's in mix training (the paper's lambda, 1/3)."},
     )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={
+            "help": "Turn the router's dropout off, an adapter's too: the reference has none, so with it policy and "
+            "reference differ before the first step, and so do the experts that they select."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,13 +16,16 @@ Row = tuple[Ids, Ids]  # input_ids and labels
 TrainOn = Literal["completion", "all"]
 
 SAMPLE_FORMS = (
-    '{"messages": [...]}, {"prompt": ..., "completion": ...} (strings or lists of messages), '
-    '{"input_ids": [...], "labels": [...]}'
+    '{"messages": [...]}, {"prompt": ..., "completion": ...} (strings or lists of messages), {"text": ...}, '
+    '{"conversations": [{"from": ..., "value": ...}, ...]}, {"input_ids": [...], "labels": [...]}'
 )
 PAIR_FORMS = (
     '{"prompt": ..., "chosen": ..., "rejected": ...} (strings or lists of messages), {"chosen": ..., "rejected": ...} '
-    'with the prompt inside, {"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}'
+    'with the prompt inside, {"conversations": [...], "chosen": {...}, "rejected": {...}}, '
+    '{"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}'
 )
+
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
 
@@ -41,10 +44,12 @@ def tokenize_samples(
     go through the tokenizer's chat template; where that puts nothing after the last reply, EOS is added, since a model
     would not learn to stop. With ``train_on="completion"`` the labels are the completion, or every reply of the
     assistant in ``messages`` (by the template's ``{% generation %}`` blocks if it has them, else by comparing what the
-    template makes of longer and longer conversations). Rows that have ``labels`` are taken as they are.
+    template makes of longer and longer conversations). Every token of a ``text`` has a label. ShareGPT's conversations
+    are messages under other names. Rows that have ``labels`` are taken as they are.
 
     Args:
-        rows: ``{"messages"}``, ``{"prompt", "completion"}`` or ``{"input_ids", "labels"}``, or a mixture of them.
+        rows: ``{"messages"}``, ``{"prompt", "completion"}``, ``{"text"}``, ``{"conversations"}`` (ShareGPT's, or of
+            messages; a ``system`` column goes in front) or ``{"input_ids", "labels"}``, or a mixture of them.
         tokenizer: a transformers tokenizer; may be None if every row is tokenized.
         max_length: longer rows are cut at their end and counted; None never cuts.
         train_on: what has labels, "completion" or "all" tokens.
@@ -60,12 +65,16 @@ def tokenize_samples(
                 raise ValueError(f"input_ids without labels: give labels too, {IGNORE} where nothing is to be learnt")
             return [_tokenized(row)]
         _need(tokenizer)
-        if row.get("messages") is not None:
-            return [_chat(tokenizer, row["messages"], train_on, chat_template_kwargs or {})]
+        for name in ("messages", "conversations"):
+            if row.get(name) is not None:
+                return [_chat(tokenizer, _conversation(row, name), train_on, chat_template_kwargs or {})]
         if row.get("prompt") is not None and row.get("completion") is not None:
             prompt, completions = _turns(row["prompt"], row["completion"])
-            ids, start = _continuations(tokenizer, prompt, completions, chat_template_kwargs or {})
-            return [(ids[0], _labels(ids[0], 0 if train_on == "all" else start))]
+            sides, start = _continuations(tokenizer, prompt, completions, chat_template_kwargs or {})
+            return [(sides[0], _labels(sides[0], 0 if train_on == "all" else start))]
+        if row.get("text") is not None:
+            ids = _with_eos(tokenizer, _encode(tokenizer, _text(row["text"])))
+            return [(ids, list(ids))]
         raise ValueError(f"columns {sorted(row)}: a row of SFT data must be one of {SAMPLE_FORMS}")
 
     return _collect(rows, one, max_length)
@@ -84,8 +93,8 @@ def tokenize_pairs(
     two sides have in common: their first messages, or their first tokens.
 
     Args:
-        rows: ``{"prompt", "chosen", "rejected"}``, ``{"chosen", "rejected"}`` or
-            ``{"prompt_ids", "chosen_ids", "rejected_ids"}``.
+        rows: ``{"prompt", "chosen", "rejected"}``, ``{"chosen", "rejected"}``, ``{"conversations", "chosen",
+            "rejected"}`` (ShareGPT's) or ``{"prompt_ids", "chosen_ids", "rejected_ids"}``.
         tokenizer: a transformers tokenizer; may be None if every row is tokenized.
         max_length: longer sides are cut at their end and counted; a pair is dropped, and counted, if nothing is left of
             one completion.
@@ -103,7 +112,10 @@ def tokenize_pairs(
         _need(tokenizer)
         if row.get("chosen") is None or row.get("rejected") is None:
             raise ValueError(f"columns {sorted(row)}: a row of preference data must be one of {PAIR_FORMS}")
-        prompt, completions = _turns(row.get("prompt"), row["chosen"], row["rejected"])
+        begin: Any = row.get("prompt")
+        if begin is None and row.get("conversations") is not None:
+            begin = _conversation(row, "conversations")
+        prompt, completions = _turns(begin, row["chosen"], row["rejected"])
         ids, start = _continuations(tokenizer, prompt, completions, chat_template_kwargs or {})
         return [(side, _labels(side, start)) for side in ids]
 
@@ -192,10 +204,32 @@ def _turns(prompt: Any, *completions: Any) -> tuple[Any, list[Any]]:
 
 
 def _messages(part: Any, role: str) -> Messages:
-    messages = [{"role": role, "content": part}] if isinstance(part, str) else list(part)
+    messages = [part] if isinstance(part, Mapping) else part
+    messages = [{"role": role, "content": part}] if isinstance(part, str) else list(messages)
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(f'{part!r} is not a list of messages: give [{{"role": ..., "content": ...}}, ...]')
-    return messages
+    return [_message(message) for message in messages]
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message, or ShareGPT's ``{"from", "value"}`` as one."""
+    if message.get("from") is None or message.get("role") is not None:
+        return dict(message)
+    if message["from"] not in _SHAREGPT_ROLES:
+        raise ValueError(f"from={message['from']!r}: use one of {sorted(_SHAREGPT_ROLES)}")
+    return {"role": _SHAREGPT_ROLES[message["from"]], "content": _text(message.get("value"))}
+
+
+def _conversation(row: Mapping[str, Any], name: str) -> Messages:
+    """The messages of a row's column, behind those of its ``system`` column."""
+    system = [] if not row.get("system") else [{"role": "system", "content": _text(row["system"])}]
+    return system + _messages(row[name], "user")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is a {type(value).__name__}: give a string")
+    return value
 
 
 def _continuations(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from pathlib import Path
@@ -16,11 +15,12 @@ from ebpo_core.fusionroute.experts.experts import Experts
 from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
+from .adapters import check_adapters, is_quantized, keep_quantised_weights, with_adapter
 from .batches import MixDataset
 from .config import FusionRouteArguments
 from .data import tokenize_pairs, tokenize_samples
 from .expert_cache import ExpertSource, expert_columns
-from .sequences import TokenSequences
+from .sequences import PreferencePairs, TokenSequences
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ def prepared_model(
 
     Raises:
         ImportError: PEFT is not installed.
-        TypeError: another model, or one that has an adapter already.
-        ValueError: several GPUs or a ZeRO stage in which the experts do not survive, experts that are not loaded, or a
-            frozen route head.
+        TypeError: another model, one that has an adapter already, or a ``peft_config`` that is none.
+        ValueError: several GPUs or a ZeRO stage in which the experts do not survive, experts that are not loaded, a
+            frozen route head, or an adapter that a FusionRoute model cannot be trained with.
     """
     if args.n_gpu > 1:
         raise ValueError(
@@ -73,8 +73,15 @@ def prepared_model(
             'routing_loss="normalized" needs the full distributions of the experts, and none is loaded: load the model '
             'with its experts, or use routing_loss="softmax", which needs the expert cache alone'
         )
+    check_adapters(model)
     if peft_config is not None:
-        model = _with_adapter(model, peft_config)
+        model = with_adapter(model, peft_config)
+    elif is_quantized(model) and not hasattr(model, "peft_config"):
+        raise ValueError(
+            "the router's weights are quantised, and such weights do not train: pass peft_config (use_peft on the "
+            "command line), or load the router without quantisation"
+        )
+    keep_quantised_weights(model)
     head = [value for name, value in model.named_parameters() if "route_head." in name]
     if not trains_head:
         for value in head:
@@ -87,23 +94,11 @@ def prepared_model(
     return model
 
 
-def _with_adapter(model: Any, peft_config: Any) -> Any:
-    try:
-        from peft import get_peft_model
-    except ModuleNotFoundError as error:
-        raise ImportError('peft_config needs PEFT: pip install "ebpo-core[fusionroute]"') from error
-    if hasattr(model, "peft_config"):
-        raise TypeError("peft_config is given and the model has an adapter already: leave one of them out")
-    config = copy.deepcopy(peft_config)
-    config.modules_to_save = sorted({*(config.modules_to_save or []), "route_head"})
-    return get_peft_model(model, config)
-
-
 def prepared_data(
     fusion: FusionRouteForCausalLM,
     args: FusionRouteArguments,
     tokenizer: Any,
-    name: str,
+    name: str | None,
     *,
     samples: Any = None,
     pairs: Any = None,
@@ -114,7 +109,8 @@ def prepared_data(
         fusion: the model whose experts are asked.
         args: the trainer's.
         tokenizer: of rows that are not tokenized.
-        name: of the data, "train" or "eval"; the columns are kept in folders ``sft-<name>`` and ``pairs-<name>``.
+        name: of the data, "train" or "eval"; the columns are kept in folders ``sft-<name>`` and ``pairs-<name>``. None
+            names them by their content.
         samples: rows of SFT data, see :func:`~.data.tokenize_samples`.
         pairs: rows of preference data, see :func:`~.data.tokenize_pairs`.
 
@@ -132,11 +128,28 @@ def prepared_data(
     parts: dict[str, Any] = {}
     if samples is not None:
         parts["samples"] = tokenize_samples(samples, tokenizer, train_on=args.train_on, **options)
-        parts["sample_experts"] = _columns(fusion, args, tokenizer, f"sft-{name}", parts["samples"])
+        label = name or content_name(parts["samples"])
+        parts["sample_experts"] = _columns(fusion, args, tokenizer, f"sft-{label}", parts["samples"])
     if pairs is not None:
-        parts["pairs"] = tokenize_pairs(pairs, tokenizer, **options)
-        parts["pair_experts"] = _columns(fusion, args, tokenizer, f"pairs-{name}", parts["pairs"].sequences)
+        parts["pairs"] = tokenized_pairs(pairs, args, tokenizer)
+        label = name or content_name(parts["pairs"].sequences)
+        parts["pair_experts"] = _columns(fusion, args, tokenizer, f"pairs-{label}", parts["pairs"].sequences)
     return MixDataset(**parts) if parts else None
+
+
+def tokenized_pairs(rows: Any, args: FusionRouteArguments, tokenizer: Any) -> PreferencePairs:
+    """Preference rows as the trainer's arguments say, see :func:`~.data.tokenize_pairs`."""
+    return tokenize_pairs(
+        rows,
+        tokenizer,
+        max_length=args.max_length,
+        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+    )
+
+
+def content_name(sequences: TokenSequences) -> str:
+    """A name for data that has none, the same for equal data."""
+    return f"rows-{sequences.fingerprint[:12]}"
 
 
 def _columns(

@@ -29,7 +29,13 @@ _WORDS = {
 
 
 def reference_sums(
-    args: FusionRouteArguments, name: str, pairs: PreferencePairs, model: Any, forward: Callable[..., Any]
+    args: FusionRouteArguments,
+    name: str,
+    pairs: PreferencePairs,
+    model: Any,
+    forward: Callable[..., Any],
+    *,
+    with_adapter: bool = True,
 ) -> NDArray[np.float32]:
     """The sums of one data set, after computing what is missing of them; ``[pairs, 2]`` float32, chosen and rejected.
 
@@ -44,13 +50,14 @@ def reference_sums(
         model: the starting model: a FusionRoute model, or a PEFT model on one. An adapter that changes something (one
             that is trained further) is part of the reference; one that changes nothing yet is not part of the hash.
         forward: ``model`` as it computes in training (its precision), called with ``router_only=True``.
+        with_adapter: False leaves an adapter out that has been trained since; ``forward`` does so too.
 
     Raises:
         ValueError: sums that were made from something else, with ``on_change="raise"``.
         FloatingPointError: a log-probability of the router that is not finite.
     """
     V = int(fusion_model(model).config.vocab_size or 0)
-    routers = everywhere(lambda: router_hash(model, pairs))
+    routers = everywhere(lambda: router_hash(model, pairs, with_adapter=with_adapter))
     router, own = routers[0], routers[world()[0]]
     columns = {"chosen": pa.float32(), "rejected": pa.float32()}
     made_from = {"router": router, "data": pairs.sequences.fingerprint, "vocab_size": str(V)}
@@ -96,10 +103,10 @@ def _evaluating(model: Any, device: torch.device | None = None) -> Iterator[None
         model.train(training)
 
 
-def router_hash(model: Any, pairs: PreferencePairs) -> str:
-    """Hash of the router that ``model`` computes with: adapters count once they change its outputs."""
+def router_hash(model: Any, pairs: PreferencePairs, *, with_adapter: bool = True) -> str:
+    """Hash of the router that ``model`` computes with: adapters count once they change its outputs, or never."""
     state = fusion_model(model).router.state_dict()
-    if hasattr(model, "peft_config") and _adapter_is_idle(model, pairs):
+    if hasattr(model, "peft_config") and (not with_adapter or _adapter_is_idle(model, pairs)):
         prefix = f".{model.base_model.prefix}"
         # What is left is what the router was before PEFT wrapped it, under the names it had.
         kept = {name: value for name, value in state.items() if prefix not in name and ".modules_to_save." not in name}

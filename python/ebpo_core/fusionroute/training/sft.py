@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -73,6 +73,10 @@ class FusionRouteSFTTrainer(FusionRouteTrainer):
         else:
             evaluation = prepared(eval_dataset, "eval")
         super().__init__(model, args, train, evaluation, processing_class, **kwargs)
+
+    def data_of_rows(self, rows: Any) -> MixDataset:
+        data = prepared_data(self.fusion, self.args, self.processing_class, None, samples=rows)
+        return cast("MixDataset", data)  # None stands for no rows
 
     def loss_of_batch(self, scores: Scores, inputs: dict[str, Tensor]) -> tuple[Tensor, Quotients]:  # noqa: ARG002
         lm, tokens = -scores.logprobs, scores.tokens

@@ -36,6 +36,7 @@ from ebpo_core.integrations.verl.rows import take
 __all__ = ["PriorCheckpoint", "compute_ebpo_advantage", "reset"]
 
 _CALLBACK = "trainer.checkpoint_callback_class=ebpo_core.integrations.verl.PriorCheckpoint (verl 0.9.1 or later)"
+_DEFAULT_N = 1  # of verl's actor_rollout_ref.rollout.n
 _warned_unsaved = False
 
 
@@ -59,7 +60,8 @@ def compute_ebpo_advantage(
 
     Raises:
         ValueError: no uids, rewards that are not finite, wrong options, ``algorithm.ebpo.keys`` without
-            :class:`PriorCheckpoint`, or a prompt with more rows than ``rollout.n`` without it.
+            :class:`PriorCheckpoint`, or, without it, a prompt with more rows than ``rollout.n`` (1 where a whole
+            configuration does not set it).
     """
     if index is None:
         raise ValueError("the batch has no 'uid', and EBPO needs to know which rows share a prompt: set one per prompt")
@@ -86,12 +88,12 @@ def _check_unaided(algorithm: Any, keys: tuple[str, ...], index: Sequence[Any]) 
     """Without the callback's help: refuse what would be computed wrongly, and say what will be lost."""
     if keys:
         raise ValueError(f"{WHERE}.keys={list(keys)}: verl passes no columns of the data set; set {_CALLBACK}")
-    trainer, completions = _surroundings(algorithm)
+    trainer, completions, named = _surroundings(algorithm)
     prompts = Counter(uid for uid in map(str, index) if not is_padding(uid))
     uid, most = max(prompts.items(), key=itemgetter(1), default=("", 0))
     if completions is not None and most > completions:
         raise ValueError(
-            f"prompt {uid!r} has {most} rows and actor_rollout_ref.rollout.n={completions}: its sessions have several "
+            f"prompt {uid!r} has {most} rows and actor_rollout_ref.rollout.n{named}: its sessions have several "
             f"outputs, which must not count several times; set {_CALLBACK}"
         )
     global _warned_unsaved
@@ -104,11 +106,16 @@ def _check_unaided(algorithm: Any, keys: tuple[str, ...], index: Sequence[Any]) 
         )
 
 
-def _surroundings(algorithm: Any) -> tuple[Any, int | None]:
-    """The ``trainer`` node and ``rollout.n`` beside verl's ``algorithm`` node; None where they are not known."""
+def _surroundings(algorithm: Any) -> tuple[Any, int | None, str]:
+    """The ``trainer`` node and ``rollout.n`` beside verl's ``algorithm`` node, and how a message says the latter.
+
+    Both are None for a node that stands alone. In a whole configuration an ``n`` that is not set is verl's default.
+    """
     from omegaconf import DictConfig, OmegaConf
 
     root = algorithm._get_parent() if isinstance(algorithm, DictConfig) else None
     if not isinstance(root, DictConfig):
-        return None, None
-    return root.get("trainer", None), OmegaConf.select(root, "actor_rollout_ref.rollout.n")
+        return None, None, ""
+    completions = OmegaConf.select(root, "actor_rollout_ref.rollout.n")
+    named = f"={completions}" if completions is not None else f" is not set (verl's default is {_DEFAULT_N})"
+    return root.get("trainer", None), _DEFAULT_N if completions is None else completions, named
