@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ebpo_core.fusionroute.families import check_config
+
 from .adapters import AdapterSwitch
 from .errors import explained
 from .hashes import sources_hash, tensors_hash
@@ -36,6 +38,7 @@ class Expert:
         pool: OffloadPool | None = None,
         live: bool = False,
     ) -> None:
+        check_config(model.config, f"expert {reference.name!r}")
         model.eval()
         model.requires_grad_(False)
         self.model: Any = model
