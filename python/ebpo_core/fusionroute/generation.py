@@ -26,6 +26,7 @@ from .compat import CACHE
 from .decoding.cache import FusionRouteCache
 from .decoding.recorder import RoutingRecorder
 from .decoding.routing import OPTION_NAMES, RoutingOptions, permitted_rows
+from .families import check_cached
 
 if TYPE_CHECKING:
     from typing import Any as GenerationMixin  # typed for models of one class each; here the model is a mixin's
@@ -106,6 +107,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
                     f"output_routing with guidance_scale={generation_config.guidance_scale}: the forwards without the "
                     "prompt select experts of their own; leave one of the two out"
                 )
+            _check_ends(model_kwargs.get("attention_mask"))
             call.recorder.end_tokens = generation_config._eos_token_tensor
             generation_config.return_dict_in_generate = True
             if generation_config.num_beams > 1:
@@ -114,6 +116,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
         if given is None and isinstance(cache, Cache):
+            check_cached(self.router, self.experts)
             model_kwargs[CACHE] = FusionRouteCache(cache, self.experts)
         options = _options_of(self)
         if cache is None and options.hysteresis and options.route == "sample":
@@ -134,6 +137,9 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         **model_kwargs: Any,
     ) -> Any:
         """Greedy decoding and sampling: from the kernels where that is the same, else transformers' own loop."""
+        call = current_call(self)
+        if call is not None and call.recorder is not None:
+            stopping_criteria = call.recorder.watching(stopping_criteria)
         filters = None if synced_gpus else self._kernel_filters(logits_processor, generation_config, model_kwargs)
         if filters is None:
             return super()._sample(
@@ -240,6 +246,16 @@ def _next_tokens(
     return select_add_sample(
         router, ids, chosen, seed=seed, step=position, alpha=alpha, vocab_size=vocab_size, **filters
     ).token_ids
+
+
+def _check_ends(mask: Tensor | None) -> None:
+    """Raise a ValueError for a mask, ``[B, T]``, whose last column is padding in some row."""
+    if mask is not None and not bool(mask[:, -1].all()):
+        row = int((mask[:, -1] == 0).nonzero()[0])
+        raise ValueError(
+            f"output_routing and a prompt whose row {row} ends in padding, where no expert is selected: pad on the "
+            "left, padding_side='left'"
+        )
 
 
 def _options_of(model: Any) -> RoutingOptions:
