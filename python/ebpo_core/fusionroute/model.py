@@ -229,6 +229,8 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         if state is not None:
             state.check_rows(B)
         allowed = None if router_only else permitted(options, self.experts.names, B, self.route_head.weight.device)
+        if not router_only and input_ids.shape[1] != 1:
+            self.check_readable(input_ids)
         new = _new_tokens(input_ids, attention_mask, position_ids, state)
 
         # 1. The router: logits at the K positions asked for, [B, K, V_router], hidden states at all, [B, S, D].
@@ -284,6 +286,20 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         if labels is not None:
             result["loss"] = self.loss_function(logits=logits, labels=labels, vocab_size=V, **kwargs)
         return FusionRouteOutput(**result, logits=logits)
+
+    def check_readable(self, input_ids: Tensor) -> None:
+        """Raise a ValueError for ids, of any shape, that the router has and an expert lacks."""
+        width = self.router.config.get_text_config().vocab_size
+        narrow = [expert for expert in self.experts if any(map(expert.lacks_token, range(expert.width, width)))]
+        if not narrow:
+            return
+        for token in input_ids.unique().tolist():
+            for expert in narrow:
+                if expert.lacks_token(token):
+                    raise ValueError(
+                        f"input_ids has {token}, which expert {expert.name!r} lacks: pass substitutes={{{token}: an id "
+                        "that it has} to from_experts"
+                    )
 
     def _models(self) -> list[Any]:
         """Router and experts."""
