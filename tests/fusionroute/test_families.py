@@ -141,7 +141,7 @@ def check(kind: str, folder: Path) -> dict[str, str]:
                 expected = logits[..., :V].float() + added(input_ids=IDS).logits[..., :V]
             torch.testing.assert_close(sums, expected, rtol=0, atol=1e-4)
             same_in_every_way(fused, folder / role)
-        except Exception as error:
+        except Exception as error:  # noqa: PERF203
             problems[role] = _told(error)
     return problems
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from .compat import CACHE
@@ -43,6 +42,8 @@ def check_config(config: Any, who: str) -> None:
 
 def check_router(config: Any) -> None:
     """Raise a ValueError for a router's config that cannot be a router, or not be loaded again."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # not at the top: configs are registered before it exists
+
     check_config(config, "router")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
