@@ -16,6 +16,8 @@ import torch
 from fusionroute_saved import DOCUMENTS, save_fused, save_tasks
 from fusionroute_tiny import tiny_tokenizer
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
@@ -94,6 +96,37 @@ def test_path_object_and_name_give_the_same(checkpoint: Path, tasks: Path) -> No
     assert set(by_path["config"]["fusionroute_experts"]) == {"math", "code"}
     limited = evaluate(model, "tiny_choices", tokenizer=tiny_tokenizer(), include_path=tasks, limit=2)
     assert limited["n-samples"]["tiny_choices"]["effective"] == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_without_the_experts_weight_the_harness_says_of_the_model_what_it_says_of_its_router(
+    checkpoint: Path, batch_size: int
+) -> None:
+    """All three requests of the harness, its own class for the router and ours with ``alpha=0``."""
+    shared: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "device": "cpu", "batch_size": batch_size}
+    fused = FusionRouteLM(str(checkpoint), alpha=0.0, dtype="float32", **shared)
+    router = HFLM(str(checkpoint.parent / "router"), backend="causal", dtype="float32", **shared)
+    assert fused.max_length == router.max_length
+    prompts = [str(document["question"]) for document in DOCUMENTS] + ["w8", "w9 " * 60, "w11 " * 700]
+    generation = {"until": ["w7"], "max_gen_toks": 12, "do_sample": False}
+    requests: dict[str, list[tuple[Any, ...]]] = {
+        "loglikelihood": [(prompt, f" w{20 + index} w7 w9") for index, prompt in enumerate(prompts)],
+        "loglikelihood_rolling": [(prompt,) for prompt in prompts],
+        "generate_until": [(prompt, generation) for prompt in prompts],
+    }
+    for kind, arguments in requests.items():
+        found, expected = (
+            getattr(lm, kind)([Instance(kind, {}, one, index) for index, one in enumerate(arguments)])
+            for lm in (fused, router)
+        )
+        if kind == "generate_until":
+            assert found == expected
+            assert any(found)
+        elif kind == "loglikelihood":
+            assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+            assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+        else:
+            assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_an_expert_alone_is_evaluated_without_options(checkpoint: Path, tasks: Path) -> None:

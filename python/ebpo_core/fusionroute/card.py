@@ -57,6 +57,11 @@ def model_card(config: Any, *, base_name: str | None = None) -> str:
             "Experts marked *local* are folders on the machine that wrote this card, by name; tell the loader where "
             "yours are, as above. Their weights are compared with the hashes in `config.json`."
         )
+    if config.max_position_embeddings is not None:
+        sections.append(
+            f"Prompt and answer together may have {config.max_position_embeddings} tokens, the shortest context among "
+            "the models."
+        )
     options = [f"| `{name}` | `{getattr(config, name)}` |" for name in _OPTIONS]
     sections += [
         "## Decoding options",

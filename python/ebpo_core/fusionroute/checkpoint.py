@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from .decoding.routing import STORED_OPTIONS, RoutingOptions
 from .experts.experts import Experts
 from .experts.naming import overridden
 from .experts.references import ExpertReference
-from .experts.tokenizers import check_tokenizers, load_tokenizer
+from .experts.vocabulary import shared_vocabulary
+from .families import check_router, shortest_context
 from .keywords import loading_arguments
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         *,
         tokenizer: Any = None,
         vocab_size: int | None = None,
+        substitutes: Mapping[str | int, str | int] | None = None,
+        renamed_ids: Iterable[int] = (),
         dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> Any:
@@ -64,6 +67,10 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             tokenizer: the router's, to compare with the experts'; by default the one in the router's folder. Experts
                 whose folder holds no tokenizer are not compared.
             vocab_size: V; by default the smallest width among router and experts.
+            substitutes: from tokens (or ids) that experts lack to tokens that they have, such as
+                ``{"<|im_end|>": "</s>"}``. Such an expert reads the second in place of the first, and its logit of the
+                first is that of the second. They are stored with its reference.
+            renamed_ids: ids whose tokens may differ between the tokenizers: reserved tokens that a fine-tune renamed.
             dtype: of router and experts that are loaded here and name none; by default the router's own, or float32.
             options: stored as defaults of decoding, see :class:`~.decoding.routing.RoutingOptions`; or arguments for
                 loading the router from its path, as for ``AutoModelForCausalLM.from_pretrained``:
@@ -73,8 +80,9 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         Raises:
             TypeError: a name that is none of these, a loading argument for a loaded router, or a router that is no
                 causal LM: a PEFT model, a FusionRoute model, a backbone without its LM head.
-            ValueError: no experts, tokenizers that disagree (the first differing token is named), a bad reference, or
-                the router's own object among the experts.
+            ValueError: no experts, tokenizers that disagree (the first differing token is named), a token that ending,
+                padding or the chat template needs and an expert lacks, a bad reference, or the router's own object
+                among the experts.
         """
         for expert in experts.values() if isinstance(experts, Mapping) else experts:
             if expert is router and isinstance(router, PreTrainedModel):
@@ -95,20 +103,16 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         loaded = Experts.load(experts, default_dtype=dtype or router.dtype, device=router.device)
         if not len(loaded):
             raise ValueError("experts is empty: give at least one expert")
-        # 2. One vocabulary: V leading ids, at most as many as every model has, with the same tokens in all.
-        widths = [router.config.get_text_config().vocab_size, *(expert.vocab_size for expert in loaded)]
-        if vocab_size is None:
-            vocab_size = min(widths)
-        elif not 1 <= vocab_size <= min(widths):
-            raise ValueError(
-                f"vocab_size is {vocab_size}: pass 1 to {min(widths)}, the smallest width among the models"
-            )
-        _compare_tokenizers(router, tokenizer, loaded, vocab_size)
+        # 2. One vocabulary: V leading ids, each a token of every model or with a substitute, the same in all.
+        vocab_size = shared_vocabulary(
+            router, tokenizer, loaded, vocab_size=vocab_size, substitutes=substitutes, renamed_ids=renamed_ids
+        )
         # 3. The model around the given router, made without weights, and a fresh route head [n, D].
         config = FusionRouteConfig(
             router_config=router.config,
             experts=[expert.reference.to_dict() for expert in loaded],
             vocab_size=vocab_size,
+            max_position_embeddings=shortest_context(router.config, loaded),
             **options,
         )
         with torch.device("meta"):
@@ -161,13 +165,16 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 device=model.device,
                 verify=verify_experts,
             )
-            for expert in experts:
+            for expert, reference in zip(experts, stored, strict=True):
+                if expert.live and reference.substitutes:
+                    expert.substitute({int(lacking): own for lacking, own in reference.substitutes.items()})
                 if expert.vocab_size < model.config.vocab_size:
                     raise ValueError(
                         f"expert {expert.name!r} has {expert.vocab_size} logits, the checkpoint's vocab_size is "
                         f"{model.config.vocab_size}: it is not the expert this model was trained with"
                     )
             object.__setattr__(model, "_experts", experts)
+            model.config.max_position_embeddings = shortest_context(model.config.router_config, experts)
             model.config.experts = [reference.to_dict() for reference in experts.references]
         else:
             # Saved elsewhere later, the references must not depend on this folder any more.
@@ -254,11 +261,4 @@ def _check_router(router: Any) -> None:
         raise TypeError("router is a FusionRoute model: pass model.router, or load it with from_pretrained as it is")
     if config.is_encoder_decoder:
         raise TypeError(f"router is a {config.model_type} model with an encoder: pass a causal LM")
-
-
-def _compare_tokenizers(router: PreTrainedModel, tokenizer: Any, experts: Experts, vocab_size: int) -> None:
-    if tokenizer is None:
-        where = router.config._name_or_path
-        tokenizer = load_tokenizer(ExpertReference(name="router", path=where)) if where else None
-    named = {"router": tokenizer, **{expert.name: load_tokenizer(expert.reference) for expert in experts}}
-    check_tokenizers({name: found for name, found in named.items() if found is not None}, vocab_size=vocab_size)
+    check_router(config)

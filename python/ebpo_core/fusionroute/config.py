@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .decoding.routing import STORED_OPTIONS, RoutingOptions
+from .families import context_length
 from .keywords import unexpected
 
 VERSION = 1
@@ -29,6 +30,7 @@ class FusionRouteConfig(PreTrainedConfig):
         experts: one dict per expert, as :meth:`~.experts.references.ExpertReference.to_dict` writes it, in the order
             of the route head's rows.
         vocab_size: V, the number of leading token ids that take part; by default the router's.
+        max_position_embeddings: tokens that all models read, prompt and answer together; by default the router's.
         alpha, complementary, route, hysteresis, expert_prefill, expert_cache_budget: defaults of decoding, see
             :class:`~.decoding.routing.RoutingOptions`.
         fusionroute_version: version of this format.
@@ -45,6 +47,7 @@ class FusionRouteConfig(PreTrainedConfig):
     router_config: dict[str, Any] | PreTrainedConfig | None = None
     experts: list[dict[str, Any]] | None = None
     vocab_size: int | None = None
+    max_position_embeddings: int | None = None
     alpha: float | int = 1.0
     complementary: bool = True
     route: str = "argmax"
@@ -73,6 +76,8 @@ class FusionRouteConfig(PreTrainedConfig):
         self.experts = [dict(expert) for expert in self.experts or []]
         if self.vocab_size is None:
             self.vocab_size = router.get_text_config().vocab_size
+        if self.max_position_embeddings is None:
+            self.max_position_embeddings = context_length(router)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if kwargs.get(name) is None and getattr(self, name, None) is None:
                 kwargs[name] = getattr(router, name, None)
@@ -94,12 +99,15 @@ class FusionRouteConfig(PreTrainedConfig):
 
     @property
     def text_config(self) -> PreTrainedConfig:
-        """The router's config, with this model's V: what transformers' generation, caches and engines look at."""
+        """The router's config, with this model's V and context: what transformers' generation and engines look at."""
         text: PreTrainedConfig = self.router_config.get_text_config()  # type: ignore[union-attr]
-        if text.vocab_size == self.vocab_size:
+        shorter = context_length(text) != self.max_position_embeddings
+        if text.vocab_size == self.vocab_size and not shorter:
             return text
         text = copy.copy(text)
         text.vocab_size = self.vocab_size
+        if shorter:
+            text.max_position_embeddings = self.max_position_embeddings
         return text
 
     @property

@@ -56,6 +56,11 @@ class FusionRouteLM(HFLM):  # type: ignore[misc]
         super().__init__(pretrained, backend="causal", device=str(device), **arguments)
         if isinstance(self.model, FusionRouteForCausalLM):
             permitted_rows(self.model.config.options().updated(**self.routing), self.model.experts.names)
+            context = self.model.config.max_position_embeddings
+            if context is not None and self.max_length > context:
+                raise ValueError(
+                    f"max_length is {self.max_length}: pass at most {context}, the shortest context among the models"
+                )
         elif self.routing:
             raise ValueError(
                 f"{', '.join(self.routing)}: FusionRoute's options, and this is a {type(self.model).__name__}"

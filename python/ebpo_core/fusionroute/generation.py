@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
 
 from ebpo_core.kernels import select_add_argmax, select_add_sample
 
@@ -26,11 +27,14 @@ from .compat import CACHE
 from .decoding.cache import FusionRouteCache
 from .decoding.recorder import RoutingRecorder
 from .decoding.routing import OPTION_NAMES, RoutingOptions, permitted_rows
+from .families import check_cached
 
 if TYPE_CHECKING:
     from typing import Any as GenerationMixin  # typed for models of one class each; here the model is a mixin's
 else:
     from transformers import GenerationMixin
+
+logger = logging.get_logger(__name__)
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -42,6 +46,7 @@ class _Call:
     model: Any
     options: RoutingOptions
     recorder: RoutingRecorder | None
+    past: int = 0  # columns of a cache that are not among the prompt's
 
 
 # Not in `model_kwargs`: transformers hands those to assistant models too. Per thread, hence safe side by side.
@@ -75,13 +80,17 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         options = self.config.options().updated(**given)
         permitted_rows(options, self.experts.names)  # wrong names are found before the router reads the prompt
         recorder = RoutingRecorder() if output_routing else None
-        token = _calls.set((*_calls.get(), _Call(self, options, recorder)))
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        past = 0
+        if prompt is not None:
+            self.check_readable(prompt)
+            past = max(0, _columns(prompt, kwargs) - prompt.shape[1])
+        token = _calls.set((*_calls.get(), _Call(self, options, recorder, past)))
         try:
             result = super().generate(inputs, *args, **kwargs)
         finally:
             _calls.reset(token)
         if recorder is not None:
-            prompt = inputs if inputs is not None else kwargs.get("input_ids")
             if prompt is None:
                 prompt = result.sequences[:, :1]  # transformers began with a BOS
             first = _columns(prompt, kwargs) - 1
@@ -91,6 +100,34 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported: continuous batching has a cache of its own, which no expert could follow."""
         raise NotImplementedError("generate_batch (continuous batching): use generate, which takes padded batches")
+
+    def _prepare_generated_length(
+        self,
+        generation_config: Any,
+        has_default_max_length: bool,
+        has_default_min_length: bool,
+        model_input_name: str,
+        input_ids_length: int,
+        inputs_tensor: Tensor,
+    ) -> Any:
+        """transformers' own, at most the shortest context among the models."""
+        given = (has_default_max_length, has_default_min_length, model_input_name, input_ids_length, inputs_tensor)
+        result = super()._prepare_generated_length(generation_config, *given)
+        call, context = current_call(self), self.config.max_position_embeddings
+        past = 0 if call is None else call.past
+        if context is None or result.max_length + past <= context:
+            return result
+        if input_ids_length + past >= context:
+            raise ValueError(
+                f"input_ids has {input_ids_length + past} columns, and the shortest context among the models is "
+                f"{context}, the answer included: shorten the prompt"
+            )
+        logger.warning(
+            f"generation ends at {context} tokens, the shortest context among the models, not at "
+            f"{result.max_length + past}"
+        )
+        result.max_length = context - past
+        return result
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -106,14 +143,19 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
                     f"output_routing with guidance_scale={generation_config.guidance_scale}: the forwards without the "
                     "prompt select experts of their own; leave one of the two out"
                 )
+            _check_ends(model_kwargs.get("attention_mask"))
             call.recorder.end_tokens = generation_config._eos_token_tensor
             generation_config.return_dict_in_generate = True
             if generation_config.num_beams > 1:
                 generation_config.output_scores = True  # transformers returns the beams' indices with the scores only
+        for tokens in (generation_config._pad_token_tensor, generation_config._eos_token_tensor):
+            if tokens is not None:
+                self.check_readable(tokens)
         given = model_kwargs.get(CACHE)
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
         if given is None and isinstance(cache, Cache):
+            check_cached(self.router, self.experts)
             model_kwargs[CACHE] = FusionRouteCache(cache, self.experts)
         options = _options_of(self)
         if cache is None and options.hysteresis and options.route == "sample":
@@ -134,6 +176,9 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         **model_kwargs: Any,
     ) -> Any:
         """Greedy decoding and sampling: from the kernels where that is the same, else transformers' own loop."""
+        call = current_call(self)
+        if call is not None and call.recorder is not None:
+            stopping_criteria = call.recorder.watching(stopping_criteria)
         filters = None if synced_gpus else self._kernel_filters(logits_processor, generation_config, model_kwargs)
         if filters is None:
             return super()._sample(
@@ -194,6 +239,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
             any(getattr(generation_config, name, None) for name in wanted)
             or not model_kwargs.get("use_cache")
             or not _options_of(self).complementary
+            or _options_of(self).alpha <= 0  # the kernels multiply an expert's minus infinity like any number
             or not dtypes <= set(_KERNEL_DTYPES)
             or self.device.type == "mps"  # its loop reads the stop flag one step late, for speed
             or (mask is not None and not bool(mask[:, -1].all()))  # no expert where a prompt ends in padding
@@ -240,6 +286,16 @@ def _next_tokens(
     return select_add_sample(
         router, ids, chosen, seed=seed, step=position, alpha=alpha, vocab_size=vocab_size, **filters
     ).token_ids
+
+
+def _check_ends(mask: Tensor | None) -> None:
+    """Raise a ValueError for a mask, ``[B, T]``, whose last column is padding in some row."""
+    if mask is not None and not bool(mask[:, -1].all()):
+        row = int((mask[:, -1] == 0).nonzero()[0])
+        raise ValueError(
+            f"output_routing and a prompt whose row {row} ends in padding, where no expert is selected: pad on the "
+            "left, padding_side='left'"
+        )
 
 
 def _options_of(model: Any) -> RoutingOptions:

@@ -22,6 +22,7 @@ from .decoding.fusing import ExpertLogits, full_logits, lazy_logits
 from .decoding.history import NewTokens
 from .decoding.routing import OPTION_NAMES, permitted, select, selected_share
 from .experts.experts import Experts
+from .families import check_cached, check_router, keeps_cache
 from .generation import FusionRouteGenerationMixin, current_call
 from .keywords import check_forward
 
@@ -107,12 +108,29 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
     _tied_weights_keys: ClassVar[dict[str, str]] = {}  # none but the router's, which PEFT finds where this is a dict
 
     def __init__(self, config: FusionRouteConfig) -> None:
+        check_router(config.router_config)
         super().__init__(config)
-        text = config.router_config.get_text_config()  # type: ignore[union-attr]
         self.router = AutoModelForCausalLM.from_config(config.router_config)
-        self.route_head = nn.Linear(text.hidden_size, config.num_experts, bias=False, dtype=torch.float32)
+        # W reads what the LM head reads, which some families project to another width (OPT-350m, RemBERT).
+        text = config.router_config.get_text_config()  # type: ignore[union-attr]
+        width = getattr(self.router.get_output_embeddings(), "in_features", text.hidden_size)
+        self.route_head = nn.Linear(width, config.num_experts, bias=False, dtype=torch.float32)
         object.__setattr__(self, "_experts", Experts())
         self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers may initialise the router as it does its own models.
+
+        In custom code it passes over modules whose own parameters are all loaded, and with them over buffers that are
+        not saved and that a router computes from its config (Falcon-H1's multipliers).
+        """
+        return False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """True: the setting is the router's, whose own class sees to it; one without a mixture of experts has none."""
+        return True
 
     @property
     def experts(self) -> Experts:
@@ -218,8 +236,9 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         state = cache if cache is not None else past_key_values
         if use_cache is None:  # as stock models: a loop that feeds the output's cache back works without asking for it
             one_pass = self.training or router_only or labels is not None or isinstance(logits_to_keep, Tensor)
-            use_cache = not one_pass
+            use_cache = not one_pass and all(map(keeps_cache, self._models()))
         if use_cache and state is None:
+            check_cached(self.router, self.experts)
             state = FusionRouteCache(DynamicCache(config=self.config.get_text_config()), self.experts)
         self._check_mode(state, router_only, logits_to_keep)
         # Before the router runs: a bad argument must leave the cache as it was.
@@ -227,6 +246,8 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         if state is not None:
             state.check_rows(B)
         allowed = None if router_only else permitted(options, self.experts.names, B, self.route_head.weight.device)
+        if not router_only and input_ids.shape[1] != 1:
+            self.check_readable(input_ids)
         new = _new_tokens(input_ids, attention_mask, position_ids, state)
 
         # 1. The router: logits at the K positions asked for, [B, K, V_router], hidden states at all, [B, S, D].
@@ -242,7 +263,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         )
         # Collected first: an output's items, `output[0]` among them, have the order in which they were set.
         result: dict[str, Any] = {CACHE: state if use_cache else None, "routing_weights": None}
-        result |= {"hidden_states": out.hidden_states, "attentions": out.attentions}
+        result |= {name: getattr(out, name, None) for name in ("hidden_states", "attentions")}
         if router_only:
             weights = self._routing_weights(_at(keep, hidden))
             result |= {"routing_weights": weights, "logits": router_logits[..., :V]}
@@ -281,6 +302,24 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         if labels is not None:
             result["loss"] = self.loss_function(logits=logits, labels=labels, vocab_size=V, **kwargs)
         return FusionRouteOutput(**result, logits=logits)
+
+    def check_readable(self, input_ids: Tensor) -> None:
+        """Raise a ValueError for ids, of any shape, that the router has and an expert lacks."""
+        width = self.router.config.get_text_config().vocab_size
+        narrow = [expert for expert in self.experts if any(map(expert.lacks_token, range(expert.width, width)))]
+        if not narrow:
+            return
+        for token in input_ids.unique().tolist():
+            for expert in narrow:
+                if expert.lacks_token(token):
+                    raise ValueError(
+                        f"input_ids has {token}, which expert {expert.name!r} lacks: pass substitutes={{{token}: an id "
+                        "that it has} to from_experts"
+                    )
+
+    def _models(self) -> list[Any]:
+        """Router and experts."""
+        return [self.router, *(expert.model for expert in self.experts)]
 
     def _check_mode(self, state: Any, router_only: bool, logits_to_keep: int | Tensor) -> None:
         """Refuse a cache of another kind, what does not go with one, and a model without experts."""

@@ -3,6 +3,7 @@
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -65,7 +66,8 @@ class ExpertLogits:
         """``router + alpha * expert``, ``[B, K, V]`` in float32 or wider: the product is rounded, then the sum.
 
         The same arithmetic as the kernels', so that a greedy token does not depend on which of the two was used.
-        Without ``complementary`` the expert's logits alone. Where no expert was selected, the router's.
+        Without ``complementary`` the expert's logits alone. Where no expert was selected, the router's. An expert's
+        minus infinity, a token it cannot write, stays that; with ``alpha=0`` it counts as little as all others.
         """
         dtype = torch.promote_types(router.dtype, torch.float32)
         fused = router.to(dtype, copy=True)
@@ -74,7 +76,13 @@ class ExpertLogits:
             if len(part.rows):
                 where = (part.rows.to(fused.device), part.positions.to(fused.device))
                 chosen = part.logits[:, :V].to(dtype)
-                fused[where] = fused[where] + chosen * alpha if complementary else chosen
+                if not complementary:
+                    fused[where] = chosen
+                    continue
+                scaled = chosen * alpha
+                if alpha <= 0:
+                    scaled = scaled.masked_fill(chosen.isneginf(), -math.inf if alpha else 0.0)
+                fused[where] = fused[where] + scaled
         return fused
 
 

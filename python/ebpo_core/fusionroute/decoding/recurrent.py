@@ -19,19 +19,11 @@ from ebpo_core.fusionroute.experts.expert import Expert
 
 from .history import TokenHistory
 
-# Their code in transformers goes on from a state by one token only, and takes longer chunks for new texts.
-_ONE_TOKEN_AT_A_TIME = ("mamba", "mamba2", "falcon_mamba")
-
 
 class ColumnExpert:
     """Same interface as :class:`~.lazy.LazyExpert`; ``synced`` counts columns, the same for all rows."""
 
     def __init__(self, expert: Expert, batch_size: int) -> None:
-        if expert.config.model_type in _ONE_TOKEN_AT_A_TIME:
-            raise ValueError(
-                f"expert {expert.name!r} is a {type(expert.model).__name__}, which cannot catch up on several tokens "
-                "at once: decoding needs experts with attention, at least in some layers"
-            )
         self.expert = expert
         self.cache = DynamicCache(config=expert.config)
         self.synced = 0

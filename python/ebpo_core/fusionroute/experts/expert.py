@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ebpo_core.fusionroute.families import check_config
+
 from .adapters import AdapterSwitch
 from .errors import explained
 from .hashes import sources_hash, tensors_hash
 from .offload import OffloadPool
 from .references import ExpertReference
+from .substitutes import Substitutes
 
 
 class Expert:
@@ -23,7 +27,8 @@ class Expert:
         model: the model, in eval mode. Experts that differ in their adapter alone have the same one.
         adapter: the name of its adapter within ``model``, or None.
         live: whether it was given as a model, not loaded from a reference.
-        vocab_size: the width of its logits.
+        vocab_size: the width of its logits, with those of substitutes.
+        width: the number of ids that it has itself.
     """
 
     def __init__(
@@ -36,14 +41,18 @@ class Expert:
         pool: OffloadPool | None = None,
         live: bool = False,
     ) -> None:
+        check_config(model.config, f"expert {reference.name!r}")
         model.eval()
         model.requires_grad_(False)
         self.model: Any = model
         self.live = live
         self.adapter = adapter
-        self.vocab_size = _logit_width(model)
+        self.vocab_size = self.width = _logit_width(model)
+        self._substitutes: Substitutes | None = None
         self.reference = replace(reference, vocab_size=self.vocab_size)
         self._versions = _versions(model)
+        if reference.substitutes:
+            self.substitute({int(lacking): own for lacking, own in reference.substitutes.items()})
         self._switch, self._pool = switch, pool
         holder = pool or switch
         self._lock: AbstractContextManager[Any] = holder.lock if holder else nullcontext()
@@ -81,7 +90,12 @@ class Expert:
         return any(now.get(name, version) > version for name, version in self._versions.items())
 
     def __call__(self, **kwargs: Any) -> Any:
-        """The model's forward. Inputs are on :attr:`device`; the output is the model's, without gradients."""
+        """The model's forward. Inputs are on :attr:`device`; the output is the model's, without gradients.
+
+        Tokens that it lacks are read as their substitutes, and have their logits.
+        """
+        if self._substitutes:
+            kwargs["input_ids"] = self._substitutes.read(kwargs["input_ids"])
         # An expert computes in the dtype of its reference, also inside a trainer's autocast.
         with self._lock, torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if self._pool:
@@ -90,7 +104,31 @@ class Expert:
                 self._switch.select(self.adapter)
             if self.model.training:
                 self.model.eval()  # whoever holds the model may have called train()
-            return self.model(**kwargs)
+            out = self.model(**kwargs)
+            if self._substitutes:
+                out.logits = self._substitutes.lent(out.logits)
+            return out
+
+    def substitute(self, ids: Mapping[int, int]) -> None:
+        """Read and score, from now on, tokens that it lacks as others that it has; see :mod:`~.substitutes`.
+
+        Raises:
+            ValueError: a substitute that it lacks, too.
+        """
+        with explained(self.name):
+            self._substitutes = Substitutes(ids, self._rows, self.width)
+        self.vocab_size = self._substitutes.vocab_size
+        named = {str(lacking): own for lacking, own in ids.items()}
+        self.reference = replace(self.reference, substitutes=named, vocab_size=self.vocab_size)
+
+    def lacks_token(self, token: int) -> bool:
+        """True for an id that it has neither itself nor by a substitute."""
+        return token >= self._rows and str(token) not in (self.reference.substitutes or {})
+
+    @property
+    def _rows(self) -> int:
+        """The number of tokens that its embedding has."""
+        return int(getattr(self.model.get_input_embeddings(), "num_embeddings", self.width))
 
     def to(self, device: torch.device) -> None:
         """Move it, unless its reference has a device of its own."""

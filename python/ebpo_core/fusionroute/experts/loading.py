@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from ebpo_core.fusionroute.families import check_config
 from ebpo_core.models import load_weights
 
 from .adapters import AdapterSwitch, load_adapter
@@ -59,7 +60,8 @@ def load_experts(
 
 def _base_of(reference: ExpertReference) -> str:
     """A key that is equal for references whose base model is loaded once."""
-    return repr(replace(reference, name="", adapter=None, adapter_revision=None, hash=None, vocab_size=None))
+    own: dict[str, Any] = {"adapter": None, "adapter_revision": None, "substitutes": None, "hash": None}
+    return repr(replace(reference, name="", vocab_size=None, **own))
 
 
 def _live(reference: ExpertReference, model: PreTrainedModel) -> Expert:
@@ -135,6 +137,9 @@ def load_base(reference: ExpertReference, *, default_dtype: torch.dtype | str | 
     with explained(reference.name, source):
         if source.folder is not None:
             weight_files(source.folder, source.gguf_file)
+        if source.gguf_file is None:  # a family that cannot be an expert is refused before its weights are read
+            config = AutoConfig.from_pretrained(source.path, revision=source.revision, subfolder=source.subfolder)
+            check_config(config, "it")
         if reference.quantization_config:
             quantizers: Any = importlib.import_module("transformers.quantizers")
             config = dict(reference.quantization_config)

@@ -22,6 +22,9 @@ _NAME = re.compile(r"[\w+][\w.+-]{0,99}")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
+_KINDS = {"offload": bool, "quantization_config": dict, "substitutes": dict, "vocab_size": int}  # others are text
+
+
 class Source(NamedTuple):
     """The place of a model's files, as ``from_pretrained`` takes it.
 
@@ -57,6 +60,7 @@ class ExpertReference:
         adapter, adapter_revision: folder or hub id of a PEFT adapter on top of ``path``. Experts that differ in their
             adapter alone share one base model.
         attn_implementation: as for ``from_pretrained``.
+        substitutes: from ids of tokens that the expert lacks to ids that it reads and scores in their place.
         hash: of the weights, see :mod:`~.hashes`; checked when the expert is loaded.
         vocab_size: width of the logits.
 
@@ -77,6 +81,7 @@ class ExpertReference:
     adapter: str | None = None
     adapter_revision: str | None = None
     attn_implementation: str | None = None
+    substitutes: dict[str, int] | None = None
     hash: str | None = None
     vocab_size: int | None = None
 
@@ -87,9 +92,12 @@ class ExpertReference:
             if value is not None:
                 object.__setattr__(self, name, function(value))
         object.__setattr__(self, "quantization_config", _json_safe(self.quantization_config))
+        object.__setattr__(self, "substitutes", _substitutes(self.substitutes))
         for field in fields(self):
             value, optional = getattr(self, field.name), field.default is None
-            kind = {"offload": bool, "quantization_config": dict, "vocab_size": int}.get(field.name, str)
+            kind = {"offload": bool, "quantization_config": dict, "substitutes": dict, "vocab_size": int}.get(
+                field.name, str
+            )
             if not (value is None and optional) and type(value) is not kind:
                 raise TypeError(f"{self._owner}: {field.name} is {value!r}, pass a {kind.__name__}")
         if self.name and not _NAME.fullmatch(self.name):
@@ -306,6 +314,16 @@ def _device(value: Any) -> str:
             f"an expert's device is {value!r}: pass 'cpu', 'cuda:1', ..., or None (the router's); offload=True keeps "
             "the weights on the CPU until they are needed"
         ) from error
+
+
+def _substitutes(value: Any) -> Any:
+    """The ids as JSON keeps them: keys are text."""
+    if not isinstance(value, Mapping) or not value:
+        return None if isinstance(value, Mapping) else value
+    for lacking, own in value.items():
+        if not str(lacking).isdecimal() or isinstance(own, bool) or not isinstance(own, int) or own < 0:
+            raise ValueError(f"an expert's substitutes have {lacking!r}: {own!r}: pass ids of tokens")
+    return {str(lacking): own for lacking, own in value.items()}
 
 
 def _json_safe(config: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import explained, require
@@ -14,7 +14,9 @@ from .references import ExpertReference, Source
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
 
-def check_tokenizers(named: Mapping[str, Any], vocab_size: int | None = None) -> None:
+def check_tokenizers(
+    named: Mapping[str, Any], vocab_size: int | None = None, *, renamed_ids: Iterable[int] = ()
+) -> None:
     """Raise where two tokenizers give one id two different tokens.
 
     Compared are the ids below ``vocab_size`` that both define. An id that only one defines is padding or an added token
@@ -24,20 +26,31 @@ def check_tokenizers(named: Mapping[str, Any], vocab_size: int | None = None) ->
     Args:
         named: from names of models to their tokenizers.
         vocab_size: V, the number of leading ids that take part in the fusion; None: all.
+        renamed_ids: ids that are not compared: a fine-tune gave a reserved token another name.
 
     Raises:
-        ValueError: the first differing id, both tokens and both models.
+        ValueError: the first differing id, both tokens and both models; or a renamed id that has one name, or none.
     """
+    renamed = set(renamed_ids)
+    names: dict[int, set[str]] = {index: set() for index in renamed}
     seen: dict[int, tuple[str, str]] = {}  # the token, and who defined it first: enough to compare every pair
     for name, tokenizer in named.items():
         for index, token in _tokens(tokenizer, vocab_size):
+            if index in renamed:
+                names[index].add(token)
+                continue
             other, first = seen.setdefault(index, (token, name))
             if token != other:
                 raise ValueError(
                     f"tokenizers of {first!r} and {name!r} disagree at id {index}: {other!r} against {token!r}; "
                     "FusionRoute needs one vocabulary: router and experts must come from one model family, or share a "
-                    "tokenizer. Pass a smaller vocab_size if they differ only in tokens added at the end"
+                    "tokenizer. Pass a smaller vocab_size if they differ only in tokens added at the end, or "
+                    f"renamed_ids=[{index}] if one of them renamed a reserved token"
                 )
+    for index, found in names.items():
+        if len(named) > 1 and len(found) < 2:
+            what = f"is {found.pop()!r} in all tokenizers" if found else "is a token of none of the tokenizers"
+            raise ValueError(f"renamed_ids names {index!r}, which {what}: leave it out")
 
 
 def fingerprint(tokenizer: Any, vocab_size: int | None = None) -> str:

@@ -214,4 +214,5 @@ def expert_sources(model: FusionRouteForCausalLM, device: torch.device) -> list[
 def _identity(reference: ExpertReference, weights: str) -> str:
     """Everything that decides an expert's outputs: its weights, and how they are loaded."""
     quantization = json.dumps(reference.quantization_config, sort_keys=True)
-    return f"{weights} dtype={reference.dtype} quantization={quantization}"
+    substitutes = f" substitutes={json.dumps(reference.substitutes, sort_keys=True)}" if reference.substitutes else ""
+    return f"{weights} dtype={reference.dtype} quantization={quantization}{substitutes}"
