@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from ebpo_core.rewards.formulas import evaluated, expression, same_formulas
@@ -153,11 +154,15 @@ def _ratios(left: Node, right: Node, preset: Preset) -> bool:
     if _is_clock(left, shape=True) or _is_clock(right, shape=True):
         alike = _is_clock(left, shape=True) == _is_clock(right, shape=True)
         return alike and _in_order(_bare(left), _bare(right), preset)
-    one, other = left.members, right.members
+    pairs = list(zip(left.members, right.members, strict=True))
+    if any(member.kind != "value" for pair in pairs for member in pair):
+        return False
+    if any(all(member.number == 0 for member in node.members) for node in (left, right)):
+        return False  # 0:0 is in every proportion
     return all(
         same_formulas(rf"({a.text}) \cdot ({d.text})", rf"({b.text}) \cdot ({c.text})", preset)
-        for a, b, c, d in zip(one, one[1:], other, other[1:], strict=False)
-    ) and all(member.kind == "value" for member in (*one, *other))
+        for (a, c), (b, d) in combinations(pairs, 2)
+    )
 
 
 def _bare(node: Node) -> Node:

@@ -134,6 +134,8 @@ def _as_set(node: Node) -> Any:
         if len(node.members) != 2 or any(member.kind != "value" for member in node.members):
             raise UnreadableError("not an interval")
         start, end = (evaluated(expression(member.text)) for member in node.members)
+        if (start >= end) == True:  # noqa: E712  SymPy's truth
+            raise UnreadableError("not an interval")
         return sympy.Interval(start, end, node.marks[0] == "(", node.marks[1] == ")")
     if node.kind == "set":
         return sympy.FiniteSet(*(evaluated(expression(member.text)) for member in node.members))
