@@ -244,6 +244,7 @@ PAIRS: dict[str, list[tuple[str, str, int]]] = {
         ("(1,3)", r"\{x\in\mathbb{Q}\mid 1<x<3\}", 0),
         (r"\emptyset", "[2,1]", 0),
         (r"\emptyset", "(1,1)", 0),
+        (r"\{\{1\},2\}", r"\{1,2\}", 0),
     ],
     "ratios and clock times": [
         ("1:2:3", "1:3:2", 0),
@@ -325,6 +326,9 @@ PAIRS: dict[str, list[tuple[str, str, int]]] = {
         ("f(x)=2x", "2x", 1),
         ("f(x)=2x", "f(x)=3x", 0),
         ("2x", "f(x)=2x", 1),
+        ("2", "x^{-1}=2", 0),
+        ("2", "f^{-1}(x)=2", 1),
+        ("x=2", "x'=2", 0),
     ],
     "expressions": [
         (r"\pi(R^2-r^2)", "0", 0),
@@ -386,6 +390,9 @@ PAIRS: dict[str, list[tuple[str, str, int]]] = {
         (r"\frac{\pi}{2}", r"\pi/2", 1),
         ("1.5", "1/2(3)", 1),
         ("0.5", "1/2 cm", 1),
+        ("A^T", "A", 0),
+        (r"A^{\top}", "A", 0),
+        ("A^T", "A^{T}", 1),
     ],
     "matrices": [
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 1),
@@ -394,6 +401,8 @@ PAIRS: dict[str, list[tuple[str, str, int]]] = {
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", 1),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}", 0),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2.0\end{pmatrix}", 1),
+        (r"\begin{pmatrix}1&2\end{pmatrix}^T", r"\begin{pmatrix}1\\2\end{pmatrix}", 1),
+        (r"\begin{pmatrix}1&2\end{pmatrix}^T", r"\begin{pmatrix}1&2\end{pmatrix}", 0),
     ],
     "what a policy might try": [
         ("42", r"42\text{ or }43", 0),

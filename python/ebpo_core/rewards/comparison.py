@@ -134,6 +134,8 @@ def _member(left: Node, right: Node, preset: Preset) -> bool:
     """Members of lists: ``p=5,q=2;p=7,q=2`` lists pairs, as ``(5,2),(7,2)`` does."""
     if {left.kind, right.kind} == {"list", "tuple"}:
         return ("(", ")") in (left.marks, right.marks) and _in_order(left, right, preset)
+    if {left.kind, right.kind} == {"set", "value"}:
+        return False  # {{1},2} is not {1,2}
     return _same(left, right, preset)
 
 

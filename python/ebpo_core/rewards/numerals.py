@@ -200,6 +200,10 @@ def written(tokens: Tokens) -> str:
                 text = "_{prime}"
             elif inner == (r"\circ",):
                 text = r"^\circ "
+            elif (
+                token == "^" and inner in (("T",), (r"\top",)) and not (start and tokens[start - 1].startswith(r"\end"))
+            ):
+                text = r"^{\text{T}}"  # to the library the transpose, which of a letter is the letter
             elif token == "_" and start and tokens[start - 1] in _SUBSCRIPTED:
                 text = "_{" + written(inner) + "}"
             elif token == "_":

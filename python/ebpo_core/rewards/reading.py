@@ -230,6 +230,8 @@ def _is_name(tokens: Tokens) -> bool:
             end = group_end(tokens, place + 1) if tokens[place + 1 : place + 2] == ("{",) else place
             if "".join(tokens[place + 2 : end - 1]) not in ("-1", r"\prime", r"\circ", "*", r"\cdot"):
                 return False
+            if "-1" in "".join(tokens[place:end]) and tokens[end : end + 1] != ("(",):
+                return False  # x^{-1} is a reciprocal, f^{-1}(x) a name
             place = end
             continue
         if token == "(" and place:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ebpo_core.rewards.comparison import _in_any_order, _is_region, _member, _same
 from ebpo_core.rewards.formulas import differ, evaluated, expression
 from ebpo_core.rewards.nodes import Node
-from ebpo_core.rewards.numerals import UnreadableError
+from ebpo_core.rewards.numerals import UnreadableError, written
+from ebpo_core.rewards.tex import tidy
 
 if TYPE_CHECKING:
     from ebpo_core.rewards.presets import Preset
@@ -55,8 +56,8 @@ def same_equations(left: Node, right: Node) -> bool:
 def _equation(node: Node) -> Node | None:
     if node.members or node.unit:
         return None
-    name = node._replace(text=node.name, name="", number=None)
-    return Node("relation", f"{node.name} = {node.text}", members=(name, node._replace(name="")), marks=("=",))
+    name = node._replace(text=written(tidy(node.name)), name="", number=None)
+    return Node("relation", f"{name.text} = {node.text}", members=(name, node._replace(name="")), marks=("=",))
 
 
 def _as_equation(node: Node, other: Node) -> Node:

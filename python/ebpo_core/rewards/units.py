@@ -36,8 +36,10 @@ _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 # What stands beside a unit and changes nothing.
 _FILLERS = {"of", "the", "a", "an", "total", "long", "old", "tall", "wide", "different", "distinct", "possible"}
 _VALUE = re.compile(
-    r"(?:hundred|thousand|[mbtrqz]\w*ill?i?(?:on|ard)|lakh|crore|mil|mille|tausend|dozen|score|grosse?|pair|couple|duo|trio|myriad|googol|\w+uple|"
-    r"hal[fv]e?|quarter|third|\w+(?:teen|ty)|\w+(?:[^nm]|on|en)th|ninth|(?:twen|thir|for|fif|six|seven|eigh|nine)tie|hundredth|thousandth|millionth|"
+    r"(?:hundred|thousand|[mbtrqz]\w*ill?i?(?:on|ard)|lakh|crore|mil|mille|tausend|dozen|score|"
+    r"grosse?|pair|couple|duo|trio|myriad|googol|\w+uple|"
+    r"hal[fv]e?|quarter|third|\w+(?:teen|ty)|\w+(?:[^nm]|on|en)th|ninth|(?:twen|thir|for|fif|six|seven|eigh|nine)tie|"
+    r"hundredth|thousandth|millionth|"
     r"time|fold|twice|thrice|double|triple|ten|one|two|three|four|five|sixe?|seven|eight|nine|zeroe?|"
     r"plu|minu|le|more|less|fewer|than|or|and|to|mod|modulo|modulus|over|divided|by|choose|factorial|root|radical|"
     r"percent|percentage|pct|permille|ppm|if|when|for|where|with|without|at|least|most|about|approximately|between|not|"
