@@ -200,9 +200,7 @@ def written(tokens: Tokens) -> str:
                 text = "_{prime}"
             elif inner == (r"\circ",):
                 text = r"^\circ "
-            elif (
-                token == "^" and inner in (("T",), (r"\top",)) and not (start and tokens[start - 1].startswith(r"\end"))
-            ):
+            elif token == "^" and inner in (("T",), (r"\top",)) and not _ends_matrix(tokens[:start]):
                 text = r"^{\text{T}}"  # to the library the transpose, which of a letter is the letter
             elif token == "_" and start and tokens[start - 1] in _SUBSCRIPTED:
                 text = "_{" + written(inner) + "}"
@@ -235,6 +233,10 @@ def written(tokens: Tokens) -> str:
         out.append(text)
         before = kind
     return "".join(out)
+
+
+def _ends_matrix(tokens: Tokens) -> bool:
+    return bool(tokens) and tokens[-1].startswith(r"\end")
 
 
 def _exact(numeral: str) -> str:
