@@ -122,6 +122,11 @@ def test_references_that_are_read(strict: MathVerifier, reference: Any, answer: 
     assert strict.score([f"\\boxed{{{answer}}}", "\\boxed{7}"], [reference] * 2) == [1.0, 0.0]
 
 
+def test_the_outer_of_nested_boxes_is_the_answer(strict: MathVerifier) -> None:
+    completions = [r"\boxed{-\boxed{42}}", r"\boxed{-\boxed{42}}", r"\boxed{43-\boxed{1}}", r"\boxed{\boxed{42}}"]
+    assert strict.score(completions, ["42", "-42", "1", "42"]) == [0.0, 1.0, 0.0, 1.0]
+
+
 def test_numpy_scalars_are_numbers(strict: MathVerifier) -> None:
     np = pytest.importorskip("numpy")
     assert strict.score(["\\boxed{42}"] * 2, [np.int64(42), np.float32(42)]) == [1.0, 1.0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from ebpo_core.rewards.formulas import evaluated, expression, same_formulas
@@ -133,6 +134,8 @@ def _member(left: Node, right: Node, preset: Preset) -> bool:
     """Members of lists: ``p=5,q=2;p=7,q=2`` lists pairs, as ``(5,2),(7,2)`` does."""
     if {left.kind, right.kind} == {"list", "tuple"}:
         return ("(", ")") in (left.marks, right.marks) and _in_order(left, right, preset)
+    if {left.kind, right.kind} == {"set", "value"}:
+        return False  # {{1},2} is not {1,2}
     return _same(left, right, preset)
 
 
@@ -153,11 +156,15 @@ def _ratios(left: Node, right: Node, preset: Preset) -> bool:
     if _is_clock(left, shape=True) or _is_clock(right, shape=True):
         alike = _is_clock(left, shape=True) == _is_clock(right, shape=True)
         return alike and _in_order(_bare(left), _bare(right), preset)
-    one, other = left.members, right.members
+    pairs = list(zip(left.members, right.members, strict=True))
+    if any(member.kind != "value" for pair in pairs for member in pair):
+        return False
+    if any(all(member.number == 0 for member in node.members) for node in (left, right)):
+        return False  # 0:0 is in every proportion
     return all(
         same_formulas(rf"({a.text}) \cdot ({d.text})", rf"({b.text}) \cdot ({c.text})", preset)
-        for a, b, c, d in zip(one, one[1:], other, other[1:], strict=False)
-    ) and all(member.kind == "value" for member in (*one, *other))
+        for (a, c), (b, d) in combinations(pairs, 2)
+    )
 
 
 def _bare(node: Node) -> Node:

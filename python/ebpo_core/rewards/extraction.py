@@ -145,7 +145,10 @@ def _boxes(text: str) -> list[tuple[int, int, str]] | None:
         if _EMPTY.fullmatch(content):
             continue
         if found and end > found[0][0]:
-            continue  # around the one that was found
+            # Around what was found: the outer box is the answer, but for \boxed{\boxed{7}}.
+            if content != text[found[0][0] : found[0][1] + 1]:
+                found = [(box.start(), end, content)]
+            continue
         if found and not _joined(text[end + 1 : found[0][0]]):
             break
         if not found or found[0][2] != content:

@@ -17,6 +17,7 @@ _NUMERAL = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 _PAIRS = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", r"\langle": r"\rangle"}
 _INDEFINITE = {r"\ldots", "_", "^", r"\pmod", r"\bmod", r"\mod", r"\pod", r"\pm", r"\mp"}
 _SUBSCRIPTED = {r"\sum", r"\prod", r"\lim", r"\int", r"\log"}  # what stands below them is a formula
+_OPERATORS = {r"\cdot", r"\times", r"\div", r"\rfloor", r"\rceil"}
 _REPEATED = {r"\overline", r"\bar", r"\dot"}
 
 
@@ -170,6 +171,10 @@ def written(tokens: Tokens) -> str:
                 raise UnreadableError("a number with a subscript")
             if before == "number" and tokens[place : place + 1] != ("^",):
                 raise UnreadableError("two numbers side by side")
+            following = "".join(tokens[place : place + 1])
+            factor = following.lstrip("\\")[:1].isalpha() and following not in _OPERATORS
+            if tokens[start - 1 : start] == ("/",) and factor:
+                raise UnreadableError("a slash before a product without a sign, such as 1/2x")
             text = _exact(token)
         elif token in (r"\frac", r"\binom") and tokens[place : place + 1] == ("{",):
             kind = "fraction"
@@ -195,6 +200,8 @@ def written(tokens: Tokens) -> str:
                 text = "_{prime}"
             elif inner == (r"\circ",):
                 text = r"^\circ "
+            elif token == "^" and inner in (("T",), (r"\top",)) and not _ends_matrix(tokens[:start]):
+                text = r"^{\text{T}}"  # to the library the transpose, which of a letter is the letter
             elif token == "_" and start and tokens[start - 1] in _SUBSCRIPTED:
                 text = "_{" + written(inner) + "}"
             elif token == "_":
@@ -226,6 +233,10 @@ def written(tokens: Tokens) -> str:
         out.append(text)
         before = kind
     return "".join(out)
+
+
+def _ends_matrix(tokens: Tokens) -> bool:
+    return bool(tokens) and tokens[-1].startswith(r"\end")
 
 
 def _exact(numeral: str) -> str:

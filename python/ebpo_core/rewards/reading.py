@@ -73,7 +73,8 @@ def _worded(tokens: Tokens) -> Tokens:
         run = "".join(tokens[place:end])
         after_script = bool(out) and out[-1] in ("^", "_")
         foreign = not run.isascii()
-        if run and not after_script and (run.lower() in _SHORT_WORDS or len(run) >= 4 or (foreign and len(run) >= 1)):
+        letters = len(run) >= (3 if run.isupper() and len(run) == len(tokens) else 4)  # an order such as BAC
+        if run and not after_script and (run.lower() in _SHORT_WORDS or letters or foreign):
             out.append(r"\text{" + run + "}")
         elif run:
             out += tokens[place:end]
@@ -124,6 +125,8 @@ def _noon(parts: list[Tokens]) -> str:
 
 
 def _list(parts: list[Tokens], found: list[str]) -> Node:
+    if not parts[0]:
+        raise UnreadableError("a list that begins with a separator")
     parts = [part for part in parts if part]
     if len(parts) > _MAX_MEMBERS:
         raise UnreadableError(f"more than {_MAX_MEMBERS} members")
@@ -150,6 +153,9 @@ def _in_brackets(opening: str, inner: Tokens, closing: str) -> Node | None:
         for bar in ("|", r"\mid", ":"):
             parts, found = split(inner, {bar})
             if len(found) == 1:
+                _, domain = split(parts[0], {r"\in"})
+                if domain and latex(parts[0][-4:]) != r"\mathbb{R}":
+                    raise UnreadableError("a set of numbers of another kind than real ones")
                 return _node(parts[1])
         if not inner:
             return Node("sets", r"\emptyset")
@@ -224,6 +230,8 @@ def _is_name(tokens: Tokens) -> bool:
             end = group_end(tokens, place + 1) if tokens[place + 1 : place + 2] == ("{",) else place
             if "".join(tokens[place + 2 : end - 1]) not in ("-1", r"\prime", r"\circ", "*", r"\cdot"):
                 return False
+            if "-1" in "".join(tokens[place:end]) and tokens[end : end + 1] != ("(",):
+                return False  # x^{-1} is a reciprocal, f^{-1}(x) a name
             place = end
             continue
         if token == "(" and place:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ebpo_core.rewards.comparison import _in_any_order, _is_region, _member, _same
 from ebpo_core.rewards.formulas import differ, evaluated, expression
 from ebpo_core.rewards.nodes import Node
-from ebpo_core.rewards.numerals import UnreadableError
+from ebpo_core.rewards.numerals import UnreadableError, written
+from ebpo_core.rewards.tex import tidy
 
 if TYPE_CHECKING:
     from ebpo_core.rewards.presets import Preset
@@ -55,8 +56,8 @@ def same_equations(left: Node, right: Node) -> bool:
 def _equation(node: Node) -> Node | None:
     if node.members or node.unit:
         return None
-    name = node._replace(text=node.name, name="", number=None)
-    return Node("relation", f"{node.name} = {node.text}", members=(name, node._replace(name="")), marks=("=",))
+    name = node._replace(text=written(tidy(node.name)), name="", number=None)
+    return Node("relation", f"{name.text} = {node.text}", members=(name, node._replace(name="")), marks=("=",))
 
 
 def _as_equation(node: Node, other: Node) -> Node:
@@ -134,6 +135,8 @@ def _as_set(node: Node) -> Any:
         if len(node.members) != 2 or any(member.kind != "value" for member in node.members):
             raise UnreadableError("not an interval")
         start, end = (evaluated(expression(member.text)) for member in node.members)
+        if (start >= end) == True:  # noqa: E712  SymPy's truth
+            raise UnreadableError("not an interval")
         return sympy.Interval(start, end, node.marks[0] == "(", node.marks[1] == ")")
     if node.kind == "set":
         return sympy.FiniteSet(*(evaluated(expression(member.text)) for member in node.members))

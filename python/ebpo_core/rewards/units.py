@@ -36,9 +36,11 @@ _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 # What stands beside a unit and changes nothing.
 _FILLERS = {"of", "the", "a", "an", "total", "long", "old", "tall", "wide", "different", "distinct", "possible"}
 _VALUE = re.compile(
-    r"(?:hundred|thousand|[mbtrqz]\w*ill?i?(?:on|ard)|lakh|crore|mil|mille|tausend|dozen|score|gross|pair|couple|trio|"
-    r"hal[fv]e?|quarter|third|\w+(?:teen|ty)|\w+(?:[^nm]|on)th|tenth|seventh|ninth|hundredth|thousandth|millionth|"
-    r"time|fold|twice|thrice|double|triple|ten|one|two|three|four|five|six|seven|eight|nine|zero|"
+    r"(?:hundred|thousand|[mbtrqz]\w*ill?i?(?:on|ard)|lakh|crore|mil|mille|tausend|dozen|score|"
+    r"grosse?|pair|couple|duo|trio|myriad|googol|\w+uple|"
+    r"hal[fv]e?|quarter|third|\w+(?:teen|ty)|\w+(?:[^nm]|on|en)th|ninth|(?:twen|thir|for|fif|six|seven|eigh|nine)tie|"
+    r"hundredth|thousandth|millionth|"
+    r"time|fold|twice|thrice|double|triple|ten|one|two|three|four|five|sixe?|seven|eight|nine|zeroe?|"
     r"plu|minu|le|more|less|fewer|than|or|and|to|mod|modulo|modulus|over|divided|by|choose|factorial|root|radical|"
     r"percent|percentage|pct|permille|ppm|if|when|for|where|with|without|at|least|most|about|approximately|between|not|"
     r"no|none|wrong|pi|pis|squared|cubed|power|exponent|base|negative|positive|sin|cos|tan|log|ln|exp|versu|per|"
@@ -83,7 +85,7 @@ def unit(text: str) -> str | None:
                 power = _POWERS[word.lower().strip(".")]
         elif word.lower() in _FILLERS or (word == "in" and names):
             continue
-        elif stem is not None:
+        elif stem is not None and (is_measure(word.rstrip(".")) or not power):
             names.append(("/" if divided else "") + stem + (f"^{power}" if power else ""))
             power, divided = 0, False
         else:
