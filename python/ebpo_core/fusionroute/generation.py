@@ -83,7 +83,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         past = 0
         if prompt is not None:
-            self.check_readable(prompt)
+            self._check_readable(prompt)
             past = max(0, _columns(prompt, kwargs) - prompt.shape[1])
         token = _calls.set((*_calls.get(), _Call(self, options, recorder, past)))
         try:
@@ -101,18 +101,10 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         """Not supported: continuous batching has a cache of its own, which no expert could follow."""
         raise NotImplementedError("generate_batch (continuous batching): use generate, which takes padded batches")
 
-    def _prepare_generated_length(
-        self,
-        generation_config: Any,
-        has_default_max_length: bool,
-        has_default_min_length: bool,
-        model_input_name: str,
-        input_ids_length: int,
-        inputs_tensor: Tensor,
-    ) -> Any:
+    def _prepare_generated_length(self, generation_config: Any, *, input_ids_length: int, **kwargs: Any) -> Any:
         """transformers' own, at most the shortest context among the models."""
-        given = (has_default_max_length, has_default_min_length, model_input_name, input_ids_length, inputs_tensor)
-        result = super()._prepare_generated_length(generation_config, *given)
+        kwargs["input_ids_length"] = input_ids_length
+        result = super()._prepare_generated_length(generation_config, **kwargs)
         call, context = current_call(self), self.config.max_position_embeddings
         past = 0 if call is None else call.past
         if context is None or result.max_length + past <= context:
@@ -150,7 +142,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
                 generation_config.output_scores = True  # transformers returns the beams' indices with the scores only
         for tokens in (generation_config._pad_token_tensor, generation_config._eos_token_tensor):
             if tokens is not None:
-                self.check_readable(tokens)
+                self._check_readable(tokens)
         given = model_kwargs.get(CACHE)
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
@@ -164,6 +156,9 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
                 "drawn before are kept in the cache; leave use_cache on, or hysteresis at 0"
             )
         return result
+
+    def _check_readable(self, ids: Tensor) -> None:
+        self.experts.check_readable(ids, self.config.router_config.get_text_config().vocab_size)
 
     def _sample(
         self,

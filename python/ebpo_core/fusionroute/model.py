@@ -19,7 +19,7 @@ from .compat import CACHE
 from .config import FusionRouteConfig
 from .decoding.cache import FusionRouteCache
 from .decoding.fusing import ExpertLogits, full_logits, lazy_logits
-from .decoding.history import NewTokens
+from .decoding.history import new_tokens
 from .decoding.routing import OPTION_NAMES, permitted, select, selected_share
 from .experts.experts import Experts
 from .families import check_cached, check_router, keeps_cache
@@ -236,7 +236,8 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         state = cache if cache is not None else past_key_values
         if use_cache is None:  # as stock models: a loop that feeds the output's cache back works without asking for it
             one_pass = self.training or router_only or labels is not None or isinstance(logits_to_keep, Tensor)
-            use_cache = not one_pass and all(map(keeps_cache, self._models()))
+            models = [self.router, *(expert.model for expert in self.experts)]
+            use_cache = not one_pass and all(map(keeps_cache, models))
         if use_cache and state is None:
             check_cached(self.router, self.experts)
             state = FusionRouteCache(DynamicCache(config=self.config.get_text_config()), self.experts)
@@ -247,8 +248,8 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             state.check_rows(B)
         allowed = None if router_only else permitted(options, self.experts.names, B, self.route_head.weight.device)
         if not router_only and input_ids.shape[1] != 1:
-            self.check_readable(input_ids)
-        new = _new_tokens(input_ids, attention_mask, position_ids, state)
+            self.experts.check_readable(input_ids, self.router.config.get_text_config().vocab_size)
+        new = new_tokens(input_ids, attention_mask, position_ids, state)
 
         # 1. The router: logits at the K positions asked for, [B, K, V_router], hidden states at all, [B, S, D].
         keep = _kept(logits_to_keep, input_ids.shape[1])
@@ -303,24 +304,6 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             result["loss"] = self.loss_function(logits=logits, labels=labels, vocab_size=V, **kwargs)
         return FusionRouteOutput(**result, logits=logits)
 
-    def check_readable(self, input_ids: Tensor) -> None:
-        """Raise a ValueError for ids, of any shape, that the router has and an expert lacks."""
-        width = self.router.config.get_text_config().vocab_size
-        narrow = [expert for expert in self.experts if any(map(expert.lacks_token, range(expert.width, width)))]
-        if not narrow:
-            return
-        for token in input_ids.unique().tolist():
-            for expert in narrow:
-                if expert.lacks_token(token):
-                    raise ValueError(
-                        f"input_ids has {token}, which expert {expert.name!r} lacks: pass substitutes={{{token}: an id "
-                        "that it has} to from_experts"
-                    )
-
-    def _models(self) -> list[Any]:
-        """Router and experts."""
-        return [self.router, *(expert.model for expert in self.experts)]
-
     def _check_mode(self, state: Any, router_only: bool, logits_to_keep: int | Tensor) -> None:
         """Refuse a cache of another kind, what does not go with one, and a model without experts."""
         if state is not None and not isinstance(state, FusionRouteCache):
@@ -365,29 +348,6 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             weights: Tensor = self.route_head(hidden.to(self.route_head.weight.dtype))
         return weights
-
-
-def _new_tokens(
-    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, state: FusionRouteCache | None
-) -> NewTokens:
-    """The columns of one forward, with what is not given filled in."""
-    B, S = input_ids.shape
-    past = 0 if state is None else state.columns
-    if attention_mask is None:
-        mask = torch.ones_like(input_ids, dtype=torch.bool)
-        mask = mask if state is None else state.mask_of(mask)
-    elif attention_mask.ndim != 2:
-        raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions: pass [B, T] with 0 at padding")
-    elif attention_mask.shape != (B, past + S):
-        raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}: pass [{B}, {past + S}], "
-            f"{past} columns of the cache and {S} of input_ids"
-        )
-    else:
-        mask = attention_mask.to(torch.bool, copy=True)  # the cache keeps it
-    if position_ids is None:
-        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-    return NewTokens(input_ids, position_ids.expand(B, S), mask, seen=mask[:, :past], real=mask[:, past:])
 
 
 AutoModelForCausalLM.register(FusionRouteConfig, FusionRouteForCausalLM, exist_ok=True)

@@ -387,6 +387,20 @@ def test_logits_of_a_whole_prompt_may_be_asked_for(seed: int) -> None:
     assert checked > 9
 
 
+def test_how_many_logits_are_asked_for_changes_no_token(model: Any) -> None:
+    heads = {seed: torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(200)}
+    kept = model.route_head.weight.detach().clone()
+    try:
+        for seed, head in heads.items():
+            model.route_head.weight.data.copy_(head)
+            ids, mask = padded_prompts([4, 9, 6, 7][: 1 + seed % 4], seed=seed)
+            prompts = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 2, "eos_token_id": None}
+            expected = model.generate(**prompts, pad_token_id=0)
+            assert torch.equal(model.generate(**prompts, pad_token_id=0, logits_to_keep=seed % 3 * 2), expected), seed
+    finally:
+        model.route_head.weight.data.copy_(kept)
+
+
 def test_as_many_positions_as_rows_that_selected_an_expert_are_not_taken_for_the_batch() -> None:
     """One expert selected at as many positions of the prompt as the batch has rows, by fewer rows at the last one."""
     found = 0

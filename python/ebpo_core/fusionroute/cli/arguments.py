@@ -36,6 +36,16 @@ class TrainArguments:
     expert_paths: list[str] | None = field(
         default=None, metadata={"help": "NAME=PATH of experts that a checkpoint refers to elsewhere."}
     )
+    substitutes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "TOKEN=TOKEN of tokens that experts lack, and of theirs that they read and score instead; in YAML "
+            "also a mapping. With experts only."
+        },
+    )
+    renamed_ids: list[int] | None = field(
+        default=None, metadata={"help": "Ids of reserved tokens that one of the models renamed. With experts only."}
+    )
     alpha: float | None = field(
         default=None, metadata={"help": "Weight of the expert's logits; 1 in the paper, else the checkpoint's."}
     )
@@ -57,6 +67,7 @@ class TrainArguments:
         check_at_least(self, 1, "train_size", "cpu_threads")
         self.named_experts()  # these raise where an item is not NAME=PATH
         self.moved_experts()
+        self.named_substitutes()
         needed = {"sft": ("data",), "mix": ("data", "preferences"), "cdpo": ("preferences",)}[self.stage]
         for name in needed:
             if getattr(self, name) is None:
@@ -73,6 +84,10 @@ class TrainArguments:
     def moved_experts(self) -> dict[str, Any] | None:
         """``expert_paths`` as ``from_pretrained`` takes them."""
         return _named("expert_paths", self.expert_paths)
+
+    def named_substitutes(self) -> dict[str, Any] | None:
+        """``substitutes`` as ``from_experts`` takes them."""
+        return _named("substitutes", self.substitutes)
 
 
 def _named(argument: str, value: Any) -> dict[str, Any] | None:

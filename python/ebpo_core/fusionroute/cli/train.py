@@ -111,7 +111,15 @@ def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tup
     else:
         router, tokenizer = load_router(name, dtype=dtype, **options)
         experts: Any = arguments.named_experts()
-        model = FusionRouteForCausalLM.from_experts(router, experts, tokenizer=tokenizer, dtype=dtype)
+        substitutes: Any = arguments.named_substitutes()
+        model = FusionRouteForCausalLM.from_experts(
+            router,
+            experts,
+            tokenizer=tokenizer,
+            substitutes=substitutes,
+            renamed_ids=arguments.renamed_ids or (),
+            dtype=dtype,
+        )
     if arguments.alpha is not None:
         model.config.alpha = arguments.alpha
     return model, tokenizer

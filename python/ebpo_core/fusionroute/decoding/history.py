@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,27 @@ class NewTokens(NamedTuple):
     mask: Tensor
     seen: Tensor
     real: Tensor
+
+
+def new_tokens(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, state: Any) -> NewTokens:
+    """The columns of one forward behind those of ``state``, a cache or None, with what is not given filled in."""
+    B, S = input_ids.shape
+    past = 0 if state is None else state.columns
+    if attention_mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+        mask = mask if state is None else state.mask_of(mask)
+    elif attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions: pass [B, T] with 0 at padding")
+    elif attention_mask.shape != (B, past + S):
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}: pass [{B}, {past + S}], "
+            f"{past} columns of the cache and {S} of input_ids"
+        )
+    else:
+        mask = attention_mask.to(torch.bool, copy=True)  # the cache keeps it
+    if position_ids is None:
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+    return NewTokens(input_ids, position_ids.expand(B, S), mask, seen=mask[:, :past], real=mask[:, past:])
 
 
 class TokenHistory:

@@ -67,6 +67,24 @@ class Experts(Sequence[Expert]):
     def names(self) -> list[str]:
         return [expert.name for expert in self]
 
+    def check_readable(self, ids: torch.Tensor, width: int) -> None:
+        """Raise a ValueError for token ids that an expert has neither itself nor by a substitute.
+
+        Args:
+            ids: int64, of any shape.
+            width: of the router: where no expert has fewer tokens nothing is looked at.
+        """
+        narrow = [expert for expert in self if any(map(expert.lacks_token, range(expert.width, width)))]
+        if not narrow:
+            return
+        for token in set(ids.flatten().tolist()):
+            for expert in narrow:
+                if expert.lacks_token(token):
+                    raise ValueError(
+                        f"input_ids has {token}, which expert {expert.name!r} lacks: pass substitutes={{{token}: an id "
+                        "that it has} to from_experts"
+                    )
+
     @property
     def references(self) -> list[ExpertReference]:
         return [expert.reference for expert in self]
