@@ -56,15 +56,15 @@ def check_cached(router: Any, experts: Any) -> None:
     """Raise a ValueError unless the router and all experts can decode with a cache."""
     named = [("router", router), *((f"expert {expert.name!r}", expert.model) for expert in experts)]
     for who, model in named:
-        if not keeps_cache(model):
-            raise ValueError(
-                f"{who} is a {type(model).__name__}, which takes no key/value cache of transformers: pass "
-                "use_cache=False, with which every model reads the whole text at every token"
-            )
         if model is not router and model.config.model_type in _ONE_TOKEN_AT_A_TIME:
             raise ValueError(
                 f"{who} is a {type(model).__name__}, which cannot catch up on several tokens at once: pass "
                 "use_cache=False, or choose an expert with attention, at least in some layers"
+            )
+        if not keeps_cache(model):
+            raise ValueError(
+                f"{who} is a {type(model).__name__}, which takes no key/value cache of transformers: pass "
+                "use_cache=False, with which every model reads the whole text at every token"
             )
 
 

@@ -232,6 +232,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         call = current_call(self)
         options = self.config.options() if call is None else call.options
         options = options.updated(**{name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs})
+        kwargs.pop("tokenizer", None)  # of `stop_strings`: transformers' generate hands it to every forward
         check_forward(type(self.router), kwargs, (*OPTION_NAMES, *_OWN), fused=not router_only)
         state = cache if cache is not None else past_key_values
         if use_cache is None:  # as stock models: a loop that feeds the output's cache back works without asking for it
