@@ -453,3 +453,10 @@ def test_a_router_wider_than_v_can_be_resized_and_saved(width: int, vocabulary: 
     assert loaded.router.get_input_embeddings().weight.shape[0] == width
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_another_model_in_a_checkpoints_place_is_named_before_anything_is_built(tmp_path: Path) -> None:
+    tiny_model("llama", 0).save_pretrained(tmp_path)
+    for load in (FusionRouteForCausalLM.from_pretrained, FusionRouteConfig.from_pretrained):
+        with pytest.raises(ValueError, match="model_type 'llama': not a FusionRoute checkpoint"):
+            load(tmp_path)

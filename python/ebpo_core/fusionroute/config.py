@@ -89,6 +89,12 @@ class FusionRouteConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:  # transformers would go on with the default router, of seven billion parameters
+            raise ValueError(
+                f"config.json has model_type {kind!r}: not a FusionRoute checkpoint; load it with "
+                "AutoModelForCausalLM, or make a checkpoint with FusionRouteForCausalLM.from_experts"
+            )
         known = {field.name for field in fields(cls)} | _NAMES
         kept = {name: value for name, value in config_dict.items() if name in known}
         return super().from_dict(kept, **kwargs)
