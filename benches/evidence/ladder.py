@@ -86,12 +86,12 @@ def _warm_sorting(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
 TASKS: dict[str, Callable[[int], Task]] = {"countdown": _countdown, "sorting": _sorting}
 
 WARM_UP_STEPS: dict[tuple[str, str], int] = {
-    ("countdown", "low"): 60,
-    ("countdown", "middle"): 120,
-    ("countdown", "high"): 1200,
-    ("sorting", "low"): 150,
-    ("sorting", "middle"): 250,
-    ("sorting", "high"): 500,
+    ("countdown", "low"): 67,
+    ("countdown", "middle"): 125,
+    ("countdown", "high"): 800,
+    ("sorting", "low"): 145,
+    ("sorting", "middle"): 170,
+    ("sorting", "high"): 225,
 }
 """Supervised steps by which a rung's policies start near 5, 25 and 60 %; the records hold what they started at."""
 
