@@ -20,7 +20,7 @@ COMMANDS = {
     "curriculum": Command(
         "pass rates of a base model, topics, and a data set in the order of a curriculum",
         "ebpo_core.cli.curriculum",
-        ("rich",),
+        ("rich", "scipy"),
     ),
     "eval": Command(
         "avg@k, pass@k and maj@k by sampling, from transformers or an OpenAI-compatible server",
