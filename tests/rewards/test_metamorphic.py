@@ -127,7 +127,7 @@ def formulas(draw: st.DrawFn) -> tuple[str, str, str]:
                 rf"{factor}\cdot {atom}-{term}",
                 rf"{factor}\cdot {other}+{term}",
                 f"{factor + term}",
-                rf"{factor}\cdot {atom}\cdot {term}+{term}",
+                rf"{factor}\cdot {atom}\cdot {term + 1}+{term}",
             ]
         )
     )
@@ -140,9 +140,8 @@ def test_a_formula_equals_itself_in_any_spelling_and_no_other(case: tuple[str, s
     one, two, changed = case
     assert same(one, two)
     assert same(two, one)
-    if not ("\\cdot 1+" in changed and changed == one):
-        assert not same(one, changed)
-        assert not same(changed, two)
+    assert not same(one, changed)
+    assert not same(changed, two)
 
 
 @given(st.lists(st.integers(-50, 50), min_size=2, max_size=5, unique=True), st.randoms(use_true_random=False))
