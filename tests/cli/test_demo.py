@@ -150,3 +150,12 @@ def test_damaged_logs(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(ValueError, match="no training step"):
         read_log(tmp_path)
+
+
+def test_commands_without_a_flag_have_their_defaults():
+    """`make demo` passes none."""
+    from ebpo_core.cli.arguments import parse
+    from ebpo_core.cli.demo import SETTINGS
+
+    arguments, config, _ = parse([], SETTINGS, prog="ebpo demo")
+    assert (arguments.method, config.max_steps) == ("ebpo", SETTINGS["max_steps"])

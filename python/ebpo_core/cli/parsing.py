@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def has_flag(name: str, flags: Sequence[str]) -> bool:
 def early_value(name: str, flags: Sequence[str], in_file: dict[str, Any], default: str) -> str:
     """Value of an option on which the parser of all others depends; flags win over the file, the last flag over all."""
     value = str(in_file.get(name, default))
-    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, following in pairwise([*flags, ""]):
         if flag == f"--{name}":
             value = following
         elif flag.startswith(f"--{name}="):
