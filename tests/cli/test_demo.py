@@ -152,6 +152,7 @@ def test_damaged_logs(tmp_path: Path) -> None:
         read_log(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::FutureWarning:trl")  # of older names
 def test_commands_without_a_flag_have_their_defaults():
     """`make demo` passes none."""
     from ebpo_core.cli.arguments import parse
