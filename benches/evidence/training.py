@@ -163,9 +163,7 @@ def run(config: Config) -> dict[str, Any]:
     def divergence(rollout: Any) -> float:
         """KL of the new policy from the one that sampled, a token, by samples."""
         with torch.no_grad():
-            ones = torch.ones(len(rollout.mask))
             ratio = loop.logprobs_of(policy.model, rollout) - rollout.logprobs
-            del ones
             return float(((ratio.exp() - 1 - ratio) * rollout.mask).sum() / rollout.mask.sum())
 
     kl: list[float] = []
