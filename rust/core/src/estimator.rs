@@ -11,7 +11,7 @@
 //! alone, so rewards are read twice in all: once for the statistics, once to write the advantages.
 
 use crate::groups::Group;
-use crate::tree::Members;
+use crate::keys::Visits;
 use crate::{Affine, GroupStats, Normalize, Options, Prior, Tree};
 
 /// A scored batch.
@@ -79,21 +79,24 @@ impl Shrinkage {
 }
 
 /// The numbers each group is shrunk with where every prior on its way from the root holds the history and the batch
-/// without that group.
+/// without that group; `found` are the keys of the visits in the history, as [`Tree::forget`] left them.
 pub(crate) fn leave_one_out_by_key(
     history: &Tree,
     options: &Options,
     groups: &GroupStats,
-    members: &Members<'_>,
+    visits: &Visits<'_>,
+    found: &[Option<usize>],
 ) -> Vec<Shrinkage> {
     let at_root = without_each(&history.root, groups.iter());
     let mut blended: Vec<_> = at_root.map(|rest| Shrinkage::new(&rest, options)).collect();
-    // A path comes after its prefixes, so each group passes through its parents first.
-    for (path, list) in members {
-        let history = history.get(path).copied().unwrap_or_default();
+    // A prefix comes after its parents, so each group passes through these first.
+    for (prefix, &key) in visits.prefixes().iter().zip(found) {
+        let list = visits.groups(prefix);
+        let history = history.at(key);
         let rests = without_each(&history, list.iter().map(|&group| groups.get(group)));
         for (&group, rest) in list.iter().zip(rests) {
-            blended[group] = Shrinkage::blended(&rest, blended[group], options);
+            let blended = &mut blended[group];
+            *blended = Shrinkage::blended(&rest, *blended, options);
         }
     }
     blended

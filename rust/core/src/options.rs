@@ -44,6 +44,16 @@ pub enum Score {
     Before,
 }
 
+/// What counts the time in which a prior forgets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DecayBy {
+    /// Every update of the estimator discounts every prior.
+    #[default]
+    Update,
+    /// An update discounts the priors that it has a group for, and no other.
+    Visit,
+}
+
 macro_rules! parsed {
     ($type:ident, $option:literal, $expected:literal, $($name:literal => $variant:ident),+) => {
         impl $type {
@@ -66,6 +76,7 @@ parsed!(Normalize, "normalize", "\"batch\", \"scale\" or \"none\"", "batch" => B
 parsed!(Sigma2, "sigma2", "\"total\" or \"within\"", "total" => Total, "within" => Within);
 parsed!(Tau2, "tau2", "\"raw\" or \"debiased\"", "raw" => Raw, "debiased" => Debiased);
 parsed!(Score, "score", "\"after\" or \"before\"", "after" => After, "before" => Before);
+parsed!(DecayBy, "decay_by", "\"update\" or \"visit\"", "update" => Update, "visit" => Visit);
 
 /// Every option of the estimator.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -82,6 +93,8 @@ pub struct Options {
     pub leave_one_out: bool,
     /// Weight that the past keeps at each update, in (0, 1].
     pub decay: f64,
+    /// The updates that the past of a prior is discounted at.
+    pub decay_by: DecayBy,
     /// Added to the denominator of step 6.
     pub eps: f64,
     /// Delta degrees of freedom of sigma2 `Total` and tau2 `Raw`: 0 or 1.
@@ -103,6 +116,7 @@ impl Default for Options {
             score: Score::After,
             leave_one_out: false,
             decay: 1.0,
+            decay_by: DecayBy::Update,
             eps: 1e-6,
             ddof: 0,
             norm_ddof: 1,

@@ -43,6 +43,12 @@ impl Prior {
         Ok(Self { rewards, means, ssw, dof, inv_n })
     }
 
+    /// count, mean and M2 of the rewards; the same of the group means; `sum SSW_m`, `sum (n_m - 1)`, `sum 1/n_m`.
+    pub fn parts(&self) -> [f64; 9] {
+        let (r, m) = (&self.rewards, &self.means);
+        [r.count(), r.mean(), r.m2(), m.count(), m.mean(), m.m2(), self.ssw, self.dof, self.inv_n]
+    }
+
     #[inline]
     pub(crate) fn new(rewards: Moments, means: Moments, ssw: f64, dof: f64, inv_n: f64) -> Self {
         Self { rewards, means, ssw, dof, inv_n }

@@ -2,19 +2,29 @@
 
 use crate::estimator::{finish, inverse_scale, leave_one_out_by_key};
 use crate::groups::Group;
-use crate::{Error, GroupStats, Keys, Normalize, Options, Prior, Score, Scored, Shrinkage, Tree};
+use crate::tree::Before;
+use crate::{Error, GroupStats, Keys, Normalize, Options, Prior, Score, Scored, Tree};
 
 /// The estimator's memory between batches. [`State::default`] has seen nothing.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub struct State {
     tree: Tree,
     step: Option<i64>,
+    /// What the last update overwrote, and the step before it.
+    before: Option<(Before, Option<i64>)>,
+}
+
+/// What has been seen, whether or not the last update can be taken back.
+impl PartialEq for State {
+    fn eq(&self, other: &Self) -> bool {
+        self.step == other.step && self.tree == other.tree
+    }
 }
 
 impl State {
     /// A state from its parts.
     pub fn new(tree: Tree, step: Option<i64>) -> Self {
-        Self { tree, step }
+        Self { tree, step, before: None }
     }
 
     /// The priors that batches are scored with.
@@ -41,27 +51,37 @@ impl State {
         step: Option<i64>,
     ) -> Result<Scored, Error> {
         let update = update && !matches!((step, self.step), (Some(new), Some(last)) if new <= last);
-        let members = keys.members(groups);
+        let visits = keys.visits(groups);
+        let mut found = self.tree.find_all(&visits);
         let before = self.tree.root;
         let score_first = !update || options.score == Score::Before;
-        let mut blended = if score_first { self.blended(options, keys) } else { Vec::new() };
+        let blended = |tree: &Tree, found: &[Option<usize>]| {
+            let (root, of_prefix) = tree.all_shrunken(&visits, found, options);
+            let of_path = |path| visits.of_path(path).map_or(root, |prefix| of_prefix[prefix]);
+            (0..keys.len()).map(of_path).collect::<Vec<_>>()
+        };
+        let mut shrunken = if score_first { blended(&self.tree, &found) } else { Vec::new() };
         let mut without = None;
         if update {
             // Step 1: the batch enters the prior of each of its keys, and the root's.
-            let batch = Tree::of(groups, &members);
-            self.tree.check_room(&batch, options.max_keys)?;
-            if !batch.root.is_empty() {
-                self.tree.decay(options.decay); // rows that do not count never touch a prior, hence neither does time
+            let visited = visits.prefixes().iter().zip(&found).filter(|(prefix, _)| !visits.groups(prefix).is_empty());
+            let old = visited.clone().filter_map(|(_, key)| *key);
+            self.tree.check_room(visited.filter(|(_, key)| key.is_none()).count(), options.max_keys)?;
+            self.before = Some((self.tree.before(old.clone()), self.step));
+            let batch = Prior::of(groups);
+            if !batch.is_empty() {
+                self.tree.forget(options, old); // rows that do not count never touch a prior, hence neither does time
             }
             if options.leave_one_out {
-                without = Some(leave_one_out_by_key(&self.tree, options, groups, &members));
+                without = Some(leave_one_out_by_key(&self.tree, options, groups, &visits, &found));
             }
-            self.tree.merge(&batch);
+            self.tree.take(&batch, groups, &visits, &mut found);
             self.step = step.or(self.step);
         }
         if !score_first {
-            blended = self.blended(options, keys);
+            shrunken = blended(&self.tree, &found);
         }
+        let blended = shrunken;
         // Steps 2 and 3: S and mu of each group; those of a key mostly once, for its groups are mostly of one size.
         let shrunk: Vec<_> = if let Some(without) = without {
             without.iter().zip(groups.iter()).map(|(rest, g)| (rest.factor(g.n), rest.mu)).collect()
@@ -81,11 +101,6 @@ impl State {
         let prior = if score_first { before } else { self.tree.root };
         let (affine, shrinkage, baseline) = finish(options, groups, &shrunk);
         Ok(Scored { affine, shrinkage, baseline, prior, before, blended })
-    }
-
-    /// The blended prior of each distinct key.
-    fn blended(&self, options: &Options, keys: &Keys<'_>) -> Vec<Shrinkage> {
-        keys.paths().iter().map(|path| self.tree.shrunken(path, options)).collect()
     }
 
     /// Score one group against the prior as it is, `(r - V) / (sqrt(sigma2) + eps)`, then take it in.
@@ -116,18 +131,36 @@ impl State {
     /// Take a batch into the root, without decay.
     pub fn observe(&mut self, batch: &Prior) {
         self.tree.root.merge(batch);
+        self.before = None;
     }
 
-    /// Add what another state holds; the newer step stays.
+    /// Add what another state holds, discounted up to its own last update; the newer step stays.
     pub fn merge(&mut self, other: &Self, max_keys: usize) -> Result<(), Error> {
-        self.tree.check_room(&other.tree, max_keys)?;
-        self.tree.merge(&other.tree);
+        self.tree.merge(&other.tree, max_keys)?;
         self.step = self.step.max(other.step);
+        self.before = None;
         Ok(())
     }
 
     /// Multiply every count and sum by `rho`.
     pub fn decay(&mut self, rho: f64) {
         self.tree.decay(rho);
+        self.before = None;
+    }
+
+    /// The state as it was before its last update; as it is, where it has had none since it was made, loaded or merged.
+    #[must_use]
+    pub fn before_update(&self) -> Self {
+        let mut state = Self { tree: self.tree.clone(), step: self.step, before: None };
+        if let Some((before, step)) = &self.before {
+            state.tree.restore(before);
+            state.step = *step;
+        }
+        state
+    }
+
+    /// A number that equal states of one history have in common, and other states hardly ever.
+    pub fn digest(&mut self) -> u64 {
+        self.tree.digest()
     }
 }

@@ -1,7 +1,7 @@
 //! Priors by key and one group at a time, against plain formulas.
 
 use ebpo_core::{
-    Batch, Error, GroupStats, Keys, Layout, Normalize, Options, Path, Prior, Score, Shrinkage, State, Tree, apply,
+    Batch, Columns, Error, GroupStats, Keys, Layout, Normalize, Options, Path, Prior, Score, Shrinkage, State, apply,
 };
 use proptest::prelude::*;
 
@@ -63,7 +63,7 @@ proptest! {
                 .flat_map(|(rows, _)| rows.to_vec())
                 .collect();
             match state.tree().get(&prefix) {
-                Some(prior) => prop_assert!(same_prior(prior, &Prior::of(&stats(&under)))),
+                Some(prior) => prop_assert!(same_prior(&prior, &Prior::of(&stats(&under)))),
                 None => prop_assert!(under.is_empty()),
             }
         }
@@ -97,7 +97,7 @@ proptest! {
                 prop_assert_eq!(blended, parent);
                 continue;
             };
-            let own = Shrinkage::new(prior, &options);
+            let own = Shrinkage::new(&prior, &options);
             for (value, a, b) in [
                 (blended.mu, own.mu, parent.mu),
                 (blended.sigma2, own.sigma2, parent.sigma2),
@@ -210,14 +210,23 @@ fn what_stands_in_for_a_spread_of_zero() {
 fn impossible_trees_and_keys_are_refused() {
     let prior = Prior::of(&stats(&[0.0, 1.0, 1.0]));
     let twice = Prior::of(&stats(&[0.0, 1.0, 1.0, 0.0, 0.0, 1.0]));
-    assert!(Tree::from_parts(twice, [(path(&["a"]), prior), (path(&["a", "b"]), prior)]).is_ok());
-    for keys in [
-        vec![(path(&[]), prior)],
-        vec![(path(&["a", "b"]), prior)],
-        vec![(path(&["a"]), prior), (path(&["a"]), prior)],
-        vec![(path(&["a"]), prior), (path(&["a", "b"]), twice)],
-    ] {
-        assert!(matches!(Tree::from_parts(twice, keys.clone()), Err(Error::InvalidKey { .. })), "{keys:?}");
+    let tree = |keys: &[(&str, isize, Prior)]| {
+        let mut columns = Columns::default();
+        for (part, parent, prior) in keys {
+            columns.names.push_str(part);
+            columns.lengths.push(part.len());
+            columns.parents.push(*parent);
+            columns.statistics.extend(prior.parts());
+            columns.idle.push(0);
+        }
+        columns.into_tree(twice, 1.0, 0, true)
+    };
+    assert!(tree(&[("a", -1, prior), ("b", 0, prior)]).is_ok());
+    for keys in [vec![("a", -1, prior), ("a", -1, prior)], vec![("a", -1, prior), ("b", 0, twice)]] {
+        assert!(matches!(tree(&keys), Err(Error::InvalidKey { .. })), "{keys:?}");
+    }
+    for keys in [vec![("", -1, prior)], vec![("a", 0, prior)], vec![("a", 1, prior), ("b", -1, prior)]] {
+        assert!(matches!(tree(&keys), Err(Error::InvalidState { .. })), "{keys:?}");
     }
     let paths = paths();
     assert!(matches!(Keys::new(&paths, &[0, 1], 3), Err(Error::LengthMismatch { .. })));

@@ -1,0 +1,159 @@
+//! The keys of a batch: a path for each group, and the groups under every prefix of these paths.
+
+use hashbrown::HashMap;
+use hashbrown::hash_map::Entry;
+
+use crate::groups::Group;
+use crate::{Error, GroupStats};
+
+/// The parts of a key, from the root down.
+pub type Path = Vec<String>;
+
+static ROOT: [Path; 1] = [Vec::new()];
+
+/// The keys of a batch: one path per group.
+#[derive(Clone, Copy, Debug)]
+pub struct Keys<'a> {
+    paths: &'a [Path],
+    /// None where every group has the first path.
+    of_group: Option<&'a [u32]>,
+}
+
+impl Keys<'static> {
+    /// The root for every group of any batch.
+    pub const ROOT: Self = Self { paths: &ROOT, of_group: None };
+}
+
+impl<'a> Keys<'a> {
+    /// Group `m` has the key `paths[of_group[m]]`; lengths and indices are checked here once.
+    pub fn new(paths: &'a [Path], of_group: &'a [u32], groups: usize) -> Result<Self, Error> {
+        if of_group.len() != groups {
+            return Err(Error::LengthMismatch { name: "keys", got: of_group.len(), expected: groups });
+        }
+        if let Some(index) = of_group.iter().position(|&key| key as usize >= paths.len()) {
+            return Err(Error::GroupOutOfRange { index, code: of_group[index], groups: paths.len() });
+        }
+        Ok(Self { paths, of_group: Some(of_group) })
+    }
+
+    /// True where groups have keys of their own; false for [`Keys::ROOT`].
+    pub fn given(&self) -> bool {
+        self.of_group.is_some()
+    }
+
+    /// The index of a group's path.
+    #[inline]
+    pub fn of_group(&self, group: usize) -> usize {
+        self.of_group.map_or(0, |of_group| of_group[group] as usize)
+    }
+
+    /// Number of paths; several may be equal.
+    pub(crate) fn len(&self) -> usize {
+        self.paths.len()
+    }
+
+    /// See [`Visits`].
+    pub(crate) fn visits(&self, groups: &GroupStats) -> Visits<'a> {
+        let mut visits = Visits::default();
+        if self.paths.iter().all(Vec::is_empty) {
+            return visits; // everything is the root's
+        }
+        visits.find_prefixes(self.paths);
+        visits.find_groups(self, groups);
+        visits
+    }
+}
+
+/// The distinct prefixes of a batch's keys, the root left out, parents first, and the non-empty groups under each.
+#[derive(Debug, Default)]
+pub(crate) struct Visits<'a> {
+    prefixes: Vec<Prefix<'a>>,
+    /// The prefixes of each path, shortest first, one path after another; `chain_ends` says where each ends.
+    chains: Vec<usize>,
+    chain_ends: Vec<usize>,
+    groups: Vec<usize>,
+}
+
+/// One prefix: its last part under its parent, and its place in [`Visits::groups`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Prefix<'a> {
+    /// None where the parent is the root.
+    pub(crate) parent: Option<usize>,
+    pub(crate) part: &'a str,
+    start: usize,
+    end: usize,
+}
+
+impl<'a> Visits<'a> {
+    fn find_prefixes(&mut self, paths: &'a [Path]) {
+        let mut known: HashMap<(Option<usize>, &str), usize> = HashMap::with_capacity(paths.len());
+        self.chain_ends.reserve(paths.len());
+        for path in paths {
+            let mut parent = None;
+            for part in path {
+                let next = self.prefixes.len();
+                let prefix = match known.entry((parent, part)) {
+                    Entry::Occupied(entry) => *entry.get(),
+                    Entry::Vacant(entry) => {
+                        self.prefixes.push(Prefix { parent, part, start: 0, end: 0 });
+                        *entry.insert(next)
+                    }
+                };
+                self.chains.push(prefix);
+                parent = Some(prefix);
+            }
+            self.chain_ends.push(self.chains.len());
+        }
+    }
+
+    /// Sort the groups by prefix, counting first; within a prefix they keep their order.
+    fn find_groups(&mut self, keys: &Keys<'_>, groups: &GroupStats) {
+        let mut of_path = vec![0; keys.len()];
+        for (group, _) in counted(groups) {
+            of_path[keys.of_group(group)] += 1;
+        }
+        for (path, &count) in of_path.iter().enumerate() {
+            for &prefix in &self.chains[chain(&self.chain_ends, path)] {
+                self.prefixes[prefix].end += count;
+            }
+        }
+        let mut start = 0;
+        for prefix in &mut self.prefixes {
+            let count = prefix.end;
+            (prefix.start, prefix.end) = (start, start);
+            start += count;
+        }
+        self.groups = vec![0; start];
+        for (group, _) in counted(groups) {
+            for &prefix in &self.chains[chain(&self.chain_ends, keys.of_group(group))] {
+                let prefix = &mut self.prefixes[prefix];
+                self.groups[prefix.end] = group;
+                prefix.end += 1;
+            }
+        }
+    }
+
+    /// The prefixes, parents first.
+    pub(crate) fn prefixes(&self) -> &[Prefix<'a>] {
+        &self.prefixes
+    }
+
+    /// The non-empty groups under a prefix, in the order of the batch.
+    pub(crate) fn groups(&self, prefix: &Prefix<'_>) -> &[usize] {
+        &self.groups[prefix.start..prefix.end]
+    }
+
+    /// The longest prefix of a path; None for the root's.
+    pub(crate) fn of_path(&self, path: usize) -> Option<usize> {
+        if self.prefixes.is_empty() { None } else { self.chains[chain(&self.chain_ends, path)].last().copied() }
+    }
+}
+
+fn chain(ends: &[usize], path: usize) -> core::ops::Range<usize> {
+    let start = if path == 0 { 0 } else { ends[path - 1] };
+    start..ends[path]
+}
+
+fn counted(groups: &GroupStats) -> impl Iterator<Item = (usize, &Group)> {
+    groups.iter().enumerate().filter(|(_, g)| g.n > 0.0)
+}
