@@ -17,7 +17,6 @@ has seen no group, so that it starts as its parent)::
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
@@ -28,7 +27,7 @@ from ebpo_core.arguments import count, flag, real, step_id, text, zero_or_one
 from ebpo_core.diagnostics import Diagnostics
 from ebpo_core.inputs import read_batch, read_group, round_to
 from ebpo_core.keys import Key, Keys, key_of, path_of, read_keys
-from ebpo_core.prior import Prior
+from ebpo_core.prior import Prior, prior_of
 from ebpo_core.state import check_options, read_state, write_state
 
 Rewards = TypeVar("Rewards")
@@ -43,6 +42,7 @@ class Options(TypedDict):
     score: Literal["after", "before"]
     leave_one_out: bool
     decay: float
+    decay_by: Literal["update", "visit"]
     eps: float
     ddof: int
     norm_ddof: int
@@ -75,8 +75,10 @@ class EBPO:
             Raises with ``score="before"``, where it has no meaning.
         decay: rho in (0, 1]; before each update every count, M2 and sum is multiplied by it, so that the prior
             remembers about ``1 / (1 - rho)`` batches. 1 (paper) never forgets. A batch without valid rows is no update.
-            All keys are decayed at each update, as the root is, whether the batch holds them or not: a key that is
-            idle becomes young again, and falls back to its parent.
+        decay_by: The updates that count for ``decay``. ``"update"``: every key is discounted at each update, as the root
+            is, whether the batch holds it or not, so a key that is idle becomes young again and falls back to its
+            parent. ``"visit"``: a prior is discounted at the updates that hold a group of it, and at no other. The root
+            and a parent are visited with each of their keys. This is for a key per prompt (a tracker).
         eps: Added to the denominator of ``normalize``; at least 0. With 0 nothing damps rounding where the exact
             advantages are 0 without the rewards being equal.
         ddof: 0 or 1; the variances ``sigma2="total"`` and ``tau2="raw"`` divide by ``count - ddof``.
@@ -99,6 +101,7 @@ class EBPO:
         score: Literal["after", "before"] = "after",
         leave_one_out: bool = False,
         decay: float = 1.0,
+        decay_by: Literal["update", "visit"] = "update",
         eps: float = 1e-6,
         ddof: int = 0,
         norm_ddof: int = 1,
@@ -112,6 +115,7 @@ class EBPO:
             score=text("score", score),
             leave_one_out=flag("leave_one_out", leave_one_out),
             decay=real("decay", decay),
+            decay_by=text("decay_by", decay_by),
             eps=real("eps", eps),
             ddof=zero_or_one("ddof", ddof),
             norm_ddof=zero_or_one("norm_ddof", norm_ddof),
@@ -224,7 +228,7 @@ class EBPO:
             "arguments update= and step=": ((update, step), "pass the same ones on every rank"),
             "options": (dict(self._options), "build the estimator alike on every rank"),
             "priors": (
-                hashlib.sha256(repr(self._state.tree()).encode()).hexdigest(),  # repr writes every bit of a float
+                self._state.digest(),
                 "load one state on every rank, and pass process_group= in every call that updates",
             ),
         }
@@ -263,19 +267,13 @@ class EBPO:
     @property
     def prior(self) -> Prior:
         """A copy of the root's prior, which holds everything; changing it changes nothing here (see :meth:`merge`)."""
-        prior = Prior()
-        prior._state.load(self._state.parts()[0], [], None, 0)
-        return prior
+        return prior_of(self._state.parts()[0])
 
     @property
     def priors(self) -> dict[Key, Prior]:
         """A copy of every key's own prior, not blended, parents first; the root's is under ``()``."""
-        (root, keys), _ = self._state.tree()
-        priors: dict[Key, Prior] = {}
-        for path, parts in [([], root), *keys]:
-            prior = priors[key_of(path)] = Prior()
-            prior._state.load(parts, [], None, 0)
-        return priors
+        own = {key_of(path): prior_of(parts) for path, parts in self._state.priors()}
+        return {(): self.prior, **own}
 
     def shrunken_prior(self, key: Any = None) -> ShrunkenPrior:
         """Mean, sigma2 and tau2 that a group of this key would be shrunk with now: ``theta~``, by the options."""
@@ -298,9 +296,23 @@ class EBPO:
         """Forget everything seen; the options stay."""
         self._state, self._last = _core.State(), None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Options, priors and step as a JSON-safe dict, exact to the bit (see :mod:`ebpo_core.state`)."""
-        return write_state(self._options, self._state)
+    def before_update(self) -> EBPO:
+        """A copy as it was before the last update; as it is now, if there was none since it was made, loaded or merged.
+
+        An update keeps what it overwrites, so this needs no copy to be made before each.
+        """
+        copy = EBPO(**self._options)
+        copy._state = self._state.before_update()
+        return copy
+
+    def state_dict(self, *, arrays: bool = False) -> dict[str, Any]:
+        """Options, priors and step as a dict, exact to the bit (see :mod:`ebpo_core.state`).
+
+        Args:
+            arrays: False gives plain JSON. True gives the keys as a dict of NumPy arrays, which for very many keys takes
+                a tenth of the time and memory.
+        """
+        return write_state(self._options, self._state, flag("arrays", arrays))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace priors and step by those of ``state``, which must have been written with the same options.
@@ -312,7 +324,7 @@ class EBPO:
         self._last = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.state_dict()
+        return self.state_dict(arrays=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["options"])  # type: ignore[misc]
@@ -321,12 +333,12 @@ class EBPO:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EBPO):
             return NotImplemented
-        return self._options == other._options and self._state.tree() == other._state.tree()
+        return self._options == other._options and self._state.same(other._state)
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
         defaults = EBPO.__init__.__kwdefaults__ or {}
         changed = [f"{name}={value!r}" for name, value in self._options.items() if value != defaults.get(name)]
-        keys = len(self._state.tree()[0][1])
+        keys = self._state.key_count()
         return f"EBPO({', '.join(changed)}) with {self.prior!r}" + (f" and {keys} keys" if keys else "")

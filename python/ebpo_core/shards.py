@@ -103,7 +103,7 @@ def _joined_keys(shards: list[Shard]) -> Keys | None:
     paths: list[Path] = []
     of_group = []
     for one in shards:
-        own = Keys([[]], np.zeros(one.group_count, np.uint32)) if one.keys is None else one.keys
+        own = Keys([()], np.zeros(one.group_count, np.uint32)) if one.keys is None else one.keys
         of_group.append(own.of_group + np.uint32(len(paths)))
         paths += own.paths
     return Keys(paths, np.concatenate(of_group))

@@ -1,7 +1,9 @@
 //! The keys of a tree as columns, the form in which they are stored: exact, and quick to write and to read.
 
+use hashbrown::HashMap;
+
 use crate::tree::AT_ROOT;
-use crate::{Error, Moments, Prior, Tree};
+use crate::{Error, Path, Prior, Tree};
 
 /// One entry per key, the root left out; parents come before their children.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -30,6 +32,31 @@ impl Columns {
             columns.idle.push(idle);
         }
         columns
+    }
+
+    /// The columns of keys with their statistics and idle times, each key after its parent.
+    pub fn of_entries(entries: impl Iterator<Item = (Path, [f64; 9], i64)>) -> Result<Self, Error> {
+        let mut columns = Self::default();
+        let mut known: HashMap<Path, isize> = HashMap::new();
+        for (mut key, statistics, idle) in entries {
+            let (index, whole) = (columns.len().cast_signed(), key.clone());
+            let Some(part) = key.pop() else {
+                return Err(Error::InvalidKey { key, problem: "which has no parts and so is the root's" });
+            };
+            let parent = if key.is_empty() { Some(-1) } else { known.get(&key).copied() };
+            let Some(parent) = parent else {
+                return Err(Error::InvalidKey { key: whole, problem: "but not its parent" });
+            };
+            if known.insert(whole.clone(), index).is_some() {
+                return Err(Error::InvalidKey { key: whole, problem: "twice" });
+            }
+            columns.names.push_str(&part);
+            columns.lengths.push(part.len());
+            columns.parents.push(parent);
+            columns.statistics.extend(statistics);
+            columns.idle.push(idle);
+        }
+        Ok(columns)
     }
 
     /// Number of keys.
@@ -81,7 +108,7 @@ impl Columns {
             if tree.find(parent, part).is_some() {
                 return refuse(&tree, "twice");
             }
-            tree.insert(parent, part, prior_of(&statistics[index])?, idle);
+            tree.insert(parent, part, Prior::of_parts(&statistics[index])?, idle);
         }
         if nested {
             tree.check_nested()?;
@@ -114,10 +141,4 @@ impl Columns {
         }
         Ok(())
     }
-}
-
-fn prior_of(parts: &[f64; 9]) -> Result<Prior, Error> {
-    let rewards = Moments::from_parts(parts[0], parts[1], parts[2])?;
-    let means = Moments::from_parts(parts[3], parts[4], parts[5])?;
-    Prior::from_parts(rewards, means, parts[6], parts[7], parts[8])
 }

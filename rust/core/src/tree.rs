@@ -184,7 +184,13 @@ impl Tree {
     }
 
     /// Take the groups of a batch into the root and into each of its keys, which [`Tree::forget`] has just passed over.
-    pub(crate) fn take(&mut self, batch: &Prior, groups: &GroupStats, visits: &Visits<'_>, found: &mut [Option<usize>]) {
+    pub(crate) fn take(
+        &mut self,
+        batch: &Prior,
+        groups: &GroupStats,
+        visits: &Visits<'_>,
+        found: &mut [Option<usize>],
+    ) {
         self.root.merge(batch);
         for (index, prefix) in visits.prefixes().iter().enumerate() {
             let list = visits.groups(prefix);
@@ -232,8 +238,7 @@ impl Tree {
                 (mine.prior, mine.touched) = (prior, self.clock);
                 continue;
             }
-            let parent =
-                if node.parent == AT_ROOT { AT_ROOT } else { found[node.parent].unwrap_or(AT_ROOT) };
+            let parent = if node.parent == AT_ROOT { AT_ROOT } else { found[node.parent].unwrap_or(AT_ROOT) };
             let (prior, idle) =
                 if same_rate { (node.prior, other.clock - node.touched) } else { (other.read(index), 0) };
             found[index] = Some(self.insert(parent, other.part(node), prior, idle));
@@ -280,9 +285,9 @@ impl Tree {
 
     /// A number that equal trees have in common, and other trees hardly ever; at an update it costs no walk.
     pub(crate) fn digest(&mut self) -> u64 {
-        let of_nodes = self.digest.unwrap_or_else(|| {
-            (0..self.nodes.len()).fold(0_u64, |sum, node| sum.wrapping_add(self.hash_of(node)))
-        });
+        let of_nodes = self
+            .digest
+            .unwrap_or_else(|| (0..self.nodes.len()).fold(0_u64, |sum, node| sum.wrapping_add(self.hash_of(node))));
         self.digest = Some(of_nodes);
         let mut hasher = DefaultHasher::new();
         hash_prior(&mut hasher, &self.root);

@@ -14,6 +14,7 @@
 mod arrays;
 mod codes;
 mod error;
+mod keys;
 mod options;
 mod parts;
 mod state;
@@ -25,6 +26,8 @@ mod _core {
     use super::arrays::{baseline_advantages, equal_advantages};
     #[pymodule_export]
     use super::codes::{codes_of_bytes, codes_of_ints, codes_of_objects};
+    #[pymodule_export]
+    use super::keys::codes_of_keys;
     #[pymodule_export]
     use super::options::PyOptions;
     #[pymodule_export]

@@ -1,6 +1,6 @@
 //! The estimator's options as a frozen Python object.
 
-use ebpo_core::{Normalize, Options, Score, Sigma2, Tau2};
+use ebpo_core::{DecayBy, Normalize, Options, Score, Sigma2, Tau2};
 use pyo3::prelude::*;
 
 use crate::error::Result;
@@ -12,7 +12,7 @@ pub(crate) struct PyOptions(pub(crate) Options);
 #[pymethods]
 impl PyOptions {
     #[new]
-    #[pyo3(signature = (*, normalize, sigma2, tau2, score, leave_one_out, decay, eps, ddof, norm_ddof, kappa, max_keys))]
+    #[pyo3(signature = (*, normalize, sigma2, tau2, score, leave_one_out, decay, decay_by, eps, ddof, norm_ddof, kappa, max_keys))]
     #[allow(clippy::too_many_arguments)] // one per option of the estimator, all by keyword
     fn new(
         normalize: &str,
@@ -21,6 +21,7 @@ impl PyOptions {
         score: &str,
         leave_one_out: bool,
         decay: f64,
+        decay_by: &str,
         eps: f64,
         ddof: u8,
         norm_ddof: u8,
@@ -34,6 +35,7 @@ impl PyOptions {
             score: Score::parse(score)?,
             leave_one_out,
             decay,
+            decay_by: DecayBy::parse(decay_by)?,
             eps,
             ddof,
             norm_ddof,

@@ -2,18 +2,24 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use ebpo_core::{Float, GroupStats, Keys, Options, Path, Prior, Scored, Shrinkage, Sigma2, State, Tau2, Tree, apply};
+use ebpo_core::{
+    Columns, Error, Float, GroupStats, Keys, Options, Path, Prior, Scored, Shrinkage, Sigma2, State, Tau2, apply,
+};
 use numpy::{Element, IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 use crate::arrays::{Groups, Mask, Rewards, batch_of, detached, slice};
 use crate::error::{BindingError, Result};
+use crate::keys::KeyPath;
 use crate::options::PyOptions;
-use crate::parts::{Parts, TreeParts, parts_of, tree_of, tree_parts};
+use crate::parts::{Parts, StoredKeys, arrays, columns_of, entries, readable, tuples};
 
 pub(crate) type Vector<'py> = Bound<'py, PyArray1<f64>>;
 /// The distinct keys of a batch, and each group's index into them.
-type BatchKeys<'py> = Option<(Vec<Path>, PyReadonlyArray1<'py, u32>)>;
+type BatchKeys<'py> = Option<(Vec<KeyPath>, PyReadonlyArray1<'py, u32>)>;
+/// The root's prior, the keys, their discount at each update and the updates so far, and the step.
+type Stored<'py> = (Parts, Bound<'py, PyAny>, (f64, i64), Option<i64>);
 /// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier.
 type Scalars = (f64, f64, f64, f64, f64, f64);
 /// S, V, n of each group, and with keys the blended mean, sigma2 and tau2.
@@ -58,6 +64,10 @@ impl PyState {
         keys: BatchKeys<'py>,
         stream: bool,
     ) -> Result<Advanced<'py>> {
+        let keys = keys.map(|(paths, of_group)| {
+            let paths: Vec<Path> = paths.into_iter().map(|KeyPath(path)| path).collect();
+            (paths, of_group)
+        });
         let score = |stats: &GroupStats| {
             let keys = match &keys {
                 None => Keys::ROOT,
@@ -105,26 +115,77 @@ impl PyState {
     /// The root's prior as nine numbers, and the step.
     fn parts(&self) -> (Parts, Option<i64>) {
         let state = self.lock();
-        (parts_of(&state.tree().root), state.step())
+        (state.tree().root.parts(), state.step())
     }
 
-    /// The root's prior, every key's, and the step.
-    fn tree(&self) -> (TreeParts, Option<i64>) {
-        let state = self.lock();
-        (tree_parts(state.tree()), state.step())
+    /// The whole state as it is stored, the keys as a list of JSON-safe entries or as a dict of arrays.
+    fn stored<'py>(&self, py: Python<'py>, as_arrays: bool) -> Result<Stored<'py>> {
+        let (root, columns, clock, step) = {
+            let state = self.lock(); // at once: a step newer than its prior would lose a batch on resume
+            let tree = state.tree();
+            (tree.root.parts(), Columns::of(tree), tree.clock(), state.step())
+        };
+        let keys = if as_arrays { arrays(py, columns)? } else { entries(py, &columns)? };
+        Ok((root, keys, clock, step))
     }
 
-    /// Replace everything by parts of that form, which are checked first.
-    fn load(&self, root: Parts, keys: Vec<(Path, Parts)>, step: Option<i64>, max_keys: usize) -> Result<()> {
-        let tree = tree_of((root, keys))?;
-        Tree::default().check_room(&tree, max_keys)?;
+    /// The number of keys, the root left out.
+    fn key_count(&self) -> usize {
+        self.lock().tree().len()
+    }
+
+    /// Every key with its prior, discounted up to now.
+    fn priors<'py>(&self, py: Python<'py>) -> Result<Vec<(Bound<'py, PyTuple>, Parts)>> {
+        let (columns, priors) = {
+            let state = self.lock();
+            (Columns::of(state.tree()), state.tree().priors().collect::<Vec<_>>())
+        };
+        Ok(tuples(py, &columns)?.into_iter().zip(priors.iter().map(Prior::parts)).collect())
+    }
+
+    /// Replace everything by what [`PyState::stored`] returned, which is checked first.
+    #[allow(clippy::too_many_arguments)] // the fields of a stored state
+    fn load(
+        &self,
+        py: Python<'_>,
+        root: Parts,
+        keys: StoredKeys<'_>,
+        clock: (f64, i64),
+        step: Option<i64>,
+        max_keys: usize,
+        nested: bool,
+    ) -> Result<()> {
+        let columns = columns_of(py, keys)?;
+        if columns.len() > max_keys {
+            return Err(Error::TooManyKeys { count: columns.len(), max_keys }.into());
+        }
+        let tree = columns.into_tree(Prior::of_parts(&root)?, clock.0, clock.1, nested).map_err(readable)?;
         *self.lock() = State::new(tree, step);
         Ok(())
     }
 
+    /// The state as it was before its last update.
+    fn before_update(&self) -> Self {
+        Self(Mutex::new(self.lock().before_update()))
+    }
+
+    /// True where both hold the same priors and the same step.
+    fn same(&self, other: &Self) -> bool {
+        if std::ptr::eq(self, other) {
+            return true;
+        }
+        let other = other.lock().clone(); // copied out first: no thread holds two locks
+        *self.lock() == other
+    }
+
+    /// A number that equal states have in common.
+    fn digest(&self) -> u64 {
+        self.lock().digest()
+    }
+
     /// Mean, sigma2 and tau2 of a key, blended with its parents'.
-    fn shrunken(&self, options: &PyOptions, path: Path) -> (f64, f64, f64) {
-        let Shrinkage { mu, sigma2, tau2 } = self.lock().tree().shrunken(&path, &options.0);
+    fn shrunken(&self, options: &PyOptions, path: KeyPath) -> (f64, f64, f64) {
+        let Shrinkage { mu, sigma2, tau2 } = self.lock().tree().shrunken(&path.0, &options.0);
         (mu, sigma2, tau2)
     }
 
