@@ -136,6 +136,7 @@ class EBPO:
     score: str = "after"
     leave_one_out: bool = False
     decay: float = 1.0
+    decay_by: str = "update"
     eps: float = 1e-6
     ddof: int = 0
     norm_ddof: int = 1
@@ -192,7 +193,7 @@ class EBPO:
             key_of = [key_of[int(np.flatnonzero(index == m)[0])] for m in range(len(members))]
         if not self.is_new(step):
             update = False  # a retry or a replay: the prior already holds this batch
-        past = self.decayed(any(group.size for group in members))
+        past = self.decayed({key for group, key in zip(members, key_of, strict=True) if group.size})
         after = past.with_batch(members, key_of)
         if update and len(after.keys) > max(self.max_keys, len(self.keys)):
             raise ValueError(f"{len(after.keys)} keys are more than max_keys={self.max_keys}")
@@ -239,12 +240,26 @@ class EBPO:
         """True for an update whose id has not been applied yet."""
         return step is None or self.step is None or step > self.step
 
-    def decayed(self, anything: bool) -> EBPO:
-        """The state as it enters an update: all counts times ``decay``; a batch of nothing leaves no trace."""
-        rho = self.decay if anything else 1.0
+    def decayed(self, visited: set[Key]) -> EBPO:
+        """The state as it enters an update with groups of these keys; without any, as it is.
+
+        ``decay_by="update"``: all counts times ``decay``. ``"visit"``: those of the root, of these keys and their parents.
+        """
+        if not visited:
+            return self
+        on_the_way = {key[:depth] for key in visited for depth in range(len(key) + 1)}
+        forgets = {key: self.decay_by == "update" or key in on_the_way for key in self.keys}
         return replace(
-            self, prior=self.prior.decay(rho), keys={key: prior.decay(rho) for key, prior in self.keys.items()}
+            self,
+            prior=self.prior.decay(self.decay),
+            keys={key: prior.decay(self.decay) if forgets[key] else prior for key, prior in self.keys.items()},
         )
+
+    def merge(self, other: EBPO) -> None:
+        """Add what another estimator has seen: for each key, and the root, the sum of both as each is discounted now."""
+        every = {**self.keys, **other.keys}
+        self.keys = {k: self.keys.get(k, Prior()).merge(other.keys.get(k, Prior())) for k in every}
+        self.prior = self.prior.merge(other.prior)
 
     def with_batch(self, members: list[Array], keys: list[Key]) -> EBPO:
         """The state with these groups added to the root, to their keys, and to all parents of these."""

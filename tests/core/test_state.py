@@ -80,7 +80,7 @@ def corrupt(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("version", 2, "version=2.*upgrade"),
+        ("version", 3, "version=3.*upgrade"),
         ("version", "1", "version='1'"),
         ("version", None, "version=None"),
         ("prior.rewards.count", -1.0, "count=-1"),
