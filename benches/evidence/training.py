@@ -1,13 +1,14 @@
 """Runner of the training study: queues cells, resumes after a kill, and prints how long the rest will take.
 
-    python benches/evidence/training.py                 # all that is missing, cheapest decisive cells first
+    python benches/evidence/training.py                 # all that is missing, decisive cells first
     python benches/evidence/training.py --list          # what there is, what is missing, how long it will take
     python benches/evidence/training.py --only '{"task":"countdown","rung":"middle","G":2,"arm":"ebpo","seed":3}'
 
 Each run is one process with one thread. Its record is appended to ``records/training.jsonl`` at its end, with the hash
 of its configuration and the commit. A run with another configuration has another hash and is never mixed in.
-``--workers N`` runs N at once. ``--stage`` limits the queue: "rates" (learning rates), "main", "ladder", "scale" (equal
-root mean square).
+``--workers N`` runs N at once. ``--stage`` limits the queue to one of ``STAGES``: "rates" tunes the learning rates that
+the others use, "main" is the family of the protocol's contrasts, "arms" the other rules on the same rung, "ladder" the other
+rungs and tasks, "scale" the advantages of equal root mean square.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,10 @@ PROTOCOL = 1
 """Changes with anything that changes a run's numbers without being in its configuration."""
 
 STEPS, ROLLOUTS = 75, 512
-RATES = (1e-4, 2e-4, 3e-4, 5e-4)
+RATES = (2e-4, 4e-4, 8e-4)
+TUNING_SEEDS = (1000, 1001)
+DEFAULT_RATE = 4e-4
+STAGES = ("rates", "main", "arms", "ladder", "scale")
 MAIN_ARMS = ("ebpo", "grpo", "ebpo_options", "constant", "batch_mean", "rloo")
 MORE_ARMS = (
     "mix_50",
@@ -50,6 +55,7 @@ MORE_ARMS = (
     "ebpo_topic",
     "grpo_again",
 )
+LADDER_ARMS = ("grpo", "ebpo", "constant", "batch_mean")
 EVALUATION_SAMPLES = 16
 """Completions of each held-out prompt after training, all of which count for pass@1."""
 
@@ -76,34 +82,39 @@ def name_of(config: Config) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def queue(rates: dict[str, float], stage: str | None) -> Iterator[Config]:
-    """Every cell in the order in which it is run. ``rates`` holds the tuned learning rate of each arm that has one."""
-    arms = (*MAIN_ARMS, *MORE_ARMS)
-    if stage in (None, "rates"):
-        for seed in range(1000, 1003):
-            for arm in MAIN_ARMS:
-                yield from (configuration("countdown", "middle", 2, arm, seed, rate) for rate in RATES)
-    tuned = {arm: rates.get(arm, rates.get("grpo", 3e-4)) for arm in arms}
-    if stage in (None, "main"):
-        for block in range(4):  # five seeds at a time, so that a cut leaves whole pairs everywhere
-            for G in (2, 4):
-                for seed in range(5 * block, 5 * block + 5):
-                    yield from (configuration("countdown", "middle", G, arm, seed, tuned[arm]) for arm in MAIN_ARMS)
-            if block < 2:
-                for seed in range(5 * block, 5 * block + 5):
-                    yield from (configuration("countdown", "middle", 2, arm, seed, tuned[arm]) for arm in MORE_ARMS)
-    if stage in (None, "ladder"):
-        ladder = ("grpo", "ebpo", "constant", "batch_mean")
-        for seed in range(10):
-            for task, rung, G in (
-                *(("countdown", rung, G) for rung in ("low", "high") for G in (2, 4)),
-                ("countdown", "middle", 8),
-                *(("sorting", rung, G) for rung in ("middle", "low", "high") for G in (2, 4)),
-            ):
-                yield from (configuration(task, rung, G, arm, seed, tuned[arm]) for arm in ladder)
-    if stage in (None, "scale"):
-        for seed in range(10):
-            yield from (configuration("countdown", "middle", 2, arm, seed, tuned[arm], True) for arm in MAIN_ARMS)
+def tuning(arm: str) -> Iterator[Config]:
+    """Runs that choose an arm's learning rate."""
+    for rate, seed in product(RATES, TUNING_SEEDS):
+        yield configuration("countdown", "middle", 2, arm, seed, rate)
+
+
+def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
+    """Cells of a stage in the order in which they are run. ``rates`` holds the tuned learning rate of each arm that has one."""
+
+    def cell(task: str, rung: str, G: int, arm: str, seed: int, equal_rms: bool = False) -> Config:
+        rate = rates.get(arm, rates.get("grpo", DEFAULT_RATE))
+        return configuration(task, rung, G, arm, seed, rate, equal_rms)
+
+    if stage == "rates":
+        for arm in MAIN_ARMS:
+            yield from tuning(arm)
+    elif stage == "main":  # seed by seed, so that a cut leaves whole pairs
+        for G, seed, arm in product((2, 4), range(20), MAIN_ARMS):
+            yield cell("countdown", "middle", G, arm, seed)
+    elif stage == "arms":
+        for seed, arm in product(range(10), MORE_ARMS):
+            yield cell("countdown", "middle", 2, arm, seed)
+    elif stage == "ladder":
+        rungs = (
+            *product(("countdown",), ("low", "high"), (2, 4)),
+            ("countdown", "middle", 8),
+            *product(("sorting",), ("middle", "low", "high"), (2, 4)),
+        )
+        for seed, (task, rung, G), arm in product(range(10), rungs, LADDER_ARMS):
+            yield cell(task, rung, G, arm, seed)
+    elif stage == "scale":
+        for seed, arm in product(range(10), MAIN_ARMS):
+            yield cell("countdown", "middle", 2, arm, seed, True)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -212,13 +223,12 @@ def tuned_rates(records: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Best learning rate of each arm that was tuned in full: highest mean pass@1 over the tuning seeds."""
     rates = {}
     for arm in MAIN_ARMS:
-        means = {}
-        for rate in RATES:
-            names = [name_of(configuration("countdown", "middle", 2, arm, seed, rate)) for seed in range(1000, 1003)]
-            if all(name in records for name in names):
-                means[rate] = sum(records[name]["after"]["pass@1"] for name in names) / len(names)
-        if len(means) == len(RATES):
-            rates[arm] = max(means, key=lambda rate: means[rate])
+        means: dict[float, list[float]] = {}
+        configs = list(tuning(arm))
+        if all(name_of(config) in records for config in configs):
+            for config in configs:
+                means.setdefault(config["rate"], []).append(records[name_of(config)]["after"]["pass@1"])
+            rates[arm] = max(means, key=lambda rate: sum(means[rate]))
     return rates
 
 
@@ -244,41 +254,11 @@ def commit() -> str:
     return said.stdout.strip() or "unknown"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--only", type=json.loads, help="one configuration, printed as a record and not written")
-    parser.add_argument("--stage", choices=["rates", "main", "ladder", "scale"])
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="two tiny runs, nothing written")
-    arguments = parser.parse_args()
-    if arguments.smoke:
-        for arm in ("ebpo", "dapo"):
-            print(
-                json.dumps(
-                    run({**configuration("sorting", "low", 2, arm, 0, 3e-4), "steps": 2, "rollouts": 32, "samples": 2})
-                )
-            )
-        return
-    records = recorded()
-    rates = tuned_rates(records)
-    if arguments.only:
-        config = configuration(**{"rate": rates.get(arguments.only["arm"], rates.get("grpo", 3e-4)), **arguments.only})
-        print(json.dumps({"hash": name_of(config), "config": config, **run(config)}))
-        return
-    wanted = list(queue(rates, arguments.stage))
-    missing = [config for config in wanted if name_of(config) not in records]
-    spent = [record["cpu_seconds"] for record in records.values()]
-    each = sum(spent) / len(spent) if spent else 100.0
-    print(
-        f"{len(wanted) - len(missing)} of {len(wanted)} runs done; {len(missing)} to go, about "
-        f"{len(missing) * each / 3600:.1f} CPU hours; learning rates {rates}"
-    )
-    if arguments.list:
-        return
+def run_all(missing: list[Config], workers: int) -> None:
+    """Run cells in their order, a record each as soon as it is done."""
     version = commit()
-    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        for done in as_completed(pool.submit(timed, config) for config in missing):
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(timed, config) for config in missing]):
             config, result, seconds = done.result()
             append(
                 {
@@ -289,17 +269,57 @@ def main() -> None:
                     "cpu_seconds": round(seconds, 1),
                 }
             )
+            shown = (config[name] for name in ("task", "rung", "G", "arm", "seed", "rate"))
+            print(*shown, result["after"]["pass@1"], f"{seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--only", type=json.loads, help="one configuration, printed as a record and not written")
+    parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="two tiny runs, nothing written")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        for arm in ("ebpo", "dapo"):
             print(
-                config["task"],
-                config["rung"],
-                config["G"],
-                config["arm"],
-                config["seed"],
-                config["rate"],
-                result["after"]["pass@1"],
-                f"{seconds:.0f} s",
-                flush=True,
+                json.dumps(
+                    run(
+                        {
+                            **configuration("sorting", "low", 2, arm, 0, DEFAULT_RATE),
+                            "steps": 2,
+                            "rollouts": 32,
+                            "samples": 2,
+                        }
+                    )
+                )
             )
+        return
+    records = recorded()
+    rates = tuned_rates(records)
+    if arguments.only:
+        config = configuration(
+            **{"rate": rates.get(arguments.only["arm"], rates.get("grpo", DEFAULT_RATE)), **arguments.only}
+        )
+        print(json.dumps({"hash": name_of(config), "config": config, **run(config)}))
+        return
+    for stage in [arguments.stage] if arguments.stage else STAGES:
+        records = recorded()
+        rates = tuned_rates(records)
+        if stage != "rates" and not arguments.list and len(rates) < len(MAIN_ARMS):
+            parser.error("--stage: the learning rates come first, run --stage rates")
+        wanted = list(queue(stage, rates))
+        missing = [config for config in wanted if name_of(config) not in records]
+        spent = [record["cpu_seconds"] for record in records.values()]
+        each = sum(spent) / len(spent) if spent else 100.0
+        print(
+            f"{stage}: {len(wanted) - len(missing)} of {len(wanted)} runs done; {len(missing)} to go, about "
+            f"{len(missing) * each / 3600:.1f} CPU hours; learning rates {rates}",
+            flush=True,
+        )
+        if not arguments.list:
+            run_all(missing, arguments.workers)
 
 
 if __name__ == "__main__":
