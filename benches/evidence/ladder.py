@@ -79,7 +79,7 @@ def _countdown(seed: int) -> Task:
 
 def _warm_sorting(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
     problems = orders(steps * 128, seed, "train")
-    batches = (encode_batch([next(problems) for _ in range(128)], tokenizer) for _ in range(steps))
+    batches = (encode_batch([next(problems)._asdict() for _ in range(128)], tokenizer) for _ in range(steps))
     fit(model, batches, steps=steps, rise=max(1, steps // 6), learning_rate=2e-3, weight_decay=0.01)
 
 

@@ -7,8 +7,8 @@
 Each run is one process with one thread. Its record is appended to ``records/training.jsonl`` at its end, with the hash
 of its configuration and the commit. A run with another configuration has another hash and is never mixed in.
 ``--workers N`` runs N at once. ``--stage`` limits the queue to one of ``STAGES``: "rates" tunes the learning rates that
-the others use, "main" is the family of the protocol's contrasts, "arms" the other rules on the same rung, "ladder" the other
-rungs and tasks, "scale" the advantages of equal root mean square.
+the others use, "main" is the family of the protocol's contrasts, "arms" the other rules on the same rung, "ladder" the
+other rungs and tasks, "scale" the advantages of equal root mean square.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def tuning(arm: str) -> Iterator[Config]:
 
 
 def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
-    """Cells of a stage in the order in which they are run. ``rates`` holds the tuned learning rate of each arm that has one."""
+    """Cells of a stage in their order; ``rates`` holds the tuned learning rate of each arm that has one."""
 
     def cell(task: str, rung: str, G: int, arm: str, seed: int, equal_rms: bool = False) -> Config:
         rate = rates.get(arm, rates.get("grpo", DEFAULT_RATE))
@@ -282,26 +282,18 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two tiny runs, nothing written")
     arguments = parser.parse_args()
     if arguments.smoke:
-        for arm in ("ebpo", "dapo"):
-            print(
-                json.dumps(
-                    run(
-                        {
-                            **configuration("sorting", "low", 2, arm, 0, DEFAULT_RATE),
-                            "steps": 2,
-                            "rollouts": 32,
-                            "samples": 2,
-                        }
-                    )
-                )
-            )
+        import ladder
+
+        ladder.WARM_UP_STEPS.update(dict.fromkeys(ladder.WARM_UP_STEPS, 2))
+        for task, arm in (("sorting", "ebpo"), ("countdown", "dapo")):
+            tiny = configuration(task, "low", 2, arm, 0, DEFAULT_RATE)
+            print(json.dumps(run({**tiny, "steps": 2, "rollouts": 32, "samples": 2})))
         return
     records = recorded()
     rates = tuned_rates(records)
     if arguments.only:
-        config = configuration(
-            **{"rate": rates.get(arguments.only["arm"], rates.get("grpo", DEFAULT_RATE)), **arguments.only}
-        )
+        rate = rates.get(arguments.only["arm"], rates.get("grpo", DEFAULT_RATE))
+        config = configuration(**{"rate": rate, **arguments.only})
         print(json.dumps({"hash": name_of(config), "config": config, **run(config)}))
         return
     for stage in [arguments.stage] if arguments.stage else STAGES:
