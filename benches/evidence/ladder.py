@@ -64,16 +64,16 @@ def sorting_reward(
     return scores
 
 
-def _sorting(seed: int) -> Task:
+def _sorting(seed: int, size: int) -> Task:
     def rows(size: int, seed: int, split: str) -> Dataset:
         problems = list(orders(size, seed, split))
         return Dataset.from_dict({name: [getattr(p, name) for p in problems] for name in Order._fields})
 
-    return Task(rows(TRAIN_SIZE, seed, "train"), rows(TEST_SIZE, 0, "test"), sorting_reward)
+    return Task(rows(size, seed, "train"), rows(TEST_SIZE, 0, "test"), sorting_reward)
 
 
-def _countdown(seed: int) -> Task:
-    train = countdown.dataset(TRAIN_SIZE, seed=seed, split="train")
+def _countdown(seed: int, size: int) -> Task:
+    train = countdown.dataset(size, seed=seed, split="train")
     return Task(train, countdown.dataset(TEST_SIZE, seed=0, split="test"), countdown.reward)
 
 
@@ -83,7 +83,8 @@ def _warm_sorting(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
     fit(model, batches, steps=steps, rise=max(1, steps // 6), learning_rate=2e-3, weight_decay=0.01)
 
 
-TASKS: dict[str, Callable[[int], Task]] = {"countdown": _countdown, "sorting": _sorting}
+TASKS: dict[str, Callable[[int, int], Task]] = {"countdown": _countdown, "sorting": _sorting}
+"""By name: the task with its training prompts drawn from a seed, and how many of them."""
 
 WARM_UP_STEPS: dict[tuple[str, str], int] = {
     ("countdown", "low"): 67,

@@ -8,7 +8,8 @@ Each run is one process with one thread. Its record is appended to ``records/tra
 of its configuration and the commit. A run with another configuration has another hash and is never mixed in.
 ``--workers N`` runs N at once. ``--stage`` limits the queue to one of ``STAGES``: "rates" tunes the learning rates that
 the others use, "main" is the family of the protocol's contrasts, "arms" the other rules on the same rung, "ladder" the
-other rungs and tasks, "scale" the advantages of equal root mean square.
+other rungs and tasks, "scale" the advantages of equal root mean square, "calls" one prompt in a call of the rule,
+"repeat" 512 prompts that come back, with a prior for each.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ STEPS, ROLLOUTS = 75, 512
 RATES = (2e-4, 4e-4, 8e-4)
 TUNING_SEEDS = (1000, 1001)
 DEFAULT_RATE = 4e-4
-STAGES = ("rates", "main", "arms", "ladder", "scale")
+STAGES = ("rates", "main", "arms", "ladder", "scale", "calls", "repeat")
 MAIN_ARMS = ("ebpo", "grpo", "ebpo_options", "constant", "batch_mean", "rloo")
 MORE_ARMS = (
     "mix_50",
@@ -56,14 +57,20 @@ MORE_ARMS = (
     "grpo_again",
 )
 LADDER_ARMS = ("grpo", "ebpo", "constant", "batch_mean")
+REPEAT_ARMS = ("grpo", "ebpo", "tracker", "constant")
 EVALUATION_SAMPLES = 16
 """Completions of each held-out prompt after training, all of which count for pass@1."""
 
 Config = dict[str, Any]
 
 
-def configuration(task: str, rung: str, G: int, arm: str, seed: int, rate: float, equal_rms: bool = False) -> Config:
-    """Everything that decides a run's numbers."""
+def configuration(
+    task: str, rung: str, G: int, arm: str, seed: int, rate: float, equal_rms: bool = False, **more: int
+) -> Config:
+    """Everything that decides a run's numbers.
+
+    ``more`` names what a cell has besides: ``prompts_per_call`` of the rule, and ``train_size``, the number of prompts.
+    """
     settings = {"steps": STEPS, "rollouts": ROLLOUTS, "updates": 2, "samples": EVALUATION_SAMPLES, "protocol": PROTOCOL}
     return {
         "task": task,
@@ -74,6 +81,7 @@ def configuration(task: str, rung: str, G: int, arm: str, seed: int, rate: float
         "rate": rate,
         "equal_rms": equal_rms,
         **settings,
+        **more,
     }
 
 
@@ -91,9 +99,9 @@ def tuning(arm: str) -> Iterator[Config]:
 def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
     """Cells of a stage in their order; ``rates`` holds the tuned learning rate of each arm that has one."""
 
-    def cell(task: str, rung: str, G: int, arm: str, seed: int, equal_rms: bool = False) -> Config:
+    def cell(task: str, rung: str, G: int, arm: str, seed: int, equal_rms: bool = False, **more: int) -> Config:
         rate = rates.get(arm, rates.get("grpo", DEFAULT_RATE))
-        return configuration(task, rung, G, arm, seed, rate, equal_rms)
+        return configuration(task, rung, G, arm, seed, rate, equal_rms, **more)
 
     if stage == "rates":
         for arm in MAIN_ARMS:
@@ -115,6 +123,13 @@ def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
     elif stage == "scale":
         for seed, arm in product(range(10), MAIN_ARMS):
             yield cell("countdown", "middle", 2, arm, seed, True)
+    elif stage == "calls":  # the rule sees one prompt at a time, as in TRL on one device by default
+        for seed, arm in product(range(10), ("grpo", "ebpo", "ebpo_options")):
+            yield cell("countdown", "middle", 8, arm, seed, prompts_per_call=1)
+    elif stage == "repeat":  # each prompt comes some 35 or 70 times
+        for seed in range(10):
+            for G, arm in (*product((1,), ("batch_mean", "tracker", "constant", "ebpo")), *product((2,), REPEAT_ARMS)):
+                yield cell("countdown", "middle", G, arm, seed, train_size=512)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -123,25 +138,28 @@ def run(config: Config) -> dict[str, Any]:
     import numpy as np
     import torch
     import train_countdown as loop
-    from ladder import TASKS, base_policy
+    from ladder import TASKS, TRAIN_SIZE, base_policy
     from rules import RULES
 
     from ebpo_core.evaluation.estimators import majority_at_k, pass_at_k
 
     torch.set_num_threads(1)
     seed, G = config["seed"], config["G"]
-    task = TASKS[config["task"]](seed)
+    task = TASKS[config["task"]](seed, config.get("train_size", TRAIN_SIZE))
     policy = base_policy(config["task"], config["rung"], seed % 4, BASES)
     rule = RULES[config["arm"]]()
     topics = np.array(task.train["topic"])
-    curves: dict[str, list[float]] = {name: [] for name in ("failed", "passed", "advantage_rms")}
+    curves: dict[str, list[float]] = {name: [] for name in ("failed", "passed", "equal", "advantage_rms")}
 
     def score(rewards: Any, groups: Any) -> Any:
-        advantages = rule(rewards, groups, topics[groups])
+        rows = G * config.get("prompts_per_call", config["rollouts"] // G)
+        parts = [slice(start, start + rows) for start in range(0, len(rewards), rows)]
+        advantages = np.concatenate([rule(rewards[part], groups[part], topics[groups[part]]) for part in parts])
         rms = float(np.sqrt(np.mean(advantages**2)))
         by_group = rewards.reshape(-1, G)
         curves["failed"].append(round(float(np.mean(by_group.max(1) <= 0)), 4))
         curves["passed"].append(round(float(np.mean(by_group.min(1) >= 1)), 4))
+        curves["equal"].append(round(float(np.mean(by_group.max(1) == by_group.min(1))), 4))
         curves["advantage_rms"].append(round(rms, 4))
         if config["arm"] == "dapo":  # the loss is averaged over the groups that were kept
             advantages = advantages * len(by_group) / max(1, int((by_group.max(1) > by_group.min(1)).sum()))
