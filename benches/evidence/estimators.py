@@ -143,12 +143,13 @@ ARMS = 8
 DIMENSIONS = 24
 
 
-def gradient_run(rule: Any, seed: int, G: int, spread: float, batches: int) -> dict[str, float]:
+def gradient_run(rule: Any, seed: int, G: int, ease: float, spread: float, batches: int) -> dict[str, float]:
     """The policy gradient that a rule gives on a softmax bandit with shared parameters, against the exact one.
 
     Prompt q has 8 arms with features x (8, 24); the policy is softmax(x w) with one w for all prompts, so that groups
-    interact as they do in a network. Two arms of each prompt are right. ``spread`` widens the distribution of success
-    rates. Scale is free (an optimiser's learning rate): the estimate is compared after projection on the exact one.
+    interact as they do in a network. Two arms of each prompt are right. ``ease`` and ``spread`` move and widen the
+    distribution of success rates. Scale is free (an optimiser's learning rate): the estimate is compared after
+    projection on the exact one.
     """
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(PROMPTS, ARMS, DIMENSIONS)) / np.sqrt(DIMENSIONS)
@@ -156,7 +157,7 @@ def gradient_run(rule: Any, seed: int, G: int, spread: float, batches: int) -> d
     right = np.zeros((PROMPTS, ARMS))
     right[:, :2] = 1.0
     # A prompt's own offset of its right arms makes it easy or hard; it is no parameter.
-    logits = features @ weights + right * rng.normal(-1.0, spread, (PROMPTS, 1))
+    logits = features @ weights + right * rng.normal(ease, spread, (PROMPTS, 1))
     policy = np.exp(logits - logits.max(1, keepdims=True))
     policy /= policy.sum(1, keepdims=True)
     rates = (policy * right).sum(1)
@@ -200,8 +201,8 @@ def cells(smoke: bool) -> Iterator[dict[str, Any]]:
         yield {"study": "errors", "population": population, "G": G, "reward": "binary", "ragged": False}
     for G in groups[:3]:
         yield {"study": "own batch", "G": G}
-    for spread, G in product((0.5, 2.0, 4.0), groups[:4]):
-        yield {"study": "gradient", "spread": spread, "G": G}
+    for (ease, spread), G in product(((0.7, 0.5), (-1.0, 1.0), (0.0, 3.0), (-2.0, 2.0), (-1.0, 4.0)), groups[:4]):
+        yield {"study": "gradient", "ease": ease, "spread": spread, "G": G}
 
 
 def rules_of(cell: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def _axes(width: float, height: float, **grid: Any) -> Any:
     import matplotlib.pyplot as plt
 
     # The ids in the file and its date would differ from one drawing to the next.
-    mpl.rcParams.update({"svg.hashsalt": "ebpo-core", "svg.fonttype": "none", "font.size": 9})
+    mpl.rcParams.update({"svg.hashsalt": "ebpo-core", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9})
     return plt.subplots(figsize=(width, height), layout="constrained", **grid)
 
 
@@ -114,7 +114,7 @@ def draw_estimators(records: list[dict[str, Any]]) -> None:
 
     def series(key: str, metric: str, **wanted: Any) -> tuple[list[Any], list[float], list[float]]:
         rows = [r for r in records if metric in r and all(r.get(k) == v for k, v in wanted.items())]
-        return [r[key] for r in rows], [r[metric][0] for r in rows], [r[metric][1] for r in rows]
+        return [np.ravel(r[key])[0] for r in rows], [r[metric][0] for r in rows], [r[metric][1] for r in rows]
 
     def lines(panel: Any, key: str, metric: str, rules: Any, **wanted: Any) -> None:
         for rule in rules:

@@ -62,7 +62,9 @@ def levels(_: Any, cells: Any, __: Any) -> str:
             spread = f" ± {100 * np.std(values[0], ddof=1):.1f}" if len(seeds) > 1 else ""
             shown = [f"{100 * means[0]:.1f}{spread}", *(f"{100 * m:.1f}" for m in means[1:3])]
             shown += [f"{means[3]:.2f}", f"{means[4]:.2f}", f"{means[5]:.4f}", f"{means[6]:.2f}"]
-            rows.append([str(G), arm, str(len(seeds)), *shown, difference(paired(arms, arm, "grpo"))])
+            rows.append(
+                [str(G), arm, str(len(seeds)), *shown, difference(paired(arms, arm, "grpo") if arm != "grpo" else None)]
+            )
     head = ["G", "arm", "runs", "pass@1 ± sd", "pass@16", "maj@16", "distinct", "entropy", "KL", "gradient norm"]
     return table([*head, "over GRPO, points (95 %)"], rows)
 
@@ -161,8 +163,9 @@ def errors(_: Any, __: Any, estimators: Any) -> str:
 
 def gradients(_: Any, __: Any, estimators: Any) -> str:
     rows = []
-    found = [r for r in estimators if r["study"] == "gradient" and r["G"] in (2, 8)]
-    for r in sorted(found, key=lambda r: (r["G"], r["spread"], r["variance"][0])):
+    shown_rules = ("grpo", "rloo", "constant", "batch_mean", "mix_50", "ebpo", "ebpo_options", "ebpo_row")
+    found = [r for r in estimators if r["study"] == "gradient" and r["G"] in (2, 8) and r["rule"] in shown_rules]
+    for r in sorted(found, key=lambda r: (r["G"], r["saturated"][0], r["variance"][0])):
         shown = [f"{r[name][0]:.4g} ± {r[name][1]:.2g}" for name in ("bias", "variance", "cosine")]
         rows.append([str(r["G"]), f"{100 * r['saturated'][0]:.0f}", r["rule"], *shown])
     return table(["G", "saturated, %", "rule", "bias²/signal²", "variance/signal²", "cosine"], rows)

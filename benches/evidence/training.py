@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from multiprocessing import get_context
@@ -42,6 +42,17 @@ RATES = (2e-4, 4e-4, 8e-4)
 TUNING_SEEDS = (1000, 1001)
 DEFAULT_RATE = 4e-4
 STAGES = ("rates", "main", "arms", "ladder", "scale", "calls", "repeat")
+Step = tuple[str, Sequence[str] | None, Sequence[int] | None, int | None]
+ORDER: tuple[Step, ...] = (
+    *(
+        (stage, arms, (2,), 10)
+        for arms in (("ebpo", "grpo"), ("constant", "batch_mean"), ("rloo", "ebpo_options"))
+        for stage in ("rates", "main")
+    ),
+    ("main", None, (2,), None),
+    *((stage, None, None, None) for stage in STAGES[1:]),
+)
+"""What a run of everything does, one step after the other: a stage, and the arms, sizes and seeds that it is limited to."""
 MAIN_ARMS = ("ebpo", "grpo", "ebpo_options", "constant", "batch_mean", "rloo")
 MORE_ARMS = (
     "mix_50",
@@ -96,11 +107,16 @@ def tuning(arm: str) -> Iterator[Config]:
         yield configuration("countdown", "middle", 2, arm, seed, rate)
 
 
+def tuned_with(arm: str) -> str:
+    """The arm whose learning rate an arm takes: its own in the main contrasts, else GRPO's."""
+    return arm if arm in MAIN_ARMS else "grpo"
+
+
 def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
     """Cells of a stage in their order; ``rates`` holds the tuned learning rate of each arm that has one."""
 
     def cell(task: str, rung: str, G: int, arm: str, seed: int, equal_rms: bool = False, **more: int) -> Config:
-        rate = rates.get(arm, rates.get("grpo", DEFAULT_RATE))
+        rate = rates.get(tuned_with(arm), DEFAULT_RATE)
         return configuration(task, rung, G, arm, seed, rate, equal_rms, **more)
 
     if stage == "rates":
@@ -296,6 +312,9 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--only", type=json.loads, help="one configuration, printed as a record and not written")
     parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--arms", nargs="+", help="of the stage, these alone")
+    parser.add_argument("--G", type=int, nargs="+", help="of the stage, these group sizes alone")
+    parser.add_argument("--seeds", type=int, help="of the stage, the seeds below this alone")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="two tiny runs, nothing written")
     arguments = parser.parse_args()
@@ -310,21 +329,30 @@ def main() -> None:
     records = recorded()
     rates = tuned_rates(records)
     if arguments.only:
-        rate = rates.get(arguments.only["arm"], rates.get("grpo", DEFAULT_RATE))
+        rate = rates.get(tuned_with(arguments.only["arm"]), DEFAULT_RATE)
         config = configuration(**{"rate": rate, **arguments.only})
         print(json.dumps({"hash": name_of(config), "config": config, **run(config)}))
         return
-    for stage in [arguments.stage] if arguments.stage else STAGES:
+    filters = (arguments.arms, arguments.G, arguments.seeds)
+    for stage, arms, sizes, seeds in [(arguments.stage, *filters)] if arguments.stage else ORDER:
         records = recorded()
         rates = tuned_rates(records)
-        if stage != "rates" and not arguments.list and len(rates) < len(MAIN_ARMS):
-            parser.error("--stage: the learning rates come first, run --stage rates")
-        wanted = list(queue(stage, rates))
+        wanted = [
+            config
+            for config in queue(stage, rates)
+            if (arms is None or config["arm"] in arms)
+            and (sizes is None or config["G"] in sizes)
+            and (seeds is None or config["seed"] < seeds or stage == "rates")
+        ]
+        untuned = {tuned_with(config["arm"]) for config in wanted} - set(rates)
+        if stage != "rates" and untuned and not arguments.list:
+            names = " ".join(sorted(untuned))
+            parser.error(f"--stage {stage}: the learning rates come first, run --stage rates --arms {names}")
         missing = [config for config in wanted if name_of(config) not in records]
         spent = [record["cpu_seconds"] for record in records.values()]
         each = sum(spent) / len(spent) if spent else 100.0
         print(
-            f"{stage}: {len(wanted) - len(missing)} of {len(wanted)} runs done; {len(missing)} to go, about "
+            f"{stage} {' '.join(arms or ['all arms'])}: {len(wanted) - len(missing)} of {len(wanted)} runs done; {len(missing)} to go, about "
             f"{len(missing) * each / 3600:.1f} CPU hours; learning rates {rates}",
             flush=True,
         )
