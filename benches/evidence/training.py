@@ -52,7 +52,7 @@ ORDER: tuple[Step, ...] = (
     ("main", None, (2,), None),
     *((stage, None, None, None) for stage in STAGES[1:]),
 )
-"""What a run of everything does, one step after the other: a stage, and the arms, sizes and seeds that it is limited to."""
+"""What a run of everything does, step after step: a stage, and the arms, sizes and seeds that it is limited to."""
 MAIN_ARMS = ("ebpo", "grpo", "ebpo_options", "constant", "batch_mean", "rloo")
 MORE_ARMS = (
     "mix_50",
@@ -351,11 +351,9 @@ def main() -> None:
         missing = [config for config in wanted if name_of(config) not in records]
         spent = [record["cpu_seconds"] for record in records.values()]
         each = sum(spent) / len(spent) if spent else 100.0
-        print(
-            f"{stage} {' '.join(arms or ['all arms'])}: {len(wanted) - len(missing)} of {len(wanted)} runs done; {len(missing)} to go, about "
-            f"{len(missing) * each / 3600:.1f} CPU hours; learning rates {rates}",
-            flush=True,
-        )
+        done, hours = len(wanted) - len(missing), len(missing) * each / 3600
+        name = " ".join((stage, *(arms or ["all arms"])))
+        print(f"{name}: {done} of {len(wanted)} runs done, {hours:.1f} CPU hours to go; rates {rates}", flush=True)
         if not arguments.list:
             run_all(missing, arguments.workers)
 
