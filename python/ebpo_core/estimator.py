@@ -303,10 +303,12 @@ class EBPO:
         return write_state(self._options, self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace priors and step by those of ``state``, which must have been written with the same options.
+        """Replace priors and step by those of ``state``. The options stay; where they differ from those of the state, one
+        line is logged that names them.
 
-        ``max_keys`` alone may differ. Raises ValueError, leaving everything untouched, on a newer version, other
-        options, more keys than ``max_keys``, or anything else that :meth:`state_dict` cannot have written.
+        What is stored are sums that depend on none of them; ``decay`` acts from the next update on. Raises ValueError,
+        leaving everything untouched, on a newer version, more keys than ``max_keys``, an option that this release does
+        not know, or anything else that :meth:`state_dict` cannot have written.
         """
         read_state(self._options, self._state, state)
         self._last = None
