@@ -263,9 +263,8 @@ class EBPO:
         (shrinkage, baseline, counts, blended), scalars, keys = last
         listed = None if keys is None else keys.of_groups()
         mu_glob, sigma2, tau2, fail, passed, outlier, dead = scalars
-        return Diagnostics(
-            shrinkage, baseline, counts, mu_glob, sigma2, tau2, fail, passed, outlier, dead, keys=listed, blended=blended
-        )
+        of_batch = mu_glob, sigma2, tau2, fail, passed, outlier, dead
+        return Diagnostics(shrinkage, baseline, counts, *of_batch, keys=listed, blended=blended)
 
     @property
     def options(self) -> Options:
