@@ -31,7 +31,7 @@ _KeyArrays: TypeAlias = tuple[
 ]
 _Keys: TypeAlias = tuple[list[_Path], NDArray[np.uint32]] | None
 _Vectors: TypeAlias = tuple[_Vector, _Vector, _Vector, tuple[_Vector, _Vector, _Vector] | None]
-_Scalars: TypeAlias = tuple[float, float, float, float, float, float]
+_Scalars: TypeAlias = tuple[float, float, float, float, float, float, float]
 
 @final
 class Options:

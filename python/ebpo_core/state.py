@@ -24,18 +24,22 @@ Version 1 had neither ``idle``, ``idle_decay`` nor the option ``decay_by``; it i
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ebpo_core import _core
 from ebpo_core.arguments import count, real, step_id
 from ebpo_core.keys import Path, path_of
 from ebpo_core.prior import check_version, parts_of, statistics_of
 
 if TYPE_CHECKING:
-    from ebpo_core import _core
     from ebpo_core._core import _KeyArrays as KeyArrays
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2
 """Version of the state written here; newer ones are refused."""
@@ -49,10 +53,33 @@ ARRAYS: dict[str, tuple[Any, int]] = {
 }
 """The arrays of keys: dtype and dimensions of each."""
 
+# The stored sums do not depend on these, and `decay` acts from the next update on: a run may go on with other values.
+_FREE = frozenset(
+    {
+        "normalize",
+        "sigma2",
+        "tau2",
+        "score",
+        "leave_one_out",
+        "decay",
+        "eps",
+        "ddof",
+        "norm_ddof",
+        "kappa",
+        "max_keys",
+    }
+)
+
 
 def write_state(options: Mapping[str, Any], state: _core.State, arrays: bool) -> dict[str, Any]:
     """The state of an estimator, exact to the bit."""
-    root, keys, (idle_decay, updates), step = state.stored(arrays)
+    collects = gc.isenabled()
+    gc.disable()  # each of many entries would be walked by many collections, and none of them is in a cycle
+    try:
+        root, keys, (idle_decay, updates), step = state.stored(arrays)
+    finally:
+        if collects:
+            gc.enable()
     return {
         "version": VERSION,
         "options": dict(options),
@@ -72,12 +99,17 @@ def read_state(options: Mapping[str, Any], target: _core.State, state: Mapping[s
     stored, prior, keys = state.get("options"), state.get("prior"), state.get("keys")
     if not isinstance(stored, Mapping) or not isinstance(prior, Mapping):
         raise ValueError("state has no fields 'options' and 'prior': pass what EBPO.state_dict() returned")
-    check_options(options, stored, "state")
+    changed = check_options(options, stored, "state", _FREE)
     clock = real("state field idle_decay", state.get("idle_decay")), count("state field updates", state.get("updates"))
     nested = options["decay_by"] == "update"  # where keys forget at different times, one may outweigh its parent
     target.load(
         parts_of(prior, "prior."), _keys(keys), clock, step_id(state.get("step")), options["max_keys"], nested
     )
+    if changed:
+        logger.warning(
+            "the prior was saved under other options, and this estimator goes on with its own: %s",
+            ", ".join(f"{name}={options[name]!r} (saved: {stored[name]!r})" for name in changed),
+        )
 
 
 def _from_version_1(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,10 +125,12 @@ def _from_version_1(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> None:
-    """Refuse other options; ``max_keys`` may differ, since it changes no number."""
+def check_options(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], what: str, free: frozenset[str] = frozenset({"max_keys"})
+) -> list[str]:
+    """Names of the options that differ, which must be in ``free``; ``max_keys`` alone changes no number of a merge."""
     for name, value in mine.items():
-        if name not in theirs or (name != "max_keys" and theirs[name] != value):
+        if name not in theirs or (name not in free and theirs[name] != value):
             raise ValueError(
                 f"{what} has option {name}={theirs.get(name, 'missing')!r}, this estimator {name}={value!r}: "
                 "build the estimator with the options of the state"
@@ -104,6 +138,15 @@ def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], what: str)
     unknown = sorted(set(theirs) - set(mine))
     if unknown:
         raise ValueError(f"{what} has the unknown option {unknown[0]!r}: it was not written by this release")
+    changed = [name for name, value in mine.items() if theirs[name] != value]
+    if changed:
+        try:
+            _core.Options(**theirs)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{what} has options that no estimator has ({error}): pass what state_dict() returned"
+            ) from None
+    return changed
 
 
 def _keys(keys: Any) -> list[tuple[Path, list[float], int]] | KeyArrays:

@@ -116,7 +116,8 @@ impl Columns {
         Ok(tree)
     }
 
-    fn check_shape(&self) -> Result<(), Error> {
+    /// Refuse columns of different lengths, and lengths that do not cut the names up.
+    pub fn check_shape(&self) -> Result<(), Error> {
         let keys = self.len();
         for (name, got, expected) in [
             ("keys.parents", self.parents.len(), keys),

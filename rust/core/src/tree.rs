@@ -54,6 +54,7 @@ struct Node {
 #[derive(Clone, Debug)]
 pub(crate) struct Before {
     root: Prior,
+    rho: f64,
     clock: i64,
     nodes: usize,
     names: usize,
@@ -135,6 +136,7 @@ impl Tree {
         let saved = |key: usize| (key, self.nodes[key].prior, self.nodes[key].touched);
         Before {
             root: self.root,
+            rho: self.rho,
             clock: self.clock,
             nodes: self.nodes.len(),
             names: self.names.len(),
@@ -155,7 +157,7 @@ impl Tree {
             let node = &mut self.nodes[key];
             (node.prior, node.touched) = (prior, touched);
         }
-        (self.root, self.clock, self.digest) = (before.root, before.clock, None);
+        (self.root, self.rho, self.clock, self.digest) = (before.root, before.rho, before.clock, None);
     }
 
     /// Forget, as the options say, at an update of these keys, which are then as of now.

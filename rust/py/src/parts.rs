@@ -55,6 +55,7 @@ pub(crate) fn columns_of(py: Python<'_>, keys: StoredKeys<'_>) -> Result<Columns
                     format!("state field 'keys.statistics' has shape {:?}: expected (n, 9)", statistics.shape());
                 return Err(PyValueError::new_err(message).into());
             }
+            columns.check_shape()?;
             columns.parts().try_for_each(|part| check_part(py, part))?;
             Ok(columns)
         }

@@ -20,8 +20,8 @@ pub(crate) type Vector<'py> = Bound<'py, PyArray1<f64>>;
 type BatchKeys<'py> = Option<(Vec<KeyPath>, PyReadonlyArray1<'py, u32>)>;
 /// The root's prior, the keys, their discount at each update and the updates so far, and the step.
 type Stored<'py> = (Parts, Bound<'py, PyAny>, (f64, i64), Option<i64>);
-/// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier.
-type Scalars = (f64, f64, f64, f64, f64, f64);
+/// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier, size of their advantages.
+type Scalars = (f64, f64, f64, f64, f64, f64, f64);
 /// S, V, n of each group, and with keys the blended mean, sigma2 and tau2.
 type Vectors<'py> = (Vector<'py>, Vector<'py>, Vector<'py>, Option<(Vector<'py>, Vector<'py>, Vector<'py>)>);
 type Advanced<'py> = (Bound<'py, PyAny>, Vectors<'py>, Scalars);
@@ -238,6 +238,7 @@ fn scalars(options: &Options, scored: &Scored, stats: &GroupStats, farthest: imp
         fail,
         pass,
         if spread > 0.0 { farthest(before.mean()) / spread } else { f64::NAN },
+        scored.dead_advantage(stats),
     )
 }
 
