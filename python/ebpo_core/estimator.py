@@ -76,10 +76,10 @@ class EBPO:
             Raises with ``score="before"``, where it has no meaning.
         decay: rho in (0, 1]; before each update every count, M2 and sum is multiplied by it, so that the prior
             remembers about ``1 / (1 - rho)`` batches. 1 (paper) never forgets. A batch without valid rows is no update.
-        decay_by: The updates that count for ``decay``. ``"update"``: every key is discounted at each update, as the root
-            is, whether the batch holds it or not, so a key that is idle becomes young again and falls back to its
-            parent. ``"visit"``: a prior is discounted at the updates that hold a group of it, and at no other. The root
-            and a parent are visited with each of their keys. This is for a key per prompt (a tracker).
+        decay_by: The updates that count for ``decay``. ``"update"``: every key is discounted at each update, as the
+            root is, whether the batch holds it or not, so a key that is idle becomes young again and falls back to
+            its parent. ``"visit"``: a prior is discounted at the updates that hold a group of it, and at no other.
+            The root and a parent are visited with each of their keys. This is for a key per prompt (a tracker).
         eps: Added to the denominator of ``normalize``; at least 0. With 0 nothing damps rounding where the exact
             advantages are 0 without the rewards being equal.
         ddof: 0 or 1; the variances ``sigma2="total"`` and ``tau2="raw"`` divide by ``count - ddof``.
@@ -286,6 +286,11 @@ class EBPO:
         own = {key_of(path): prior_of(parts) for path, parts in self._state.priors()}
         return {(): self.prior, **own}
 
+    @property
+    def key_count(self) -> int:
+        """Number of keys that have a prior, parents included, without the root."""
+        return self._state.key_count()
+
     def shrunken_prior(self, key: Any = None) -> ShrunkenPrior:
         """Mean, sigma2 and tau2 that a group of this key would be shrunk with now: ``theta~``, by the options."""
         return ShrunkenPrior(*self._state.shrunken(self._checked, path_of(key)))
@@ -320,8 +325,8 @@ class EBPO:
         """Options, priors and step as a dict, exact to the bit (see :mod:`ebpo_core.state`).
 
         Args:
-            arrays: False gives plain JSON. True gives the keys as a dict of NumPy arrays, which for very many keys takes
-                a tenth of the time and memory.
+            arrays: False gives plain JSON. True gives the keys as a dict of NumPy arrays, which for very many keys
+                takes a tenth of the time and memory.
         """
         return write_state(self._options, self._state, flag("arrays", arrays))
 
@@ -352,5 +357,5 @@ class EBPO:
     def __repr__(self) -> str:
         defaults = EBPO.__init__.__kwdefaults__ or {}
         changed = [f"{name}={value!r}" for name, value in self._options.items() if value != defaults.get(name)]
-        keys = self._state.key_count()
+        keys = self.key_count
         return f"EBPO({', '.join(changed)}) with {self.prior!r}" + (f" and {keys} keys" if keys else "")

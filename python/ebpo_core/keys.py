@@ -90,7 +90,7 @@ def read_keys(keys: Any, groups: Groups, rows: int) -> Keys | None:
     if len(paths) < len(found):
         index = {path: place for place, path in enumerate(paths)}
         codes = np.array([index[path] for path in found], dtype=np.uint32)[codes]
-    return Keys(list(paths), codes if by_group else _of_group(codes, listed, *groups))
+    return Keys(list(paths), codes if isinstance(groups, int) else _of_group(codes, listed, *groups))
 
 
 def _of_group(codes: NDArray[np.uint32], keys: list[Any], groups: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:

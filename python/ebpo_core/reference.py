@@ -243,7 +243,7 @@ class EBPO:
     def decayed(self, visited: set[Key]) -> EBPO:
         """The state as it enters an update with groups of these keys; without any, as it is.
 
-        ``decay_by="update"``: all counts times ``decay``. ``"visit"``: those of the root, of these keys and their parents.
+        ``decay_by="update"``: all counts times ``decay``. ``"visit"``: those of the root, these keys and their parents.
         """
         if not visited:
             return self
@@ -256,7 +256,7 @@ class EBPO:
         )
 
     def merge(self, other: EBPO) -> None:
-        """Add what another estimator has seen: for each key, and the root, the sum of both as each is discounted now."""
+        """Add what another estimator has seen: of each key, and of the root, the sum of both as discounted now."""
         every = {**self.keys, **other.keys}
         self.keys = {k: self.keys.get(k, Prior()).merge(other.keys.get(k, Prior())) for k in every}
         self.prior = self.prior.merge(other.prior)

@@ -6,14 +6,14 @@
      "prior": {"rewards": {count, mean, m2}, "group_means": {...}, "ssw": ..., "dof": ..., "inv_n": ...},
      "keys": [{"key": ["algebra"], ...the same nine numbers, "idle": 0}, {"key": ["algebra", 3], ...}]}
 
-The numbers of a key are those that its last update left, ``idle`` updates ago; since then each update has discounted them by
-``idle_decay``. (The root takes part in every update.) ``updates`` counts the updates that discount; only differences of it
-matter. Parents come before their keys.
+The numbers of a key are those that its last update left, ``idle`` updates ago; since then each update has discounted
+them by ``idle_decay``. (The root takes part in every update.) ``updates`` counts the updates that discount; only
+differences of it matter. Parents come before their keys.
 
 That is plain JSON. For many keys ``"keys"`` may be a dict of arrays instead, one entry per key::
 
-    names       uint8     the last part of each key in UTF-8, one after another: "s" and a string, "i" and an integer, or
-                          "j" and a JSON string (which has lone surrogates)
+    names       uint8     the last part of each key in UTF-8, one after another: "s" and a string, "i" and an integer,
+                          or "j" and a JSON string (which has lone surrogates)
     lengths     uintp     (n,) bytes of each
     parents     intp      (n,) entry of the parent, -1 for the root
     statistics  float64   (n, 9) rewards.count, .mean, .m2, group_means.count, .mean, .m2, ssw, dof, inv_n
@@ -102,9 +102,7 @@ def read_state(options: Mapping[str, Any], target: _core.State, state: Mapping[s
     changed = check_options(options, stored, "state", _FREE)
     clock = real("state field idle_decay", state.get("idle_decay")), count("state field updates", state.get("updates"))
     nested = options["decay_by"] == "update"  # where keys forget at different times, one may outweigh its parent
-    target.load(
-        parts_of(prior, "prior."), _keys(keys), clock, step_id(state.get("step")), options["max_keys"], nested
-    )
+    target.load(parts_of(prior, "prior."), _keys(keys), clock, step_id(state.get("step")), options["max_keys"], nested)
     if changed:
         logger.warning(
             "the prior was saved under other options, and this estimator goes on with its own: %s",

@@ -112,7 +112,7 @@ RHO, KAPPA, ROUNDS = 0.8, 6.0, 40
 
 @pytest.mark.parametrize("G", [1, 2, 4])
 def test_it_is_a_discounted_beta_bernoulli_posterior(G: int) -> None:
-    """arXiv 2603.18444: a = rho a + successes, b = rho b + failures at the prompt's visits; here over the parent's prior.
+    """arXiv 2603.18444: a = rho a + successes, b = rho b + failures, at the prompt's visits; the parent is the prior.
 
     Of a key, theta~ has the posterior mean under Beta(kappa G m, kappa G (1 - m)), m the parent's mean. The group then
     is G more observations under a prior of that mean and of strength sigma2 / tau2: a Beta-Binomial posterior mean.
@@ -184,7 +184,7 @@ def test_one_completion_a_prompt_learns_the_prompts() -> None:
         ("statistics", lambda a: a[0], "float64 of shape"),
         ("statistics", lambda a: a * np.nan, "count=NaN"),
         ("idle", lambda a: a - 1, "keys.idle=-1"),
-        ("idle", lambda a: None, "keys.idle' is None"),
+        ("idle", lambda _: None, "keys.idle' is None"),
     ],
 )
 def test_damaged_arrays_are_refused_and_nothing_changes(name: str, change: Any, message: str) -> None:

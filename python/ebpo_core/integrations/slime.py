@@ -125,7 +125,7 @@ def _data_source() -> type:
         def save(self, rollout_id: int) -> None:
             """Called by slime after each checkpoint."""
             super().save(rollout_id)
-            write_prior(_folder(self.args.save, rollout_id), running(self.args).state_dict(), global_step=rollout_id)
+            write_prior(_folder(self.args.save, rollout_id), running(self.args), global_step=rollout_id)
 
         def load(self, rollout_id: int | None = None) -> None:
             """Called by slime at the start, with the last rollout trained (-1 or None for a fresh run)."""

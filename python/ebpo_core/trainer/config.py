@@ -48,6 +48,13 @@ class EBPOArguments:
         default=1.0,
         metadata={"help": "Exponential forgetting of the prior per generation batch, in (0, 1]; 1 never forgets."},
     )
+    ebpo_decay_by: Literal["update", "visit"] = field(
+        default="update",
+        metadata={
+            "help": "What counts for ebpo_decay: every generation batch ('update'), or for each key the batches that "
+            "hold it ('visit'), as a prior for each prompt wants."
+        },
+    )
     ebpo_eps: float = field(
         default=1e-6,
         metadata={"help": "Added to the denominator of the last step."},
@@ -66,6 +73,14 @@ class EBPOArguments:
             "help": "Columns of the dataset that name a prompt's key, from general to special, such as 'topic level': "
             "each key has a prior of its own, blended with its parents' while it has seen few groups. One column may "
             "also hold lists. None in a column ends the key there. Unset: one prior for all."
+        },
+    )
+    ebpo_track_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "One prior for each prompt, under the key of `ebpo_keys` if there is one: a hash of the prompt is "
+            "the key's last part. For prompts that come back, with `ebpo_decay` below 1, `ebpo_decay_by='visit'` and room "
+            "in `ebpo_max_keys` for all prompts of the dataset."
         },
     )
     ebpo_kappa: float = field(
@@ -106,7 +121,18 @@ class EBPOArguments:
 
     def ebpo_options(self) -> dict[str, Any]:
         """The keyword arguments of :class:`ebpo_core.EBPO` that these fields stand for."""
-        names = ("normalize", "sigma2", "tau2", "score", "leave_one_out", "decay", "eps", "ddof", "norm_ddof")
+        names = (
+            "normalize",
+            "sigma2",
+            "tau2",
+            "score",
+            "leave_one_out",
+            "decay",
+            "decay_by",
+            "eps",
+            "ddof",
+            "norm_ddof",
+        )
         return {name: getattr(self, f"ebpo_{name}") for name in (*names, "kappa", "max_keys")}
 
     def ebpo_key_columns(self) -> list[str]:

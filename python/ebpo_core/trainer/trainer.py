@@ -39,11 +39,10 @@ from trl import GRPOTrainer  # type: ignore[attr-defined]
 
 from ebpo_core import EBPO
 from ebpo_core.checkpoint import PRIOR_NAME, CompleteCheckpoints, read_prior, write_prior
-from ebpo_core.keys import key_of_row
 
 from .config import EBPOArguments, EBPOConfig
 from .estimators import Estimators
-from .keys import check_dataset, keys_of_groups
+from .keys import check_dataset, key_of_example, keys_of_groups
 from .metrics import distinct, shadow_metrics, weighted_sum
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class EBPOMixin(CompleteCheckpoints):
             self._estimators.load(read_prior(self.args.ebpo_prior))
         self._check_keys()
         self._ebpo_rewards: torch.Tensor | None = None  # gathered rewards, from one seam method to the other
-        self._ebpo_before: Any = None  # the estimators' state before the generation batch at hand
+        self._ebpo_has_batch = False  # whether the estimators' last update was with the generation batch at hand
         self._ebpo_generated_at = 0  # `_step` when that batch was generated
         self._ebpo_shift = 0  # `_step + shift` is the micro-batch's place in the data, modulo generate_every
         self._ebpo_sampler: Any = None
@@ -102,11 +101,13 @@ class EBPOMixin(CompleteCheckpoints):
 
     def _check_keys(self) -> None:
         """Refuse what a later batch would be refused for: the first one, or that with one key too many."""
-        columns = self.args.ebpo_key_columns()
-        if not columns:
+        columns, track = self.args.ebpo_key_columns(), self.args.ebpo_track_prompts
+        if not columns and not track:
             return
         known = [key for key in self.ebpos[0].priors if key != ()]
-        check_dataset(columns, self.train_dataset, self.args.ebpo_max_keys, known)
+        check_dataset(columns, self.train_dataset, self.args.ebpo_max_keys, known, track_prompts=track)
+        if not columns:
+            return
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for dataset in evaluated.values():
             if columns[0] in (getattr(dataset, "column_names", None) or ()):  # without it, evaluation uses the root
@@ -123,11 +124,11 @@ class EBPOMixin(CompleteCheckpoints):
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         # One key per group, gathered, since each rank knows its own prompts alone.
-        columns = self.args.ebpo_key_columns()
+        columns, track = self.args.ebpo_key_columns(), self.args.ebpo_track_prompts
         keys = None
-        if columns and (mode == "train" or columns[0] in inputs[0]):
+        if (columns or track) and (mode == "train" or not columns or columns[0] in inputs[0]):
             # In a list of its own, for gather_object joins the lists of all ranks.
-            own = [key_of_row(columns, row, "ebpo_keys") for row in inputs]
+            own = [key_of_example(columns, track, row) for row in inputs]
             keys = keys_of_groups(gather_object(own), group_size, columns)
 
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -139,10 +140,9 @@ class EBPOMixin(CompleteCheckpoints):
         weights = self.reward_weights.cpu().double().numpy()
         rewards = weighted_sum(rewards_per_func, weights).reshape(-1, group_size)
         # Every rank computes the advantages of all, (M, G), and so keeps the same prior.
-        before = self._estimators.state() if mode == "train" else None
         advantages = self._ebpo_advantages(rewards, rewards_per_func, weights, keys, update=mode == "train")
         if mode == "train":
-            self._ebpo_before, self._ebpo_generated_at = before, self._step
+            self._ebpo_has_batch, self._ebpo_generated_at = True, self._step
         metrics = self._estimators.metrics()
 
         # This rank's slice takes the place of TRL's advantages; in shadow mode both are only logged.
@@ -216,13 +216,12 @@ class EBPOMixin(CompleteCheckpoints):
         return int(self.args.steps_per_generation * self.num_iterations)
 
     def _ebpo_finished_state(self) -> Any:
-        """The estimators' state without the batch that a run resumed from here generates again."""
+        """The estimators without the batch that a run resumed from here generates again."""
         every = self._generate_every()
         block = (self._ebpo_generated_at + self._ebpo_shift) // every
         resumed = (self._step + self._ebpo_shift) // every
-        if self._ebpo_before is None or block != resumed or self.args.ignore_data_skip:
-            return self._estimators.state()
-        return self._ebpo_before
+        again = self._ebpo_has_batch and block == resumed and not self.args.ignore_data_skip
+        return self._estimators.state(before_update=again)
 
     def write_first(self, checkpoint: Path) -> None:
         every = self._generate_every()
@@ -264,7 +263,7 @@ class EBPOMixin(CompleteCheckpoints):
         self._ebpo_shift = (0 if self.args.ignore_data_skip else phase) - self._step
         # Left from an earlier train() of this very trainer, these would stand in for the batch to be generated again.
         self._buffered_inputs = None
-        self._ebpo_before = None
+        self._ebpo_has_batch = False
         sampler = self._ebpo_sampler
         if getattr(sampler, "shuffle", False):
             for _ in range(int(self.state.epoch or 0)):
