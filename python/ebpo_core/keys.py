@@ -69,6 +69,24 @@ def read_keys(keys: Any, groups: Groups, rows: int) -> Keys | None:
     """
     if keys is None:
         return None
+    if type(keys) is not list:
+        keys = _list_of(keys)
+    by_group = isinstance(groups, int)
+    expected = rows // groups if isinstance(groups, int) else rows
+    if len(keys) != expected:
+        what = "one per group, which is a row of the matrix" if by_group else "one per reward"
+        raise ValueError(f"keys has length {len(keys)}, expected {expected}: pass {what}")
+    rows_of_first, codes = _core.codes_of_keys(keys)
+    # Different objects may name one key: "algebra" and ("algebra",), a number and a tensor of it.
+    found = [(key,) if type(key := keys[row]) is str else path_of(key, f"keys[{row}]") for row in rows_of_first]
+    paths = dict.fromkeys(found)
+    if len(paths) < len(found):
+        index = {path: place for place, path in enumerate(paths)}
+        codes = np.array([index[path] for path in found], dtype=np.uint32)[codes]
+    return Keys(list(paths), codes if isinstance(groups, int) else _of_group(codes, keys, *groups))
+
+
+def _list_of(keys: Any) -> list[Any]:
     if isinstance(keys, (str, bytes, Mapping)):
         raise TypeError(f"keys={keys!r}: expected one key per reward (or per group of a matrix), as a list or an array")
     if is_tensor(keys):
@@ -77,20 +95,7 @@ def read_keys(keys: Any, groups: Groups, rows: int) -> Keys | None:
         raise ValueError(
             f"keys has shape {keys.shape}: expected one dimension; pass keys of several parts as a list of tuples"
         )
-    listed = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
-    by_group = isinstance(groups, int)
-    expected = rows // groups if isinstance(groups, int) else rows
-    if len(listed) != expected:
-        what = "one per group, which is a row of the matrix" if by_group else "one per reward"
-        raise ValueError(f"keys has length {len(listed)}, expected {expected}: pass {what}")
-    rows_of_first, codes = _core.codes_of_keys(listed)
-    # Different objects may name one key: "algebra" and ("algebra",), a number and a tensor of it.
-    found = [path_of(listed[row], f"keys[{row}]") for row in rows_of_first]
-    paths = dict.fromkeys(found)
-    if len(paths) < len(found):
-        index = {path: place for place, path in enumerate(paths)}
-        codes = np.array([index[path] for path in found], dtype=np.uint32)[codes]
-    return Keys(list(paths), codes if isinstance(groups, int) else _of_group(codes, listed, *groups))
+    return keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
 
 
 def _of_group(codes: NDArray[np.uint32], keys: list[Any], groups: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:

@@ -72,33 +72,51 @@ pub(crate) fn codes_of_keys<'py>(
     py: Python<'py>,
     keys: Vec<Bound<'py, PyAny>>,
 ) -> Result<(Vec<usize>, Bound<'py, PyArray1<u32>>)> {
-    let mut codes = Codes::with_capacity(keys.len());
-    let mut distinct = Vec::new();
+    let (mut codes, mut rows_of_first) = (Codes::with_capacity(keys.len()), Vec::new());
     // The rows of a prompt, and often those of a topic, hold one and the same object.
-    let mut objects: HashMap<usize, u32> = HashMap::new();
+    let mut objects = Objects::for_rows(keys.len());
     let mut strings: HashMap<&str, u32> = HashMap::new();
     let others = PyDict::new(py);
     for (row, key) in keys.iter().enumerate() {
+        let object = objects.place(key);
+        if object.address == key.as_ptr() as usize {
+            codes.push(object.code)?;
+            continue;
+        }
         let next = codes.groups();
-        let object = key.as_ptr() as usize;
-        let known = objects.get(&object).copied();
-        let code = if let Some(code) = known {
-            code
-        } else {
-            match key.cast::<PyString>().map(|key| key.to_str()) {
-                Ok(Ok(text)) => *strings.entry(text).or_insert(next),
-                _ => code_of_object(&others, row, key, next)?,
-            }
+        let code = match key.cast::<PyString>().map(|key| key.to_str()) {
+            Ok(Ok(text)) => *strings.entry(text).or_insert(next),
+            _ => code_of_object(&others, row, key, next)?,
         };
         if code == next {
-            distinct.push(row);
+            rows_of_first.push(row);
         }
-        if known.is_none() {
-            objects.insert(object, code);
-        }
+        *object = Object { address: key.as_ptr() as usize, code };
         codes.push(code)?;
     }
-    Ok((distinct, codes.into_parts().0.into_pyarray(py)))
+    Ok((rows_of_first, codes.into_parts().0.into_pyarray(py)))
+}
+
+/// The codes of objects by address: a table in which the last object at a place stands, and no other.
+struct Objects(Vec<Object>);
+
+#[derive(Clone, Default)]
+struct Object {
+    address: usize,
+    code: u32,
+}
+
+impl Objects {
+    fn for_rows(rows: usize) -> Self {
+        Self(vec![Object::default(); rows.next_power_of_two().clamp(16, 1024)])
+    }
+
+    #[inline]
+    fn place(&mut self, key: &Bound<'_, PyAny>) -> &mut Object {
+        let address = key.as_ptr() as usize;
+        let mask = self.0.len() - 1;
+        &mut self.0[(address >> 4 ^ address >> 12) & mask]
+    }
 }
 
 fn code_of_object(seen: &Bound<'_, PyDict>, row: usize, key: &Bound<'_, PyAny>, next: u32) -> Result<u32> {
