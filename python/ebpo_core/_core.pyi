@@ -26,7 +26,7 @@ _Vector: TypeAlias = NDArray[np.float64]
 _Parts: TypeAlias = tuple[float, float, float, float, float, float, float, float, float]
 _Path: TypeAlias = list[str]
 _Tree: TypeAlias = tuple[_Parts, list[tuple[_Path, _Parts]]]
-_Keys: TypeAlias = tuple[list[_Path], NDArray[np.uint32]] | None
+_Keys: TypeAlias = tuple[list[_Path], NDArray[np.uint32], NDArray[np.uint32] | None] | None
 _Vectors: TypeAlias = tuple[_Vector, _Vector, _Vector, tuple[_Vector, _Vector, _Vector] | None]
 _Scalars: TypeAlias = tuple[float, float, float, float, float, float]
 
@@ -39,7 +39,7 @@ class Options:
         sigma2: str,
         tau2: str,
         score: str,
-        leave_one_out: bool,
+        leave_one_out: str,
         decay: float,
         eps: float,
         ddof: int,
@@ -78,4 +78,4 @@ def baseline_advantages(
 ) -> NDArray[Any]: ...
 def codes_of_ints(ids: NDArray[np.int64], /) -> tuple[NDArray[np.uint32], int]: ...
 def codes_of_bytes(ids: NDArray[np.uint8], /) -> tuple[NDArray[np.uint32], int]: ...
-def codes_of_objects(ids: Sequence[object], /) -> tuple[NDArray[np.uint32], int]: ...
+def codes_of_objects(ids: Sequence[object], name: str, /) -> tuple[NDArray[np.uint32], int]: ...

@@ -45,7 +45,7 @@ pub use estimator::{Scored, Shrinkage};
 pub use float::Float;
 pub use groups::GroupStats;
 pub use moments::Moments;
-pub use options::{Normalize, Options, Score, Sigma2, Tau2};
+pub use options::{LeaveOneOut, Normalize, Options, Score, Sigma2, Tau2};
 pub use prior::Prior;
 pub use state::State;
 pub use tree::{Keys, Path, Tree};

@@ -44,6 +44,18 @@ pub enum Score {
     Before,
 }
 
+/// What a row's baseline must not have seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LeaveOneOut {
+    /// The batch is in its own prior, and a row in its group's mean: the paper's.
+    #[default]
+    Nothing,
+    /// The prior leaves the row's group out.
+    Group,
+    /// The same, and the group's mean leaves the row out: the policy gradient is unbiased.
+    Row,
+}
+
 macro_rules! parsed {
     ($type:ident, $option:literal, $expected:literal, $($name:literal => $variant:ident),+) => {
         impl $type {
@@ -66,6 +78,10 @@ parsed!(Normalize, "normalize", "\"batch\", \"scale\" or \"none\"", "batch" => B
 parsed!(Sigma2, "sigma2", "\"total\" or \"within\"", "total" => Total, "within" => Within);
 parsed!(Tau2, "tau2", "\"raw\" or \"debiased\"", "raw" => Raw, "debiased" => Debiased);
 parsed!(Score, "score", "\"after\" or \"before\"", "after" => After, "before" => Before);
+parsed!(
+    LeaveOneOut, "leave_one_out", "False, True (which is \"group\") or \"row\"",
+    "False" => Nothing, "True" => Group, "row" => Row
+);
 
 /// Every option of the estimator.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -78,8 +94,8 @@ pub struct Options {
     pub tau2: Tau2,
     /// Order of update and score.
     pub score: Score,
-    /// Take each group out of the prior that it is shrunk toward.
-    pub leave_one_out: bool,
+    /// What a row's baseline leaves out.
+    pub leave_one_out: LeaveOneOut,
     /// Weight that the past keeps at each update, in (0, 1].
     pub decay: f64,
     /// Added to the denominator of step 6.
@@ -101,7 +117,7 @@ impl Default for Options {
             sigma2: Sigma2::Total,
             tau2: Tau2::Raw,
             score: Score::After,
-            leave_one_out: false,
+            leave_one_out: LeaveOneOut::Nothing,
             decay: 1.0,
             eps: 1e-6,
             ddof: 0,
@@ -128,9 +144,14 @@ impl Options {
         if !(self.kappa.is_finite() && self.kappa >= 0.0) {
             return invalid("kappa", self.kappa.to_string(), "a finite number, at least 0; 0 lets a key stand alone");
         }
-        if self.leave_one_out && self.score == Score::Before {
+        if self.leave_one_out == LeaveOneOut::Group && self.score == Score::Before {
             let expected = "False with score=\"before\": a prior taken before the update does not hold the batch";
             return invalid("leave_one_out", "True".into(), expected);
+        }
+        if self.leave_one_out == LeaveOneOut::Row && self.normalize != Normalize::None {
+            let expected = "normalize=\"none\" beside it: \"batch\" and \"scale\" divide each advantage by a number that its \
+                            own reward is in, and then the gradient is not unbiased";
+            return invalid("leave_one_out", "\"row\"".into(), expected);
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use crate::estimator::{finish, inverse_scale, leave_one_out_by_key};
 use crate::groups::Group;
-use crate::{Error, GroupStats, Keys, Normalize, Options, Prior, Score, Scored, Shrinkage, Tree};
+use crate::{Error, GroupStats, Keys, LeaveOneOut, Normalize, Options, Prior, Score, Scored, Shrinkage, Tree};
 
 /// The estimator's memory between batches. [`State::default`] has seen nothing.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -53,8 +53,8 @@ impl State {
             if !batch.root.is_empty() {
                 self.tree.decay(options.decay); // rows that do not count never touch a prior, hence neither does time
             }
-            if options.leave_one_out {
-                without = Some(leave_one_out_by_key(&self.tree, options, groups, &members));
+            if options.leave_one_out != LeaveOneOut::Nothing && !score_first {
+                without = Some(leave_one_out_by_key(&self.tree, options, groups, &members, keys));
             }
             self.tree.merge(&batch);
             self.step = step.or(self.step);
@@ -64,14 +64,14 @@ impl State {
         }
         // Steps 2 and 3: S and mu of each group; those of a key mostly once, for its groups are mostly of one size.
         let shrunk: Vec<_> = if let Some(without) = without {
-            without.iter().zip(groups.iter()).map(|(rest, g)| (rest.factor(g.n), rest.mu)).collect()
+            without.iter().zip(groups.iter()).map(|(rest, g)| rest.of_row(g.n, options.leave_one_out)).collect()
         } else {
             let mut known = vec![(0.0, (0.0, 0.0)); blended.len()];
             let of_group = |(group, g): (usize, &Group)| {
                 let key = keys.of_group(group);
                 let (n, shrunk) = &mut known[key];
                 if *n != g.n {
-                    (*n, *shrunk) = (g.n, (blended[key].factor(g.n), blended[key].mu));
+                    (*n, *shrunk) = (g.n, blended[key].of_row(g.n, options.leave_one_out));
                 }
                 *shrunk
             };
@@ -100,7 +100,12 @@ impl State {
         update: bool,
         step: Option<i64>,
     ) -> Result<Scored, Error> {
-        let raw = Options { normalize: Normalize::None, score: Score::Before, leave_one_out: false, ..*options };
+        // Read before it is updated, the prior holds no group to leave out; a row still leaves its group's mean.
+        let left_out = match options.leave_one_out {
+            LeaveOneOut::Row => LeaveOneOut::Row,
+            LeaveOneOut::Nothing | LeaveOneOut::Group => LeaveOneOut::Nothing,
+        };
+        let raw = Options { normalize: Normalize::None, score: Score::Before, leave_one_out: left_out, ..*options };
         let mut scored = self.advance(&raw, group, keys, update, step)?;
         if options.normalize != Normalize::None {
             let own = Options { normalize: Normalize::Batch, ..*options };

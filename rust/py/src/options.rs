@@ -1,6 +1,6 @@
 //! The estimator's options as a frozen Python object.
 
-use ebpo_core::{Normalize, Options, Score, Sigma2, Tau2};
+use ebpo_core::{LeaveOneOut, Normalize, Options, Score, Sigma2, Tau2};
 use pyo3::prelude::*;
 
 use crate::error::Result;
@@ -19,7 +19,7 @@ impl PyOptions {
         sigma2: &str,
         tau2: &str,
         score: &str,
-        leave_one_out: bool,
+        leave_one_out: &str,
         decay: f64,
         eps: f64,
         ddof: u8,
@@ -32,7 +32,7 @@ impl PyOptions {
             sigma2: Sigma2::parse(sigma2)?,
             tau2: Tau2::parse(tau2)?,
             score: Score::parse(score)?,
-            leave_one_out,
+            leave_one_out: LeaveOneOut::parse(leave_one_out)?,
             decay,
             eps,
             ddof,

@@ -12,8 +12,8 @@ use crate::options::PyOptions;
 use crate::parts::{Parts, TreeParts, parts_of, tree_of, tree_parts};
 
 pub(crate) type Vector<'py> = Bound<'py, PyArray1<f64>>;
-/// The distinct keys of a batch, and each group's index into them.
-type BatchKeys<'py> = Option<(Vec<Path>, PyReadonlyArray1<'py, u32>)>;
+/// The distinct keys of a batch, each group's index into them, and the prompt of each group where several are of one.
+type BatchKeys<'py> = Option<(Vec<Path>, PyReadonlyArray1<'py, u32>, Option<PyReadonlyArray1<'py, u32>>)>;
 /// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier.
 type Scalars = (f64, f64, f64, f64, f64, f64);
 /// S, V, n of each group, and with keys the blended mean, sigma2 and tau2.
@@ -61,7 +61,10 @@ impl PyState {
         let score = |stats: &GroupStats| {
             let keys = match &keys {
                 None => Keys::ROOT,
-                Some((paths, of_group)) => Keys::new(paths, slice(of_group)?, stats.len())?,
+                Some((paths, of_group, None)) => Keys::new(paths, slice(of_group)?, stats.len())?,
+                Some((paths, of_group, Some(prompts))) => {
+                    Keys::new(paths, slice(of_group)?, stats.len())?.with_prompts(slice(prompts)?, stats.len())?
+                }
             };
             let mut state = self.lock();
             let scored = if stream {
