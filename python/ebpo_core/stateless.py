@@ -82,8 +82,10 @@ def advantages(
             fast = _fast(rewards) if gamma == 1.0 else None
             if fast is not None:
                 return fast  # type: ignore[no-any-return]
+        once = EBPO(**options)
+        once._watch_prompts = False  # the warning of batches with one prompt is for those who train with a prior
         rows = {"mask": mask, "keys": keys, "trajectories": trajectories, "turns": turns, "gamma": gamma}
-        return EBPO(**options)(rewards, groups, **rows)
+        return once(rewards, groups, **rows)
     if keys is not None:
         options = {"keys": keys, **options}  # refused like any other option
     parameter = _parameter(text("method", method), options)

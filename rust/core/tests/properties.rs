@@ -1,8 +1,8 @@
 //! Properties of the core against plain formulas, without Python.
 
 use ebpo_core::{
-    Affine, Batch, Codes, Error, GroupStats, Keys, Layout, LeaveOneOut, Method, Moments, Normalize, Options, Prior, Score, Sigma2,
-    State, Tau2, apply, equal_advantages,
+    Affine, Batch, Codes, Error, GroupStats, Keys, Layout, LeaveOneOut, Method, Moments, Normalize, Options, Prior,
+    Score, Sigma2, State, Tau2, apply, equal_advantages,
 };
 use proptest::prelude::*;
 

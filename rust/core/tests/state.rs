@@ -1,7 +1,8 @@
 //! Priors by key and one group at a time, against plain formulas.
 
 use ebpo_core::{
-    Batch, Error, GroupStats, Keys, Layout, LeaveOneOut, Normalize, Options, Path, Prior, Score, Shrinkage, State, Tree, apply,
+    Batch, Error, GroupStats, Keys, Layout, LeaveOneOut, Normalize, Options, Path, Prior, Score, Shrinkage, State,
+    Tree, apply,
 };
 use proptest::prelude::*;
 
