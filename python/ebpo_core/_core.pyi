@@ -39,7 +39,7 @@ class Options:
         sigma2: str,
         tau2: str,
         score: str,
-        leave_one_out: str,
+        leave_one_out: bool | str,
         decay: float,
         eps: float,
         ddof: int,

@@ -124,8 +124,7 @@ class EBPO:
             kappa=real("kappa", kappa),
             max_keys=count("max_keys", max_keys),
         )
-        named: Any = {**self._options, "leave_one_out": str(self._options["leave_one_out"])}
-        self._checked = _core.Options(**named)
+        self._checked = _core.Options(**self._options)
         self._state = _core.State()
         self._last: tuple[Any, Any, Keys | None] | None = None
         self._watch_prompts = normalize == "batch"  # until a batch has several prompts, as the next ones will

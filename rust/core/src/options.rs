@@ -80,7 +80,7 @@ parsed!(Tau2, "tau2", "\"raw\" or \"debiased\"", "raw" => Raw, "debiased" => Deb
 parsed!(Score, "score", "\"after\" or \"before\"", "after" => After, "before" => Before);
 parsed!(
     LeaveOneOut, "leave_one_out", "False, True (which is \"group\") or \"row\"",
-    "False" => Nothing, "True" => Group, "row" => Row
+    "group" => Group, "row" => Row
 );
 
 /// Every option of the estimator.

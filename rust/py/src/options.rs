@@ -5,6 +5,15 @@ use pyo3::prelude::*;
 
 use crate::error::Result;
 
+/// `leave_one_out` as Python has it.
+#[derive(FromPyObject)]
+enum LeftOut {
+    #[pyo3(transparent)]
+    Flag(bool),
+    #[pyo3(transparent)]
+    Name(String),
+}
+
 /// Validated options of the estimator; see `ebpo_core.EBPO`.
 #[pyclass(name = "Options", module = "ebpo_core._core", frozen)]
 pub(crate) struct PyOptions(pub(crate) Options);
@@ -19,7 +28,7 @@ impl PyOptions {
         sigma2: &str,
         tau2: &str,
         score: &str,
-        leave_one_out: &str,
+        leave_one_out: LeftOut,
         decay: f64,
         eps: f64,
         ddof: u8,
@@ -32,7 +41,11 @@ impl PyOptions {
             sigma2: Sigma2::parse(sigma2)?,
             tau2: Tau2::parse(tau2)?,
             score: Score::parse(score)?,
-            leave_one_out: LeaveOneOut::parse(leave_one_out)?,
+            leave_one_out: match leave_one_out {
+                LeftOut::Flag(false) => LeaveOneOut::Nothing,
+                LeftOut::Flag(true) => LeaveOneOut::Group,
+                LeftOut::Name(name) => LeaveOneOut::parse(&name)?,
+            },
             decay,
             eps,
             ddof,
