@@ -29,7 +29,7 @@ _Path: TypeAlias = tuple[str | int, ...]
 _KeyArrays: TypeAlias = tuple[
     NDArray[np.uint8], NDArray[np.uintp], NDArray[np.intp], NDArray[np.float64], NDArray[np.int64]
 ]
-_Keys: TypeAlias = tuple[list[_Path], NDArray[np.uint32]] | None
+_Keys: TypeAlias = tuple[list[_Path], NDArray[np.uint32], NDArray[np.uint32] | None] | None
 _Vectors: TypeAlias = tuple[_Vector, _Vector, _Vector, tuple[_Vector, _Vector, _Vector] | None]
 _Scalars: TypeAlias = tuple[float, float, float, float, float, float, float]
 
@@ -42,7 +42,7 @@ class Options:
         sigma2: str,
         tau2: str,
         score: str,
-        leave_one_out: bool,
+        leave_one_out: bool | str,
         decay: float,
         decay_by: str,
         eps: float,
@@ -95,5 +95,5 @@ def baseline_advantages(
 ) -> NDArray[Any]: ...
 def codes_of_ints(ids: NDArray[np.int64], /) -> tuple[NDArray[np.uint32], int]: ...
 def codes_of_bytes(ids: NDArray[np.uint8], /) -> tuple[NDArray[np.uint32], int]: ...
-def codes_of_objects(ids: Sequence[object], /) -> tuple[NDArray[np.uint32], int]: ...
+def codes_of_objects(ids: Sequence[object], name: str, /) -> tuple[NDArray[np.uint32], int]: ...
 def codes_of_keys(keys: Sequence[Any], /) -> tuple[list[int], NDArray[np.uint32]]: ...

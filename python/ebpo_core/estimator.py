@@ -23,12 +23,13 @@ from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 import numpy as np
 
 from ebpo_core import _core
-from ebpo_core.arguments import count, flag, real, step_id, text, zero_or_one
+from ebpo_core.arguments import count, flag, left_out, real, step_id, text, zero_or_one
 from ebpo_core.diagnostics import Diagnostics, warn_of_one_prompt
-from ebpo_core.inputs import read_batch, read_group, round_to
-from ebpo_core.keys import Key, Keys, key_of, path_of, read_keys
+from ebpo_core.inputs import Batch, read_group, round_to
+from ebpo_core.keys import Key, Keys, key_of, path_of
 from ebpo_core.prior import Prior, prior_of
 from ebpo_core.state import check_options, read_state, write_state
+from ebpo_core.trajectories import read_rows
 
 Rewards = TypeVar("Rewards")
 
@@ -40,7 +41,7 @@ class Options(TypedDict):
     sigma2: Literal["total", "within"]
     tau2: Literal["raw", "debiased"]
     score: Literal["after", "before"]
-    leave_one_out: bool
+    leave_one_out: bool | Literal["row"]
     decay: float
     decay_by: Literal["update", "visit"]
     eps: float
@@ -72,8 +73,12 @@ class EBPO:
             ``max(0, Var1(mu) - sigma2_within * mean(1 / n_m))``, Var1 with n - 1.
         score: ``"after"`` (paper): the batch enters the prior, then is scored. ``"before"``: scored first; an empty
             prior then gives S = 0, the group's own mean.
-        leave_one_out: Score each group against history and batch without that group; S = 0 if nothing is left.
-            Raises with ``score="before"``, where it has no meaning.
+        leave_one_out: True (or ``"group"``): score each group against history and batch without that group; S = 0 if
+            nothing is left. Raises with ``score="before"``, where it has no meaning. ``"row"``: besides, the group's
+            mean that a reward is compared with is that of the group's n - 1 others, and S is that of n - 1 rows; n = 1
+            gives S = 1. Nothing that the baseline holds then depends on the reward, so the policy gradient is unbiased.
+            For that it needs ``normalize="none"``: the other two divide by a number that the reward is in. (Scored with
+            ``update=False``, against a prior that holds the batch already, it is not.)
         decay: rho in (0, 1]; before each update every count, M2 and sum is multiplied by it, so that the prior
             remembers about ``1 / (1 - rho)`` batches. 1 (paper) never forgets. A batch without valid rows is no update.
         decay_by: The updates that count for ``decay``. ``"update"``: every key is discounted at each update, as the
@@ -100,7 +105,7 @@ class EBPO:
         sigma2: Literal["total", "within"] = "total",
         tau2: Literal["raw", "debiased"] = "raw",
         score: Literal["after", "before"] = "after",
-        leave_one_out: bool = False,
+        leave_one_out: bool | Literal["group", "row"] = False,
         decay: float = 1.0,
         decay_by: Literal["update", "visit"] = "update",
         eps: float = 1e-6,
@@ -114,7 +119,7 @@ class EBPO:
             sigma2=text("sigma2", sigma2),
             tau2=text("tau2", tau2),
             score=text("score", score),
-            leave_one_out=flag("leave_one_out", leave_one_out),
+            leave_one_out=left_out("leave_one_out", leave_one_out),  # type: ignore[typeddict-item]
             decay=real("decay", decay),
             decay_by=text("decay_by", decay_by),
             eps=real("eps", eps),
@@ -137,6 +142,9 @@ class EBPO:
         update: bool = True,
         step: int | None = None,
         keys: Any = None,
+        trajectories: Any = None,
+        turns: Any = None,
+        gamma: float = 1.0,
         process_group: Any = None,
     ) -> Rewards:
         """Score a batch and take it into the prior.
@@ -154,6 +162,19 @@ class EBPO:
                 tuple of them whose prefixes are its parents, or None for the root. The rows of a group have one key.
                 Each group enters the priors of its key, of the key's parents, and the root's, and is shrunk with the
                 blend of them (see the module). Without ``keys`` there is only the root's.
+            trajectories: ``(N,)`` id of each row's trajectory, of any hashable kind, where a completion makes several
+                rows (sub-agents, compaction); it names a trajectory of its group. Such rows share one outcome, count
+                once in every statistic, and each gets the trajectory's advantage. The rewards that ``mask`` keeps must
+                be equal within a trajectory; all NaN is an unknown outcome.
+            turns: ``(N,)`` ints, with ``trajectories``: row (i, k) is turn k of trajectory i, of which there may be any
+                number, and its reward is that turn's. The advantage is ``R_ik - V`` of the return-to-go
+                ``R_ik = sum over l >= k of gamma ** (l - k) * r_il``, V from the cell (prompt, k): the trajectories of
+                the prompt that reached turn k, shrunk toward the prior of key k, a child of the root (or of the row's
+                key, with ``keys``). Diagnostics are by cell; what ``leave_one_out`` leaves out is the whole prompt. A
+                NaN reward makes the returns of its turn and of those before it unknown: they do not count. A row that
+                ``mask`` leaves out is still in the returns of the turns before it. Needs ``normalize="scale"`` or
+                ``"none"``: centring over all turns of a batch would reward the policy for their number.
+            gamma: Discount of ``turns``, in [0, 1].
             process_group: A torch.distributed process group. This batch is then one rank's shard, and every rank must
                 make the call: the shards are scored and taken in as one process would that sees all of them, in the
                 order of the ranks. A group must be whole on one rank; its id need not differ from other ranks'. The
@@ -168,10 +189,10 @@ class EBPO:
             RuntimeError: another rank could not score its shard; no rank's prior changed.
         """
         if process_group is not None:
-            together: Rewards = self._together(rewards, groups, mask, update, step, keys, process_group)
+            rows = rewards, groups, mask, keys, trajectories, turns, gamma
+            together: Rewards = self._together(rows, update, step, process_group)
             return together
-        batch = read_batch(rewards, groups, mask)
-        read = None if keys is None else read_keys(keys, batch.groups, batch.rewards.size)
+        batch, read = self._read(rewards, groups, mask, keys, trajectories, turns, gamma)
         flat, vectors, scalars = self._state.advance(
             self._checked, batch.rewards, batch.groups, batch.mask, flag("update", update), step_id(step), read, False
         )
@@ -187,7 +208,7 @@ class EBPO:
         """Score one group as it comes, without a batch: read the prior, score, then take the group into the prior.
 
         ``A = (r - V) / (sqrt(sigma2) + eps)``, with V and ``sigma2`` of the key's blended prior as it was before this
-        group; ``normalize="none"`` gives ``r - V``, and ``score`` and ``leave_one_out`` make no difference. An empty
+        group; ``normalize="none"`` gives ``r - V``, and neither ``score`` nor ``leave_one_out=True`` matters. An empty
         prior gives S = 0, so V is the group's own mean. While ``sigma2`` is 0 (an empty prior, or one that knows a
         single value) S is 0 too, and the group's own standard deviation with ``norm_ddof`` stands in for
         ``sqrt(sigma2)``; a group of equal rewards then gets 0, as S = 0 leaves nothing of it. ``decay`` counts groups
@@ -212,9 +233,17 @@ class EBPO:
         result: Rewards = batch.restore(flat)
         return result
 
-    def _together(
-        self, rewards: Any, groups: Any, mask: Any, update: bool, step: int | None, keys: Any, process_group: Any
-    ) -> Any:
+    def _read(self, *rows: Any) -> tuple[Batch, Keys | None]:
+        """:func:`ebpo_core.trajectories.read_rows`, and what the options do not allow."""
+        if rows[5] is not None and self._options["normalize"] == "batch":
+            raise ValueError(
+                'turns was given with normalize="batch", which subtracts one mean from every turn: as a trajectory has '
+                "as many turns as the policy chooses, that rewards it for their number. Build the estimator with "
+                'normalize="scale" or "none"'
+            )
+        return read_rows(*rows)
+
+    def _together(self, rows: tuple[Any, ...], update: bool, step: int | None, process_group: Any) -> Any:
         """A call with ``process_group``: as one process would that passes the shards of all ranks."""
         from ebpo_core.shards import Shard, gather
 
@@ -222,14 +251,15 @@ class EBPO:
         shard: Shard | Exception
         try:
             update, step = flag("update", update), step_id(step)
-            batch = read_batch(rewards, groups, mask)
-            own = read_keys(keys, batch.groups, batch.rewards.size)
+            batch, own = self._read(*rows)
             shard = Shard(batch.rewards, batch.groups, batch.mask, own)
             _core.State().advance(self._checked, *shard[:3], False, None, own, False)
         except (TypeError, ValueError) as error:
             shard = error
         common = {
             "arguments update= and step=": ((update, step), "pass the same ones on every rank"),
+            "argument turns=": ("None" if rows[5] is None else "ints", "pass it on every rank, or on none"),
+            "argument gamma=": (rows[6], "pass the same one on every rank"),
             "options": (dict(self._options), "build the estimator alike on every rank"),
             "priors": (
                 self._state.digest(),
@@ -237,7 +267,7 @@ class EBPO:
             ),
         }
         try:
-            whole, rows, mine = gather(shard, common, process_group)
+            whole, of_rank, mine = gather(shard, common, process_group)
         finally:
             del shard  # an error must not hold this frame, which holds the process group, while the frame holds it
 
@@ -250,7 +280,7 @@ class EBPO:
             self._count_prompts(counts)
         of_mine = None if blended is None else (blended[0][mine], blended[1][mine], blended[2][mine])
         self._last = (shrinkage[mine], baseline[mine], counts[mine], of_mine), scalars, own
-        return batch.restore(round_to(flat[rows], batch.rewards.dtype))  # float64 where another rank's rewards are
+        return batch.restore(round_to(flat[of_rank], batch.rewards.dtype))  # float64 where another rank's rewards are
 
     def _count_prompts(self, counts: Any) -> None:
         prompts = int(np.count_nonzero(counts))  # of the groups, whose rows are counted, those that are not all padding

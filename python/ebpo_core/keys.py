@@ -25,10 +25,14 @@ Path: TypeAlias = "tuple[str | int, ...]"
 
 
 class Keys(NamedTuple):
-    """The keys of a batch as the core reads them: the distinct ones, and for each group an index into them."""
+    """The keys of a batch as the core reads them: the distinct ones, and for each group an index into them.
+
+    ``prompts`` holds the prompt of each group where several groups are of one, its turns; else None.
+    """
 
     paths: list[Path]
     of_group: NDArray[np.uint32]
+    prompts: NDArray[np.uint32] | None = None
 
     def of_groups(self) -> tuple[Key, ...]:
         """The key of each group."""

@@ -134,7 +134,7 @@ class EBPO:
     sigma2: str = "total"
     tau2: str = "raw"
     score: str = "after"
-    leave_one_out: bool = False
+    leave_one_out: bool | str = False
     decay: float = 1.0
     decay_by: str = "update"
     eps: float = 1e-6
@@ -164,13 +164,21 @@ class EBPO:
         """The priors of the root, of each parent, and of the key; an empty one for those that have seen nothing."""
         return [self.prior] + [self.keys.get(key[:depth], Prior()) for depth in range(1, len(key) + 1)]
 
+    def baselines(self, theta: tuple[float, float, float], group: Array) -> Array:
+        """V of each row of a group: the group's own, or with ``leave_one_out="row"`` that of its others."""
+        if self.leave_one_out != "row":
+            return np.full(group.size, self.baseline(theta, group))
+        return np.array([self.baseline(theta, np.delete(group, i)) for i in range(group.size)])
+
     @staticmethod
     def baseline(theta: tuple[float, float, float], group: Array) -> float:
         """V, the posterior mean of the group's expected reward; taken from mu_m so that S = 0 gives it exactly.
 
-        S is 0 for an empty prior and where all rewards seen are equal.
+        S is 0 for an empty prior and where all rewards seen are equal, and 1 where the group has no row.
         """
         mu_glob, sigma2, tau2 = theta
+        if group.size == 0:
+            return mu_glob
         noise = sigma2 / group.size
         S = noise / (noise + tau2) if noise + tau2 > 0 else 0.0
         return mean(group) + S * (mu_glob - mean(group))
@@ -184,8 +192,12 @@ class EBPO:
         update: bool = True,
         step: int | None = None,
         keys: list[Any] | None = None,
+        prompts: list[Any] | None = None,
     ) -> Array:
-        """Algorithm 1 with the options of §6; ``keys`` holds one key per group of a matrix, or one per reward."""
+        """Algorithm 1 with the options of §6; ``keys`` holds one key per group of a matrix, or one per reward.
+
+        ``prompts`` holds one prompt per group, where ``leave_one_out`` leaves out all the groups of a prompt.
+        """
         r, index, valid = arrange(rewards, groups, mask)
         members = [r[valid & (index == m)] for m in range(index.max() + 1)]
         key_of = [key_tuple(key) for key in ([()] * len(members) if keys is None else keys)]
@@ -203,10 +215,12 @@ class EBPO:
         for m, group in enumerate(members):
             if group.size == 0:
                 continue
-            if self.leave_one_out and update:
-                scored_with = past.with_batch(members[:m] + members[m + 1 :], key_of[:m] + key_of[m + 1 :])
+            if self.leave_one_out and update and self.score == "after":
+                same = [k == m if prompts is None else prompts[k] == prompts[m] for k in range(len(members))]
+                others = [k for k in range(len(members)) if not same[k]]
+                scored_with = past.with_batch([members[k] for k in others], [key_of[k] for k in others])
             rows = valid & (index == m)
-            raw[rows] = r[rows] - self.baseline(self.theta(scored_with.chain(key_of[m])), group)
+            raw[rows] = r[rows] - self.baselines(self.theta(scored_with.chain(key_of[m])), group)
         if update:
             self.prior, self.keys, self.step = after.prior, after.keys, step if step is not None else self.step
         return normalized(raw, valid, self.normalize, self.norm_ddof, self.eps).reshape(np.shape(rewards))
@@ -230,7 +244,7 @@ class EBPO:
         if x.size:
             theta = self.theta(self.chain(key_tuple(key)))
             spread = np.sqrt(theta[1]) if theta[1] > 0 else np.sqrt(Moments.of(x).variance(self.norm_ddof))
-            raw = x - self.baseline(theta, x)
+            raw = x - self.baselines(theta, x)
             scale = 1.0 if self.normalize == "none" else spread + self.eps
             out[valid] = raw / scale if scale > 0 else 0.0
         self([r], mask=[valid], keys=[key], update=update, step=step)

@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeVar, get_args
 from ebpo_core import _core
 from ebpo_core.arguments import count, real, text
 from ebpo_core.estimator import EBPO
-from ebpo_core.inputs import is_tensor, read_batch
+from ebpo_core.inputs import is_tensor
+from ebpo_core.trajectories import read_rows
 
 Rewards = TypeVar("Rewards")
 Method = Literal[
@@ -34,6 +35,9 @@ def advantages(
     mask: Any = None,
     method: Method = "ebpo",
     keys: Any = None,
+    trajectories: Any = None,
+    turns: Any = None,
+    gamma: float = 1.0,
     **options: Any,
 ) -> Rewards:
     """Advantages of one batch, without state: for ``method="ebpo"`` the batch is its own prior.
@@ -56,6 +60,10 @@ def advantages(
             leave-one-out baseline (arXiv 2505.15201): ``k E max(r_i, J) - k E max(L)``, J any k - 1 and L any k of the
             group's other rewards (its k - 1 others where n = k). ``k=`` is needed; ``k=1`` is ``"rloo"``.
         keys: As in a call of :class:`EBPO`; only with ``method="ebpo"``.
+        trajectories: As in a call of :class:`EBPO`, with every method.
+        turns: As in a call of :class:`EBPO`, with the methods that look at one group alone; "reinforce_pp",
+            "batch_mean" and "james_stein" look at the whole batch, and raise.
+        gamma: As in a call of :class:`EBPO`.
         **options: Those of :class:`EBPO`. ``eps`` of "grpo", "reinforce_pp" and "maxrl", at least 0; ``c`` of
             "constant", finite; ``k`` of "pass_at_k", at least 1 and at most the counted rewards of the smallest group.
             The others take none.
@@ -70,17 +78,23 @@ def advantages(
         TypeError: complex or object rewards, a mask that is not boolean, unhashable group ids.
     """
     if method == "ebpo":
-        if groups is None and mask is None and keys is None and not options:
-            fast = _fast(rewards)
+        if groups is None and mask is None and keys is None and trajectories is None and not options and turns is None:
+            fast = _fast(rewards) if gamma == 1.0 else None
             if fast is not None:
                 return fast  # type: ignore[no-any-return]
         once = EBPO(**options)
         once._watch_prompts = False  # the warning of batches with one prompt is for those who train with a prior
-        return once(rewards, groups, mask=mask, keys=keys)
+        rows = {"mask": mask, "keys": keys, "trajectories": trajectories, "turns": turns, "gamma": gamma}
+        return once(rewards, groups, **rows)
     if keys is not None:
         options = {"keys": keys, **options}  # refused like any other option
     parameter = _parameter(text("method", method), options)
-    batch = read_batch(rewards, groups, mask)
+    if turns is not None and method in ("reinforce_pp", "batch_mean", "james_stein"):
+        raise ValueError(
+            f"turns was given with method={method!r}, whose baseline holds every turn of the batch, as many as the "
+            'policy chooses: take method="rloo" or "ebpo"'
+        )
+    batch, _ = read_rows(rewards, groups, mask, None, trajectories, turns, gamma)
     flat = _core.baseline_advantages(method, parameter, batch.rewards, batch.groups, batch.mask)
     result: Rewards = batch.restore(flat)
     return result

@@ -77,7 +77,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "sigma2": draw(st.sampled_from(["total", "within"])),
         "tau2": draw(st.sampled_from(["raw", "debiased"])),
         "score": draw(st.sampled_from(["after", "before"])),
-        "leave_one_out": draw(st.booleans()),
+        "leave_one_out": draw(st.sampled_from([False, True, "row"])),
         "decay": draw(st.sampled_from([1.0, 0.95, 0.5])),
         "decay_by": draw(st.sampled_from(["update", "visit"])),
         "eps": draw(st.sampled_from([1e-6, 1e-4, 1.0])),
@@ -85,7 +85,9 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "norm_ddof": draw(st.integers(0, 1)),
         "kappa": draw(st.sampled_from([10.0, 1.0, 0.0])),
     }
-    if chosen["score"] == "before":
+    if chosen["leave_one_out"] == "row":
+        chosen["normalize"] = "none"
+    elif chosen["score"] == "before":
         chosen["leave_one_out"] = False
     return chosen
 

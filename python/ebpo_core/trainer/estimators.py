@@ -26,24 +26,32 @@ class Estimators:
         self.all = [EBPO(**options) for _ in (self.functions or [""])]
 
     def weighted(
-        self, rewards: NDArray[np.float64], weights: NDArray[np.float64], *, update: bool, keys: list[Any] | None
+        self,
+        rewards: NDArray[np.float64],
+        weights: NDArray[np.float64],
+        *,
+        update: bool,
+        keys: list[Any] | None,
+        **rows: Any,
     ) -> NDArray[np.float64]:
         """The weighted sum of every function's advantages; where one fails, no estimator has changed.
 
         Args:
-            rewards: ``(n_funcs, M, G)``, NaN where a function returned None: it then adds nothing to that completion.
+            rewards: ``(n_funcs, M, G)``, or ``(n_funcs, N)`` with ``rows``; NaN where a function returned None: it
+                then adds nothing to that completion.
             weights: ``(n_funcs,)``.
             update: whether the rewards enter the priors.
-            keys: one per group, or None.
+            keys: one per group, or with ``rows`` one per row; or None.
+            rows: further arguments of :meth:`ebpo_core.EBPO.__call__`.
 
         Returns:
-            ``(M, G)``.
+            ``(M, G)`` or ``(N,)``.
         """
         total = np.zeros(rewards.shape[1:])
         done: list[EBPO] = []
         try:
             for ebpo, own, weight in zip(self.all, rewards, weights, strict=True):
-                total += weight * ebpo(own, update=update, keys=keys)
+                total += weight * ebpo(own, update=update, keys=keys, **rows)
                 done.append(ebpo)
         except (TypeError, ValueError):
             for ebpo in done if update else []:

@@ -44,6 +44,7 @@ from .config import EBPOArguments, EBPOConfig
 from .estimators import Estimators
 from .keys import check_dataset, key_of_example, keys_of_groups
 from .metrics import distinct, shadow_metrics, weighted_sum
+from .turns import TurnRewards, by_token, policy_mask, rows_of, turn_counts
 
 if TYPE_CHECKING:
     import os
@@ -77,12 +78,18 @@ class EBPOMixin(CompleteCheckpoints):
                         f"advantages with it, which EBPO would not see; set {name}={neutral!r}"
                     )
         self.reward_func_names[:] = distinct(self.reward_func_names)  # TRL would log two of one name as one
-        functions = self.reward_func_names if self.args.ebpo_per_reward else None
-        self._estimators = Estimators(self.args.ebpo_options(), functions)
+        self._ebpo_turn_rewards = TurnRewards()
+        if self.args.ebpo_turns:
+            self._check_turns()
+            functions: list[Any] = self.reward_funcs
+            functions[:] = [self._ebpo_turn_rewards.recorded(i, function) for i, function in enumerate(functions)]
+        names = self.reward_func_names if self.args.ebpo_per_reward else None
+        self._estimators = Estimators(self.args.ebpo_options(), names)
         if self.args.ebpo_prior is not None:
             self._estimators.load(read_prior(self.args.ebpo_prior))
         self._check_keys()
         self._ebpo_rewards: torch.Tensor | None = None  # gathered rewards, from one seam method to the other
+        self._ebpo_completions: Any = None  # this rank's, likewise
         self._ebpo_has_batch = False  # whether the estimators' last update was with the generation batch at hand
         self._ebpo_generated_at = 0  # `_step` when that batch was generated
         self._ebpo_shift = 0  # `_step + shift` is the micro-batch's place in the data, modulo generate_every
@@ -98,6 +105,14 @@ class EBPOMixin(CompleteCheckpoints):
         if len(self.ebpos) > 1:
             raise ValueError("ebpo_per_reward=True keeps one estimator per reward function: use trainer.ebpos")
         return self.ebpos[0]
+
+    def _check_turns(self) -> None:
+        if hasattr(self, "reward_clip_range"):
+            raise ValueError(
+                f"ebpo_turns=True: the loss of {type(self).__name__} has one advantage a completion; use EBPOTrainer"
+            )
+        if getattr(self.args, "use_liger_kernel", False):
+            raise ValueError("ebpo_turns=True: Liger's loss has one advantage a completion; set use_liger_kernel=False")
 
     def _check_keys(self) -> None:
         """Refuse what a later batch would be refused for: the first one, or that with one key too many."""
@@ -115,9 +130,11 @@ class EBPOMixin(CompleteCheckpoints):
 
     # ---- the seam -----------------------------------------------------------------------------------------------
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
-        self._ebpo_rewards = rewards
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)
+        self._ebpo_rewards, self._ebpo_completions = rewards, completions
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -140,7 +157,12 @@ class EBPOMixin(CompleteCheckpoints):
         weights = self.reward_weights.cpu().double().numpy()
         rewards = weighted_sum(rewards_per_func, weights).reshape(-1, group_size)
         # Every rank computes the advantages of all, (M, G), and so keeps the same prior.
-        advantages = self._ebpo_advantages(rewards, rewards_per_func, weights, keys, update=mode == "train")
+        turns = self._ebpo_turns(output, gathered) if self.args.ebpo_turns else None
+        if turns is None:
+            advantages = self._ebpo_advantages(rewards, rewards_per_func, weights, keys, update=mode == "train")
+        else:
+            turn_advantages = self._ebpo_turn_advantages(turns, group_size, weights, keys, update=mode == "train")
+            advantages = np.array([of_one.mean() for of_one in turn_advantages])  # for the log: one a completion
         if mode == "train":
             self._ebpo_has_batch, self._ebpo_generated_at = True, self._step
         metrics = self._estimators.metrics()
@@ -158,12 +180,45 @@ class EBPOMixin(CompleteCheckpoints):
         else:
             start = self.accelerator.process_index * len(local)  # rank-major, as TRL slices
             output["advantages"] = ours[start : start + len(local)].to(local.device)
+            if turns is not None:
+                of_rank = turn_advantages[start : start + len(local)]
+                output["advantages"] = by_token(of_rank, policy_mask(output), local.dtype)
             for _ in range(min(len(ours), len(logged))):
                 logged.pop()
             logged.extend(ours.tolist())
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         return output
+
+    def _ebpo_turns(self, output: dict[str, Any], gathered: torch.Tensor) -> list[NDArray[np.float64]]:
+        """The rewards ``(n_funcs, K)`` of the turns of each completion of all ranks."""
+        counts = turn_counts(policy_mask(output), self._ebpo_completions)
+        start = self.accelerator.process_index * len(counts)
+        own = self._ebpo_turn_rewards.take(gathered[start : start + len(counts)], counts, self.reward_func_names)
+        return list(gather_object(own))
+
+    def _ebpo_turn_advantages(
+        self,
+        turns: list[NDArray[np.float64]],
+        group_size: int,
+        weights: NDArray[np.float64],
+        keys: list[Any] | None,
+        *,
+        update: bool,
+    ) -> list[NDArray[np.float64]]:
+        """EBPO on the turns of all completions; one array a completion."""
+        rows = rows_of(turns, group_size)
+        call: dict[str, Any] = {
+            "groups": rows.groups,
+            "trajectories": rows.trajectories,
+            "turns": rows.turns,
+            "gamma": self.args.ebpo_gamma,
+            "keys": None if keys is None else [keys[group] for group in rows.groups],
+            "update": update,
+        }
+        if self.args.ebpo_per_reward:
+            return rows.of_completions(self._estimators.weighted(rows.rewards, weights, **call))
+        return rows.of_completions(self.ebpo(rows.weighted(weights), **call))
 
     def _ebpo_advantages(
         self,

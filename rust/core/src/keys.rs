@@ -17,11 +17,13 @@ pub struct Keys<'a> {
     paths: &'a [Path],
     /// None where every group has the first path.
     of_group: Option<&'a [u32]>,
+    /// The prompt of each group, where several groups are of one (its turns); None where each is of its own.
+    prompts: Option<&'a [u32]>,
 }
 
 impl Keys<'static> {
     /// The root for every group of any batch.
-    pub const ROOT: Self = Self { paths: &ROOT, of_group: None };
+    pub const ROOT: Self = Self { paths: &ROOT, of_group: None, prompts: None };
 }
 
 impl<'a> Keys<'a> {
@@ -33,7 +35,20 @@ impl<'a> Keys<'a> {
         if let Some(index) = of_group.iter().position(|&key| key as usize >= paths.len()) {
             return Err(Error::GroupOutOfRange { index, code: of_group[index], groups: paths.len() });
         }
-        Ok(Self { paths, of_group: Some(of_group) })
+        Ok(Self { paths, of_group: Some(of_group), prompts: None })
+    }
+
+    /// The same, where group `m` is one of prompt `prompts[m]`: what leaves a group out leaves its whole prompt out.
+    pub fn with_prompts(self, prompts: &'a [u32], groups: usize) -> Result<Self, Error> {
+        if prompts.len() != groups {
+            return Err(Error::LengthMismatch { name: "prompts", got: prompts.len(), expected: groups });
+        }
+        Ok(Self { prompts: Some(prompts), ..self })
+    }
+
+    /// The prompt of each group; None where each group is a prompt of its own.
+    pub(crate) fn prompts(&self) -> Option<&'a [u32]> {
+        self.prompts
     }
 
     /// True where groups have keys of their own; false for [`Keys::ROOT`].

@@ -49,7 +49,7 @@ pub use float::Float;
 pub use groups::GroupStats;
 pub use keys::{Keys, Path};
 pub use moments::Moments;
-pub use options::{DecayBy, Normalize, Options, Score, Sigma2, Tau2};
+pub use options::{DecayBy, LeaveOneOut, Normalize, Options, Score, Sigma2, Tau2};
 pub use prior::Prior;
 pub use state::State;
 pub use tree::Tree;

@@ -54,6 +54,18 @@ pub enum DecayBy {
     Visit,
 }
 
+/// What a row's baseline must not have seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LeaveOneOut {
+    /// The batch is in its own prior, and a row in its group's mean: the paper's.
+    #[default]
+    Nothing,
+    /// The prior leaves the row's group out.
+    Group,
+    /// The same, and the group's mean leaves the row out: the policy gradient is unbiased.
+    Row,
+}
+
 macro_rules! parsed {
     ($type:ident, $option:literal, $expected:literal, $($name:literal => $variant:ident),+) => {
         impl $type {
@@ -77,6 +89,10 @@ parsed!(Sigma2, "sigma2", "\"total\" or \"within\"", "total" => Total, "within" 
 parsed!(Tau2, "tau2", "\"raw\" or \"debiased\"", "raw" => Raw, "debiased" => Debiased);
 parsed!(Score, "score", "\"after\" or \"before\"", "after" => After, "before" => Before);
 parsed!(DecayBy, "decay_by", "\"update\" or \"visit\"", "update" => Update, "visit" => Visit);
+parsed!(
+    LeaveOneOut, "leave_one_out", "False, True (which is \"group\") or \"row\"",
+    "group" => Group, "row" => Row
+);
 
 /// Every option of the estimator.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -89,8 +105,8 @@ pub struct Options {
     pub tau2: Tau2,
     /// Order of update and score.
     pub score: Score,
-    /// Take each group out of the prior that it is shrunk toward.
-    pub leave_one_out: bool,
+    /// What a row's baseline leaves out.
+    pub leave_one_out: LeaveOneOut,
     /// Weight that the past keeps at each update, in (0, 1].
     pub decay: f64,
     /// The updates that the past of a prior is discounted at.
@@ -114,7 +130,7 @@ impl Default for Options {
             sigma2: Sigma2::Total,
             tau2: Tau2::Raw,
             score: Score::After,
-            leave_one_out: false,
+            leave_one_out: LeaveOneOut::Nothing,
             decay: 1.0,
             decay_by: DecayBy::Update,
             eps: 1e-6,
@@ -142,9 +158,14 @@ impl Options {
         if !(self.kappa.is_finite() && self.kappa >= 0.0) {
             return invalid("kappa", self.kappa.to_string(), "a finite number, at least 0; 0 lets a key stand alone");
         }
-        if self.leave_one_out && self.score == Score::Before {
+        if self.leave_one_out == LeaveOneOut::Group && self.score == Score::Before {
             let expected = "False with score=\"before\": a prior taken before the update does not hold the batch";
             return invalid("leave_one_out", "True".into(), expected);
+        }
+        if self.leave_one_out == LeaveOneOut::Row && self.normalize != Normalize::None {
+            let expected = "normalize=\"none\" beside it: \"batch\" and \"scale\" divide each advantage by a number that its \
+                            own reward is in, and then the gradient is not unbiased";
+            return invalid("leave_one_out", "\"row\"".into(), expected);
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use crate::estimator::{finish, inverse_scale, leave_one_out_by_key};
 use crate::groups::Group;
 use crate::tree::Before;
-use crate::{Error, GroupStats, Keys, Normalize, Options, Prior, Score, Scored, Tree};
+use crate::{Error, GroupStats, Keys, LeaveOneOut, Normalize, Options, Prior, Score, Scored, Tree};
 
 /// The estimator's memory between batches. [`State::default`] has seen nothing.
 #[derive(Clone, Debug, Default)]
@@ -72,8 +72,8 @@ impl State {
             if !batch.is_empty() {
                 self.tree.forget(options, old); // rows that do not count never touch a prior, hence neither does time
             }
-            if options.leave_one_out {
-                without = Some(leave_one_out_by_key(&self.tree, options, groups, &visits, &found));
+            if options.leave_one_out != LeaveOneOut::Nothing && !score_first {
+                without = Some(leave_one_out_by_key(&self.tree, options, groups, &visits, &found, keys));
             }
             self.tree.take(&batch, groups, &visits, &mut found);
             self.step = step.or(self.step);
@@ -84,14 +84,14 @@ impl State {
         let blended = shrunken;
         // Steps 2 and 3: S and mu of each group; those of a key mostly once, for its groups are mostly of one size.
         let shrunk: Vec<_> = if let Some(without) = without {
-            without.iter().zip(groups.iter()).map(|(rest, g)| (rest.factor(g.n), rest.mu)).collect()
+            without.iter().zip(groups.iter()).map(|(rest, g)| rest.of_row(g.n, options.leave_one_out)).collect()
         } else {
             let mut known = vec![(0.0, (0.0, 0.0)); blended.len()];
             let of_group = |(group, g): (usize, &Group)| {
                 let key = keys.of_group(group);
                 let (n, shrunk) = &mut known[key];
                 if *n != g.n {
-                    (*n, *shrunk) = (g.n, (blended[key].factor(g.n), blended[key].mu));
+                    (*n, *shrunk) = (g.n, blended[key].of_row(g.n, options.leave_one_out));
                 }
                 *shrunk
             };
@@ -115,7 +115,12 @@ impl State {
         update: bool,
         step: Option<i64>,
     ) -> Result<Scored, Error> {
-        let raw = Options { normalize: Normalize::None, score: Score::Before, leave_one_out: false, ..*options };
+        // Read before it is updated, the prior holds no group to leave out; a row still leaves its group's mean.
+        let left_out = match options.leave_one_out {
+            LeaveOneOut::Row => LeaveOneOut::Row,
+            LeaveOneOut::Nothing | LeaveOneOut::Group => LeaveOneOut::Nothing,
+        };
+        let raw = Options { normalize: Normalize::None, score: Score::Before, leave_one_out: left_out, ..*options };
         let mut scored = self.advance(&raw, group, keys, update, step)?;
         if options.normalize != Normalize::None {
             let own = Options { normalize: Normalize::Batch, ..*options };

@@ -1,7 +1,8 @@
 //! Priors by key and one group at a time, against plain formulas.
 
 use ebpo_core::{
-    Batch, Columns, Error, GroupStats, Keys, Layout, Normalize, Options, Path, Prior, Score, Shrinkage, State, apply,
+    Batch, Columns, Error, GroupStats, Keys, Layout, LeaveOneOut, Normalize, Options, Path, Prior, Score, Shrinkage,
+    State, apply,
 };
 use proptest::prelude::*;
 
@@ -71,7 +72,7 @@ proptest! {
 
     #[test]
     fn keys_at_the_root_change_nothing((rewards, _) in keyed(), options in options(), leave_one_out: bool) {
-        let options = Options { leave_one_out: leave_one_out && options.score == Score::After, ..options };
+        let options = Options { leave_one_out: if leave_one_out && options.score == Score::After { LeaveOneOut::Group } else { LeaveOneOut::Nothing }, ..options };
         let (all, root) = (stats(&rewards), [Vec::new()]);
         let (zeros, mut plain, mut rooted) = (vec![0; all.len()], State::default(), State::default());
         let keys = Keys::new(&root, &zeros, all.len()).unwrap();
@@ -114,7 +115,7 @@ proptest! {
     fn leaving_one_out_is_having_never_seen_it((rewards, of_group) in keyed(), pick in 0_usize..9, options in options()) {
         let (all, paths) = (stats(&rewards), paths());
         let pick = pick % all.len();
-        let options = Options { leave_one_out: true, score: Score::After, ..options };
+        let options = Options { leave_one_out: LeaveOneOut::Group, score: Score::After, ..options };
         let keys = Keys::new(&paths, &of_group, all.len()).unwrap();
         let scored = State::default().advance(&options, &all, &keys, true, None).unwrap();
         let (mut rest, mut keys_of_rest) = (rewards.clone(), of_group.clone());
@@ -122,7 +123,7 @@ proptest! {
         let key = [keys_of_rest.remove(pick)];
         let mut without = State::default();
         let others = stats(&rest);
-        let plain = Options { leave_one_out: false, ..options };
+        let plain = Options { leave_one_out: LeaveOneOut::Nothing, ..options };
         without.advance(&plain, &others, &Keys::new(&paths, &keys_of_rest, others.len()).unwrap(), true, None).unwrap();
         let group = stats(&own);
         let frozen = without.advance(&plain, &group, &Keys::new(&paths, &key, 1).unwrap(), false, None).unwrap();

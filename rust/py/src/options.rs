@@ -1,9 +1,18 @@
 //! The estimator's options as a frozen Python object.
 
-use ebpo_core::{DecayBy, Normalize, Options, Score, Sigma2, Tau2};
+use ebpo_core::{DecayBy, LeaveOneOut, Normalize, Options, Score, Sigma2, Tau2};
 use pyo3::prelude::*;
 
 use crate::error::Result;
+
+/// `leave_one_out` as Python has it.
+#[derive(FromPyObject)]
+enum LeftOut {
+    #[pyo3(transparent)]
+    Flag(bool),
+    #[pyo3(transparent)]
+    Name(String),
+}
 
 /// Validated options of the estimator; see `ebpo_core.EBPO`.
 #[pyclass(name = "Options", module = "ebpo_core._core", frozen)]
@@ -19,7 +28,7 @@ impl PyOptions {
         sigma2: &str,
         tau2: &str,
         score: &str,
-        leave_one_out: bool,
+        leave_one_out: LeftOut,
         decay: f64,
         decay_by: &str,
         eps: f64,
@@ -33,7 +42,11 @@ impl PyOptions {
             sigma2: Sigma2::parse(sigma2)?,
             tau2: Tau2::parse(tau2)?,
             score: Score::parse(score)?,
-            leave_one_out,
+            leave_one_out: match leave_one_out {
+                LeftOut::Flag(false) => LeaveOneOut::Nothing,
+                LeftOut::Flag(true) => LeaveOneOut::Group,
+                LeftOut::Name(name) => LeaveOneOut::parse(&name)?,
+            },
             decay,
             decay_by: DecayBy::parse(decay_by)?,
             eps,

@@ -16,8 +16,8 @@ use crate::options::PyOptions;
 use crate::parts::{Parts, StoredKeys, arrays, columns_of, entries, readable, tuples};
 
 pub(crate) type Vector<'py> = Bound<'py, PyArray1<f64>>;
-/// The distinct keys of a batch, and each group's index into them.
-type BatchKeys<'py> = Option<(Vec<KeyPath>, PyReadonlyArray1<'py, u32>)>;
+/// The distinct keys of a batch, each group's index into them, and the prompt of each group where several are of one.
+type BatchKeys<'py> = Option<(Vec<KeyPath>, PyReadonlyArray1<'py, u32>, Option<PyReadonlyArray1<'py, u32>>)>;
 /// The root's prior, the keys, their discount at each update and the updates so far, and the step.
 type Stored<'py> = (Parts, Bound<'py, PyAny>, (f64, i64), Option<i64>);
 /// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier, size of their advantages.
@@ -64,14 +64,17 @@ impl PyState {
         keys: BatchKeys<'py>,
         stream: bool,
     ) -> Result<Advanced<'py>> {
-        let keys = keys.map(|(paths, of_group)| {
+        let keys = keys.map(|(paths, of_group, prompts)| {
             let paths: Vec<Path> = paths.into_iter().map(|KeyPath(path)| path).collect();
-            (paths, of_group)
+            (paths, of_group, prompts)
         });
         let score = |stats: &GroupStats| {
             let keys = match &keys {
                 None => Keys::ROOT,
-                Some((paths, of_group)) => Keys::new(paths, slice(of_group)?, stats.len())?,
+                Some((paths, of_group, None)) => Keys::new(paths, slice(of_group)?, stats.len())?,
+                Some((paths, of_group, Some(prompts))) => {
+                    Keys::new(paths, slice(of_group)?, stats.len())?.with_prompts(slice(prompts)?, stats.len())?
+                }
             };
             let mut state = self.lock();
             let scored = if stream {
