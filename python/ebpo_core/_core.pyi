@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "DEBUG_BUILD",
+    "Call",
     "Options",
     "State",
     "__version__",
@@ -49,6 +50,10 @@ class Options:
     ) -> Options: ...
 
 @final
+class Call:
+    def diagnostics(self) -> tuple[_Vectors, _Scalars]: ...
+
+@final
 class State:
     def __new__(cls) -> State: ...
     def advance(
@@ -61,7 +66,10 @@ class State:
         step: int | None,
         keys: _Keys,
         stream: bool,
-    ) -> tuple[NDArray[Any], _Vectors, _Scalars]: ...
+    ) -> tuple[NDArray[Any], Call]: ...
+    def advance_matrix(
+        self, options: Options, rewards: object, update: bool, step: int | None, /
+    ) -> tuple[NDArray[Any], Call] | None: ...
     def observe(self, rewards: _Rewards, groups: _Groups, mask: _Mask) -> None: ...
     def merge(self, other: State, max_keys: int) -> None: ...
     def decay(self, rho: float) -> None: ...
