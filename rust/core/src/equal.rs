@@ -16,6 +16,9 @@ use crate::{Float, Moments, Normalize, Options, Prior, threads};
 /// Groups reduced together; fixed, because it decides the order of rounding.
 const BLOCK: usize = 512;
 
+/// Rewards of one share of the work.
+const SHARE: usize = 1 << 18;
+
 /// Stateless EBPO advantages of equal groups, `size` rewards each, into `out`: the batch is its own prior, and every other
 /// option is at its default.
 ///
@@ -39,7 +42,8 @@ pub fn equal_advantages<T: Float>(rewards: &[T], size: usize, eps: f64, threads:
 pub struct EqualGroups<'a, T> {
     rewards: &'a [T],
     size: usize,
-    means: Vec<f64>,
+    /// The groups' means, in the shares that threads took.
+    means: Vec<Vec<f64>>,
     prior: Prior,
 }
 
@@ -64,9 +68,6 @@ macro_rules! by_size {
 }
 
 impl<'a, T: Float> EqualGroups<'a, T> {
-    /// Rewards of a thread's smallest share: fewer are done sooner than a thread starts.
-    const SHARE: usize = 1 << 17;
-
     /// The statistics of a batch with `size` rewards in each group.
     ///
     /// None where the general path must look at each row: a reward that is NaN, infinite or near the bound of magnitude,
@@ -75,9 +76,9 @@ impl<'a, T: Float> EqualGroups<'a, T> {
         if size == 0 || rewards.is_empty() || !rewards.len().is_multiple_of(size) {
             return None;
         }
-        let mut this = Self { rewards, size, means: vec![0.0; rewards.len() / size], prior: Prior::default() };
-        this.prior = by_size!(size, G => this.sums::<G>(threads)).into_prior(size as f64);
-        in_range(this.prior.rewards().mean(), this.prior.rewards().m2()).then_some(this)
+        let (means, sums) = by_size!(size, G => reduce::<T, G>(rewards, size, threads));
+        let prior = sums.into_prior(size as f64);
+        in_range(prior.rewards().mean(), prior.rewards().m2()).then_some(Self { rewards, size, means, prior })
     }
 
     /// The batch as a prior of its own.
@@ -103,22 +104,6 @@ impl<'a, T: Float> EqualGroups<'a, T> {
         by_size!(self.size, G => self.write_with::<G>(map, threads, out));
     }
 
-    fn sums<const G: usize>(&mut self, threads: usize) -> Sums {
-        let (threads, groups) = self.shares(threads);
-        let (size, shares) = (self.size, self.rewards.chunks(groups * self.size).zip(self.means.chunks_mut(groups)));
-        let reduced = threads::map(threads, shares, |(rewards, means)| {
-            let mut sums = Vec::with_capacity(groups / BLOCK);
-            let each = |block| sums.push(block);
-            Arch::new().dispatch(Blocks::<T, _, G> { rewards, size, means, each });
-            sums
-        });
-        let mut total = Sums::default();
-        for block in reduced.iter().flatten() {
-            total.merge(block);
-        }
-        total
-    }
-
     /// One S, one centre, one scale.
     fn map(&self, options: &Options, prior: &Prior) -> Map {
         let (n, means) = (self.size as f64, self.prior.means());
@@ -132,36 +117,63 @@ impl<'a, T: Float> EqualGroups<'a, T> {
     }
 
     fn write_with<const G: usize>(&self, map: Map, threads: usize, out: &mut [T]) {
-        let (threads, groups) = self.shares(threads);
-        let rows = groups * self.size;
-        let shares = self.rewards.chunks(rows).zip(self.means.chunks(groups)).zip(out.chunks_mut(rows));
-        threads::map(threads, shares, |((rewards, means), out)| {
+        let rows = groups_of_share(self.rewards.len(), self.size) * self.size;
+        let shares = self.rewards.chunks(rows).zip(&self.means).zip(out.chunks_mut(rows));
+        // From the end, where the rewards that were read last may still be in a cache.
+        threads::map(worth(self.rewards.len(), threads), shares.rev(), |((rewards, means), out)| {
             Arch::new().dispatch(Write::<T, G> { map, rewards, size: self.size, means, out });
         });
     }
-
-    /// How many threads the batch is worth, and the groups of one thread's share: whole blocks.
-    fn shares(&self, threads: usize) -> (usize, usize) {
-        let threads = threads.clamp(1, self.rewards.len().div_ceil(Self::SHARE));
-        (threads, self.means.len().div_ceil(BLOCK).div_ceil(threads) * BLOCK)
-    }
 }
 
-/// Reduce block by block, writing each group's mean.
-struct Blocks<'a, T, F, const G: usize> {
+/// Rewards that are worth a thread: a quarter of a millisecond's, several times what it costs to start and join one.
+const PER_THREAD: usize = 1 << 20;
+
+/// How many threads, up to `threads`, that many rewards are worth.
+fn worth(rewards: usize, threads: usize) -> usize {
+    threads.min(rewards / PER_THREAD).max(1)
+}
+
+/// Groups of one share of the work: whole blocks, and few of them, so that a thread that gets no core does not keep the
+/// others waiting, and what a share wrote last is still in a cache when it is read again.
+fn groups_of_share(rewards: usize, size: usize) -> usize {
+    (SHARE.min(rewards) / size).div_ceil(BLOCK).max(1) * BLOCK
+}
+
+/// Each group's mean, share by share, and what all groups add up to.
+fn reduce<T: Float, const G: usize>(rewards: &[T], size: usize, threads: usize) -> (Vec<Vec<f64>>, Sums) {
+    let groups = groups_of_share(rewards.len(), size);
+    let reduced = threads::map(worth(rewards.len(), threads), rewards.chunks(groups * size), |rewards| {
+        let (mut means, mut sums) = (Vec::with_capacity(rewards.len() / size), Vec::with_capacity(groups / BLOCK));
+        Arch::new().dispatch(Blocks::<T, G> { rewards, size, means: &mut means, sums: &mut sums });
+        (means, sums)
+    });
+    let mut total = Sums::default();
+    let mut means = Vec::with_capacity(reduced.len());
+    for (of_share, sums) in reduced {
+        sums.iter().for_each(|block| total.merge(block));
+        means.push(of_share);
+    }
+    (means, total)
+}
+
+/// Reduce block by block.
+struct Blocks<'a, T, const G: usize> {
     rewards: &'a [T],
     size: usize,
-    means: &'a mut [f64],
-    each: F,
+    means: &'a mut Vec<f64>,
+    sums: &'a mut Vec<Sums>,
 }
 
-impl<T: Float, F: FnMut(Sums), const G: usize> NullaryFnOnce for Blocks<'_, T, F, G> {
+impl<T: Float, const G: usize> NullaryFnOnce for Blocks<'_, T, G> {
     type Output = ();
 
     #[inline(always)]
-    fn call(mut self) {
-        for (rewards, means) in self.rewards.chunks(BLOCK * self.size).zip(self.means.chunks_mut(BLOCK)) {
-            (self.each)(Sums::of::<T, G>(rewards, self.size, means));
+    fn call(self) {
+        for rewards in self.rewards.chunks(BLOCK * self.size) {
+            let start = self.means.len();
+            self.means.resize(start + rewards.len() / self.size, 0.0); // a block at a time, which stays in a cache
+            self.sums.push(Sums::of::<T, G>(rewards, self.size, &mut self.means[start..]));
         }
     }
 }

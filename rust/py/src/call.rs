@@ -1,10 +1,10 @@
 //! What a call of the estimator leaves for its diagnostics, which are computed when they are asked for.
 
 use ebpo_core::{Batch, Float, GroupStats, Keys, Layout, Options, Prior, Scored, Shrinkage, State};
-use numpy::{IntoPyArray, PyArray1};
+use numpy::{Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
-use crate::error::Result;
+use crate::error::{BindingError, Result};
 
 type Vector<'py> = Bound<'py, PyArray1<f64>>;
 /// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier.
@@ -23,14 +23,14 @@ pub(crate) struct PyCall {
 pub(crate) enum Kept {
     /// The groups' statistics, and the largest distance of a counted reward from the root's mean before the batch.
     Groups { scored: Scored, stats: GroupStats, farthest: f64, key_of_group: Option<Vec<usize>> },
-    /// Rows of `size` rewards, and the root's prior before the batch and as it was scored with.
-    Matrix { rewards: Values, size: usize, before: Prior, prior: Prior },
+    /// A copy of the rewards, and the root's prior before the batch and as it was scored with.
+    Matrix { rewards: Values, before: Prior, prior: Prior },
 }
 
-/// Flat rewards of either element type.
+/// A C-contiguous matrix of either element type that nothing else refers to.
 pub(crate) enum Values {
-    F32(Vec<f32>),
-    F64(Vec<f64>),
+    F32(Py<PyArray2<f32>>),
+    F64(Py<PyArray2<f64>>),
 }
 
 impl PyCall {
@@ -39,15 +39,16 @@ impl PyCall {
     }
 
     /// The diagnostics of a matrix, for which its call computed none: by the general path.
-    fn of_matrix<'py, T: Float>(
+    fn of_matrix<'py, T: Float + Element>(
         &self,
-        py: Python<'py>,
-        rewards: &[T],
-        size: usize,
+        rewards: &Bound<'py, PyArray2<T>>,
         before: Prior,
         prior: &Prior,
     ) -> Result<(Vectors<'py>, Scalars)> {
-        let batch = Batch::new(rewards, Layout::Equal { size }, None)?;
+        let (py, size) = (rewards.py(), rewards.dims()[1]);
+        let readable = rewards.try_readonly()?;
+        let values = readable.as_slice().map_err(|_| BindingError::NotContiguous)?;
+        let batch = Batch::new(values, Layout::Equal { size }, None)?;
         let stats = GroupStats::collect(&batch)?;
         let mut state = State::default();
         state.observe(prior);
@@ -83,9 +84,9 @@ impl PyCall {
                 let scalars = self.scalars(scored, stats, *farthest);
                 Ok((vectors(py, scored, stats, key_of_group.as_deref()), scalars))
             }
-            Kept::Matrix { rewards, size, before, prior } => match rewards {
-                Values::F32(rewards) => self.of_matrix(py, rewards, *size, *before, prior),
-                Values::F64(rewards) => self.of_matrix(py, rewards, *size, *before, prior),
+            Kept::Matrix { rewards, before, prior } => match rewards {
+                Values::F32(rewards) => self.of_matrix(rewards.bind(py), *before, prior),
+                Values::F64(rewards) => self.of_matrix(rewards.bind(py), *before, prior),
             },
         }
     }
