@@ -51,6 +51,19 @@ def read_batch(rewards: Any, groups: Any = None, mask: Any = None) -> Batch:
     return Batch(_flat(array), coded, _read_mask(mask, array.shape), restore)
 
 
+def on_memory(rewards: Any, call: Callable[[NDArray[Any]], NDArray[Any] | None]) -> torch.Tensor | None:
+    """What ``call`` makes of a tensor's memory, as a tensor; None for what is no tensor that can be read as it is."""
+    if not is_tensor(rewards):
+        return None
+    import torch
+
+    plain = rewards.is_cpu and rewards.layout is torch.strided and rewards.dtype in (torch.float32, torch.float64)
+    if not plain or rewards.requires_grad or rewards.is_neg():
+        return None
+    result = call(rewards.numpy())
+    return None if result is None else torch.from_numpy(result)
+
+
 def read_group(rewards: Any, mask: Any = None) -> Batch:
     """As :func:`read_batch`, for the rewards ``(n,)`` of one group."""
     array, restore = _read_rewards(rewards)

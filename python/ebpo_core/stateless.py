@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 from ebpo_core import _core
 from ebpo_core.arguments import count, real, text
 from ebpo_core.estimator import EBPO
-from ebpo_core.inputs import is_tensor
+from ebpo_core.inputs import on_memory
 from ebpo_core.trajectories import read_rows
 
 Rewards = TypeVar("Rewards")
@@ -78,8 +78,11 @@ def advantages(
         TypeError: complex or object rewards, a mask that is not boolean, unhashable group ids.
     """
     if method == "ebpo":
-        if groups is None and mask is None and keys is None and trajectories is None and not options and turns is None:
-            fast = _fast(rewards) if gamma == 1.0 else None
+        alone = groups is None and mask is None and keys is None and trajectories is None and turns is None
+        if alone and not options and gamma == 1.0:
+            fast: Any = _core.equal_advantages(rewards)
+            if fast is None:
+                fast = on_memory(rewards, _core.equal_advantages)
             if fast is not None:
                 return fast  # type: ignore[no-any-return]
         once = EBPO(**options)
@@ -98,19 +101,6 @@ def advantages(
     flat = _core.baseline_advantages(method, parameter, batch.rewards, batch.groups, batch.mask)
     result: Rewards = batch.restore(flat)
     return result
-
-
-def _fast(rewards: Any) -> Any:
-    """The default case in one call of the core, or None where it does not apply."""
-    if is_tensor(rewards):
-        import torch
-
-        plain = rewards.is_cpu and rewards.layout is torch.strided and rewards.dtype in (torch.float32, torch.float64)
-        if not plain or rewards.requires_grad or rewards.is_neg():
-            return None
-        result = _core.equal_advantages(rewards.numpy())
-        return None if result is None else torch.from_numpy(result)
-    return _core.equal_advantages(rewards)
 
 
 def _parameter(method: str, options: dict[str, Any]) -> float:

@@ -84,8 +84,8 @@ class EBPOArguments:
         default=False,
         metadata={
             "help": "One prior for each prompt, under the key of `ebpo_keys` if there is one: a hash of the prompt is "
-            "the key's last part. For prompts that come back, with `ebpo_decay` below 1, `ebpo_decay_by='visit'` and room "
-            "in `ebpo_max_keys` for all prompts of the dataset."
+            "the key's last part. For prompts that come back, with `ebpo_decay` below 1, `ebpo_decay_by='visit'` and "
+            "room in `ebpo_max_keys` for all prompts of the dataset."
         },
     )
     ebpo_kappa: float = field(

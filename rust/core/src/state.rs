@@ -1,9 +1,11 @@
 //! The estimator's whole memory, the priors and the last step, and what changes it.
 
+use core::iter;
+
 use crate::estimator::{finish, inverse_scale, leave_one_out_by_key};
 use crate::groups::Group;
 use crate::tree::Before;
-use crate::{Error, GroupStats, Keys, LeaveOneOut, Normalize, Options, Prior, Score, Scored, Tree};
+use crate::{EqualGroups, Error, Float, GroupStats, Keys, LeaveOneOut, Normalize, Options, Prior, Score, Scored, Tree};
 
 /// The estimator's memory between batches. [`State::default`] has seen nothing.
 #[derive(Clone, Debug, Default)]
@@ -50,7 +52,7 @@ impl State {
         update: bool,
         step: Option<i64>,
     ) -> Result<Scored, Error> {
-        let update = update && !matches!((step, self.step), (Some(new), Some(last)) if new <= last);
+        let update = update && self.is_newer(step);
         let visits = keys.visits(groups);
         let mut found = self.tree.find_all(&visits);
         let before = self.tree.root;
@@ -101,6 +103,36 @@ impl State {
         let prior = if score_first { before } else { self.tree.root };
         let (affine, shrinkage, baseline) = finish(options, groups, &shrunk);
         Ok(Scored { affine, shrinkage, baseline, prior, before, blended })
+    }
+
+    /// Step 1 for a batch of equal groups without keys: the root's prior before it, and the one to score it with.
+    ///
+    /// None, with nothing changed, where [`State::advance`] must look at the batch: a group is to be left out of its prior,
+    /// or an advantage may leave the range of `T`.
+    pub fn advance_equal<T: Float>(
+        &mut self,
+        options: &Options,
+        batch: &EqualGroups<'_, T>,
+        update: bool,
+        step: Option<i64>,
+    ) -> Option<(Prior, Prior)> {
+        let before = self.tree.root;
+        if options.leave_one_out != LeaveOneOut::Nothing || !batch.has_room(&before) {
+            return None;
+        }
+        let update = update && self.is_newer(step);
+        if update {
+            self.before = Some((self.tree.before(iter::empty()), self.step));
+            self.tree.forget(options, iter::empty());
+            self.tree.root.merge(batch.prior());
+            self.step = step.or(self.step);
+        }
+        Some((before, if update && options.score == Score::After { self.tree.root } else { before }))
+    }
+
+    /// True for the id of an update that was not applied yet.
+    fn is_newer(&self, step: Option<i64>) -> bool {
+        !matches!((step, self.step), (Some(new), Some(last)) if new <= last)
     }
 
     /// Score one group against the prior as it is, `(r - V) / (sqrt(sigma2) + eps)`, then take it in.
