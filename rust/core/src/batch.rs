@@ -4,6 +4,7 @@ use core::array;
 
 use pulp::{Arch, NullaryFnOnce};
 
+use crate::equal::by_size;
 use crate::lanes::LANES;
 use crate::{Error, Float};
 
@@ -158,7 +159,8 @@ pub fn apply<T: Float>(batch: &Batch<'_, T>, affine: &Affine, out: &mut [T]) {
     assert_eq!(affine.scale.len(), batch.groups());
     match batch.layout {
         Layout::Equal { size } => {
-            Arch::new().dispatch(ApplyEqual { rewards: batch.rewards, size, affine, out: &mut *out });
+            let rewards = batch.rewards;
+            by_size!(size, G => Arch::new().dispatch(ApplyEqual::<T, G> { rewards, size, affine, out: &mut *out }));
             if let Some(mask) = batch.mask {
                 for (out, _) in out.iter_mut().zip(mask).filter(|(_, counts)| !**counts) {
                     *out = T::default();
@@ -187,29 +189,41 @@ fn advantage<T: Float>(reward: T, offset: f64, scale: f64) -> T {
 }
 
 /// Write consecutive groups, under the widest vectors of the CPU.
-struct ApplyEqual<'a, T> {
+struct ApplyEqual<'a, T, const G: usize> {
     rewards: &'a [T],
     size: usize,
     affine: &'a Affine,
     out: &'a mut [T],
 }
 
-impl<T: Float> NullaryFnOnce for ApplyEqual<'_, T> {
+impl<T: Float, const G: usize> NullaryFnOnce for ApplyEqual<'_, T, G> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
         let maps = self.affine.offset.iter().zip(&self.affine.scale);
-        let rows = self.rewards.chunks_exact(self.size).zip(self.out.chunks_exact_mut(self.size));
-        for ((rewards, out), (&offset, &scale)) in rows.zip(maps) {
-            let (chunks, rest) = rewards.as_chunks::<LANES>();
-            let (out_chunks, out_rest) = out.as_chunks_mut::<LANES>();
-            for (chunk, out) in chunks.iter().zip(out_chunks) {
-                *out = chunk.map(|reward| advantage(reward, offset, scale));
+        if G > 0 {
+            let rows = self.rewards.as_chunks::<G>().0.iter().zip(self.out.as_chunks_mut::<G>().0);
+            for ((rewards, out), (&offset, &scale)) in rows.zip(maps) {
+                write_group(rewards, offset, scale, out);
             }
-            for (&reward, out) in rest.iter().zip(out_rest) {
-                *out = advantage(reward, offset, scale);
+        } else {
+            let rows = self.rewards.chunks_exact(self.size).zip(self.out.chunks_exact_mut(self.size));
+            for ((rewards, out), (&offset, &scale)) in rows.zip(maps) {
+                write_group(rewards, offset, scale, out);
             }
         }
+    }
+}
+
+#[inline(always)]
+fn write_group<T: Float>(rewards: &[T], offset: f64, scale: f64, out: &mut [T]) {
+    let (chunks, rest) = rewards.as_chunks::<LANES>();
+    let (out_chunks, out_rest) = out.as_chunks_mut::<LANES>();
+    for (chunk, out) in chunks.iter().zip(out_chunks) {
+        *out = chunk.map(|reward| advantage(reward, offset, scale));
+    }
+    for (&reward, out) in rest.iter().zip(out_rest) {
+        *out = advantage(reward, offset, scale);
     }
 }
