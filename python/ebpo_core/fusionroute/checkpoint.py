@@ -18,12 +18,13 @@ from ebpo_core.models import load_model, resolve_model
 
 from .card import model_card
 from .config import FusionRouteConfig
+from .context import shortest_context
 from .decoding.routing import STORED_OPTIONS, RoutingOptions
 from .experts.experts import Experts
 from .experts.naming import overridden
 from .experts.references import ExpertReference
 from .experts.vocabulary import shared_vocabulary
-from .families import check_router, shortest_context
+from .families import check_router
 from .keywords import loading_arguments
 
 if TYPE_CHECKING:
