@@ -163,3 +163,15 @@ def test_commands_name_a_model_that_is_no_checkpoint(
         assert error[0].startswith(f"fusionroute {name}: ")
         assert "FusionRoute checkpoint" in error[0]
         assert message in error[0]
+
+
+def test_embeddings_are_refused_by_name(root: Path) -> None:
+    model = made(root)
+    embeds = model.get_input_embeddings()(IDS)
+    alone = "pass token ids alone; embeddings of one model mean nothing to the others"
+    with pytest.raises(ValueError, match=f"inputs_embeds is given: {alone}"):
+        model(input_ids=IDS, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match=f"input_ids is None: {alone}"):
+        model(inputs_embeds=embeds)
+    with pytest.raises(ValueError, match=alone):
+        model.generate(input_ids=IDS, inputs_embeds=embeds, max_new_tokens=2)

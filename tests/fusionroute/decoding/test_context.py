@@ -1,4 +1,4 @@
-"""The shortest context among the models counts: when a model is built, in generate, in evaluation and in the card."""
+"""The shortest context among the models counts: in building, generate, evaluation, the card, forward and training."""
 
 from __future__ import annotations
 
@@ -184,3 +184,52 @@ def test_forward_beyond_the_shortest_context_warns_once(warned: list[str]) -> No
     assert [message[:56] for message in warned] == ["a text is longer than 19 tokens, the shortest context am"]
     model(input_ids=LONGER, router_only=True)
     assert len(warned) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def sft_trainer(model: Any, folder: Path, **options: Any) -> Any:
+    worker = pytest.importorskip("fusionroute_worker")
+    rows = [{"input_ids": ids, "labels": ids} for ids in (LONGER[0, :9].tolist(), LONGER[0].tolist())]
+    return worker.sft_trainer(model, folder, rows, max_steps=1, **options)
+
+
+@pytest.mark.parametrize("short", ["router", "expert"])
+def test_training_data_that_a_model_has_no_positions_for_is_refused_before_any_runs(short: str, tmp_path: Path) -> None:
+    first, second = tiny_model("llama", 0), learned(SHORT)
+    model = FusionRouteForCausalLM.from_experts(
+        *((second, {"a": first}) if short == "router" else (first, {"a": second}))
+    )
+    who = "router" if short == "router" else "expert 'a'"
+    never_runs(model)
+    message = (
+        f"sft-train: a sequence has 30 tokens, and {who} is a GPT2LMHeadModel, which has 24 positions: "
+        "pass max_length=24"
+    )
+    with pytest.raises(ValueError, match=message):
+        sft_trainer(model, tmp_path)
+
+
+def test_training_data_is_cut_to_what_the_models_can_read(tmp_path: Path) -> None:
+    model = FusionRouteForCausalLM.from_experts(tiny_model("llama", 0), {"a": learned(SHORT)})
+    sft_trainer(model, tmp_path, max_length=SHORT).train()
+    assert len(list(tmp_path.glob("expert_cache/*"))) == 1
+
+
+def test_an_expert_that_is_loaded_for_the_cache_alone_refuses_them_too(tmp_path: Path) -> None:
+    learned(SHORT).save_pretrained(tmp_path / "short")
+    made = FusionRouteForCausalLM.from_experts(tiny_model("llama", 0), {"a": tmp_path / "short"})
+    made.save_pretrained(tmp_path / "fused")
+    model = FusionRouteForCausalLM.from_pretrained(tmp_path / "fused", load_experts=False)
+    with pytest.raises(ValueError, match="a sequence has 30 tokens, and expert 'a' is a GPT2LMHeadModel"):
+        sft_trainer(model, tmp_path / "out", routing_loss="softmax")
+
+
+def test_training_beyond_a_context_that_can_be_read_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short = tiny_model("qwen2", 1, max_position_embeddings=SHORT)
+    model = FusionRouteForCausalLM.from_experts(tiny_model("llama", 0), {"a": short})
+    sft_trainer(model, tmp_path / "1", max_length=SHORT)
+    assert "shortest context" not in caplog.text
+    sft_trainer(model, tmp_path / "2")
+    assert "sft-train: a sequence has 30 tokens, and the shortest context among router and experts is 24" in caplog.text
