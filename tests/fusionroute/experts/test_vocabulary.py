@@ -12,6 +12,8 @@ from fusionroute_tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
+from ebpo_core.fusionroute.conversion import convert_checkpoint
+from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.training.preparation import expert_sources
 
 START, END = 200, 201
@@ -155,6 +157,26 @@ def test_substitutes_are_stored_with_the_expert(root: Path, tmp_path: Path) -> N
         model.save_pretrained(tmp_path / "complete", save_experts=True)
         loaded = FusionRouteForCausalLM.from_pretrained(tmp_path / "complete")
         torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=0)
+
+
+def test_an_expert_in_another_place_keeps_its_substitutes(root: Path, tmp_path: Path) -> None:
+    """Given by whatever ``expert_paths`` takes, and through ``fusionroute convert``."""
+    model = build(root, "math", substitutes=CHATML)
+    model.save_pretrained(tmp_path / "fused")
+    ids = torch.tensor([[START, 5, 40, END, 9]])
+    live = model.experts["math"].model
+    for number, moved in enumerate(
+        (root / "math", {"path": root / "math"}, ExpertReference(path=str(root / "math")), live)
+    ):
+        paths = {"expert_paths": {"math": moved}, "verify_experts": False}
+        convert_checkpoint(tmp_path / "fused", tmp_path / str(number), copy_all=True, **paths)
+        for loaded in (
+            FusionRouteForCausalLM.from_pretrained(tmp_path / "fused", **paths),
+            FusionRouteForCausalLM.from_pretrained(tmp_path / str(number)),
+        ):
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+            assert loaded.experts["math"].reference.substitutes == {"200": 1, "201": 2}
 
 
 def test_a_reference_may_hold_the_substitutes(root: Path) -> None:
