@@ -66,6 +66,19 @@ def test_a_needed_token_that_an_expert_lacks(root: Path, settings: Any, options:
         FusionRouteForCausalLM.from_experts(router, {"math": root / "math"}, tokenizer=chatml(**settings), **options)
 
 
+def test_a_needed_token_for_which_an_expert_has_a_padded_row_alone(root: Path, tmp_path: Path) -> None:
+    """Matrices are often wider than the tokenizer; what no text ever held has logits that mean nothing."""
+    save_tiny(tmp_path / "padded", "llama", 4, vocab_size=208, tokenizer=tiny_tokenizer())
+    experts = {"padded": tmp_path / "padded"}
+    with pytest.raises(ValueError, match="has id 201, which expert 'padded' lacks: pass substitutes="):
+        FusionRouteForCausalLM.from_experts(root / "router", experts)
+    model = FusionRouteForCausalLM.from_experts(root / "router", experts, substitutes=CHATML)
+    assert model.config.vocab_size == 202
+    with torch.no_grad():
+        read = model.experts[0](input_ids=torch.tensor([[START, 5, END]])).logits
+        torch.testing.assert_close(read[..., [START, END]], read[..., [1, 2]])
+
+
 def test_the_end_of_the_generation_config_is_needed_too(root: Path) -> None:
     router = tiny_model("llama", 0, vocab_size=202)
     router.generation_config.eos_token_id = [2, END]
