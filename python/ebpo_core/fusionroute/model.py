@@ -232,6 +232,11 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             what = "input_ids is None" if input_ids is None else "inputs_embeds is given"
             raise ValueError(f"{what}: pass token ids alone; embeddings of one model mean nothing to the others")
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids has shape {list(input_ids.shape)}: pass [B, S], at least one token a row")
+        if labels is not None and (router_only or not fuse):
+            name = "router_only=True" if router_only else "fuse=False"
+            raise ValueError(f"labels with {name}: the loss is that of the fused logits; leave one of the two out")
         call = current_call(self)
         options = self.config.options() if call is None else call.options
         options = options.updated(**{name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs})
@@ -322,6 +327,8 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             raise ValueError("router_only=True with a cache: the experts could not follow; leave the cache out")
         if state is not None and isinstance(logits_to_keep, Tensor):
             raise ValueError("logits_to_keep is a tensor: with a cache pass an int, the number of last positions")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}: pass a number of last positions, or 0 for all")
         if not router_only and not len(self.experts):
             raise ValueError(
                 "no experts are loaded (load_experts=False): load the model with its experts, or pass router_only=True"
