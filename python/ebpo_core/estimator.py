@@ -264,12 +264,15 @@ class EBPO:
         if last is None:
             return None
         call, keys, mine = last
-        (*of_groups, blended), scalars = call.diagnostics()
+        (shrinkage, baseline, counts, blended), scalars = call.diagnostics()
         if mine is not None:
-            of_groups = [vector[mine] for vector in of_groups]
+            shrinkage, baseline, counts = shrinkage[mine], baseline[mine], counts[mine]
             blended = None if blended is None else (blended[0][mine], blended[1][mine], blended[2][mine])
+        mu_glob, sigma2, tau2, fail, passed, outlier = scalars
         listed = None if keys is None else keys.of_groups()
-        return Diagnostics(*of_groups, *scalars, keys=listed, blended=blended)
+        return Diagnostics(
+            shrinkage, baseline, counts, mu_glob, sigma2, tau2, fail, passed, outlier, keys=listed, blended=blended
+        )
 
     @property
     def options(self) -> Options:
