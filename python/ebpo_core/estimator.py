@@ -131,7 +131,7 @@ class EBPO:
         self._checked = _core.Options(**self._options)
         self._state = _core.State()
         # The last call, its keys, and with process_group where this rank's groups are.
-        self._last: tuple[_core.Call, Keys | None, Any] | None = None
+        self._last: tuple[_core.Call, Keys | list[Key] | None, Any] | None = None
         self._watch_prompts = normalize == "batch"  # until a batch has several prompts, as the next ones will
 
     def __call__(
@@ -194,10 +194,11 @@ class EBPO:
             together: Rewards = self._together(rows, update, step, process_group)
             return together
         update, step = flag("update", update), step_id(step)
-        if groups is None and mask is None and keys is None and trajectories is None and turns is None and gamma == 1.0:
-            fast: Any = self._matrix(rewards, update, step)
+        plain = groups is None and mask is None and trajectories is None and turns is None and gamma == 1.0
+        if plain and (keys is None or type(keys) is list):
+            fast: Any = self._matrix(rewards, keys, update, step)
             if fast is None:
-                fast = on_memory(rewards, lambda memory: self._matrix(memory, update, step))
+                fast = on_memory(rewards, lambda memory: self._matrix(memory, keys, update, step))
             if fast is not None:
                 return fast  # type: ignore[no-any-return]
         batch, read = self._read(rewards, groups, mask, keys, trajectories, turns, gamma)
@@ -210,15 +211,18 @@ class EBPO:
         result: Rewards = batch.restore(flat)
         return result
 
-    def _matrix(self, rewards: Any, update: bool, step: int | None) -> Any:
-        """A call with nothing but a plain matrix, in one call of the core; None where that does not apply."""
-        done = self._state.advance_matrix(self._checked, rewards, update, step)
+    def _matrix(self, rewards: Any, keys: list[Any] | None, update: bool, step: int | None) -> Any:
+        """A call with a plain matrix, and perhaps a string for each row, in one call of the core; None for any other."""
+        if keys is None:
+            done = self._state.advance_matrix(self._checked, rewards, update, step)
+        else:
+            done = self._state.advance_keyed(self._checked, rewards, keys, update, step)
         if done is None:
             return None
         flat, call = done
-        self._last = call, None, None
+        self._last = call, None if keys is None else keys.copy(), None
         if self._watch_prompts and update:
-            self._count_prompts(len(rewards))
+            self._count_prompts(call.prompts())
         return flat
 
     def group(
@@ -315,7 +319,7 @@ class EBPO:
         if mine is not None:
             shrinkage, baseline, counts = shrinkage[mine], baseline[mine], counts[mine]
             blended = None if blended is None else (blended[0][mine], blended[1][mine], blended[2][mine])
-        listed = None if keys is None else keys.of_groups()
+        listed = keys.of_groups() if isinstance(keys, Keys) else keys if keys is None else tuple(keys)
         return Diagnostics(shrinkage, baseline, counts, *scalars, keys=listed, blended=blended)
 
     @property

@@ -153,7 +153,9 @@ fn reduce<T: Float, const G: usize>(rewards: &[T], size: usize, threads: usize) 
     let mut total = Sums::default();
     let mut means = Vec::with_capacity(reduced.len());
     for (of_share, sums) in reduced {
-        sums.iter().for_each(|block| total.merge(block));
+        for block in &sums {
+            total.merge(block);
+        }
         means.push(of_share);
     }
     (means, total)

@@ -50,9 +50,9 @@ impl PyCall {
         let values = readable.as_slice().map_err(|_| BindingError::NotContiguous)?;
         let batch = Batch::new(values, Layout::Equal { size }, None)?;
         let stats = GroupStats::collect(&batch)?;
-        let mut state = State::default();
-        state.observe(prior);
-        let scored = Scored { before, ..state.advance(&self.options, &stats, &Keys::ROOT, false, None)? };
+        let mut standing = State::default();
+        standing.observe(prior);
+        let scored = Scored { before, ..standing.advance(&self.options, &stats, &Keys::ROOT, false, None)? };
         let scalars = self.scalars(&scored, &stats, batch.max_distance(before.rewards().mean()));
         Ok((vectors(py, &scored, &stats, None), scalars))
     }

@@ -8,7 +8,7 @@ use hashbrown::HashMap;
 use numpy::{IntoPyArray, PyArray1};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyInt, PyString, PyTuple};
+use pyo3::types::{PyDict, PyInt, PyList, PyString, PyTuple};
 
 use crate::error::Result;
 
@@ -72,6 +72,20 @@ pub(crate) fn codes_of_keys<'py>(
     py: Python<'py>,
     keys: Vec<Bound<'py, PyAny>>,
 ) -> Result<(Vec<usize>, Bound<'py, PyArray1<u32>>)> {
+    let (rows_of_first, codes) = code(py, &keys)?;
+    Ok((rows_of_first, codes.into_pyarray(py)))
+}
+
+/// One path per distinct string of a list of strings, and each row's index into them; None where there is anything else.
+pub(crate) fn paths_of_strings(py: Python<'_>, keys: &Bound<'_, PyList>) -> Result<Option<(Vec<Path>, Vec<u32>)>> {
+    let keys: Vec<_> = keys.iter().collect();
+    let (rows_of_first, codes) = code(py, &keys)?;
+    let path = |&row: &usize| keys[row].cast_exact::<PyString>().ok().map(|key| part_of(key).map(|part| vec![part]));
+    let paths: Option<PyResult<_>> = rows_of_first.iter().map(path).collect();
+    Ok(paths.transpose()?.map(|paths| (paths, codes)))
+}
+
+fn code(py: Python<'_>, keys: &[Bound<'_, PyAny>]) -> Result<(Vec<usize>, Vec<u32>)> {
     let (mut codes, mut rows_of_first) = (Codes::with_capacity(keys.len()), Vec::new());
     // The rows of a prompt, and often those of a topic, hold one and the same object.
     let mut objects = Objects::for_rows(keys.len());
@@ -94,7 +108,7 @@ pub(crate) fn codes_of_keys<'py>(
         *object = Object { address: key.as_ptr() as usize, code };
         codes.push(code)?;
     }
-    Ok((rows_of_first, codes.into_parts().0.into_pyarray(py)))
+    Ok((rows_of_first, codes.into_parts().0))
 }
 
 /// The codes of objects by address: a table in which the last object at a place stands, and no other.

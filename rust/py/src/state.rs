@@ -3,17 +3,17 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ebpo_core::{
-    Columns, EqualGroups, Error, Float, GroupStats, Keys, Options, Path, Prior, Scored, Shrinkage, Sigma2, State, Tau2,
-    apply,
+    Batch, Columns, EqualGroups, Error, Float, GroupStats, Keys, Layout, Options, Path, Prior, Scored, Shrinkage,
+    Sigma2, State, Tau2, apply,
 };
 use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PyList, PyTuple};
 
 use crate::arrays::{Groups, Mask, Rewards, batch_of, detached, is_plain, new_like, slice, threads};
 use crate::call::{Kept, PyCall, Values};
 use crate::error::{BindingError, Result};
-use crate::keys::KeyPath;
+use crate::keys::{KeyPath, paths_of_strings};
 use crate::options::PyOptions;
 use crate::parts::{Parts, StoredKeys, arrays, columns_of, entries, readable, tuples};
 
@@ -36,6 +36,34 @@ impl PyState {
 
     fn root(&self) -> Prior {
         self.lock().tree().root
+    }
+
+    fn advance_keyed_as<'py, T: Float + Element>(
+        &self,
+        py: Python<'py>,
+        options: &PyOptions,
+        rewards: &Bound<'py, PyArray2<T>>,
+        keys: &Bound<'py, PyList>,
+        update: bool,
+        step: Option<i64>,
+    ) -> Result<Option<Advanced<'py>>> {
+        let (groups, size) = (rewards.dims()[0], rewards.dims()[1]);
+        if !is_plain(rewards) || rewards.is_empty() || keys.len() != groups {
+            return Ok(None);
+        }
+        let Some((paths, of_group)) = paths_of_strings(py, keys)? else { return Ok(None) };
+        let readable = rewards.try_readonly()?;
+        let values = readable.as_slice().map_err(|_| BindingError::NotContiguous)?;
+        let batch = Batch::new(values, Layout::Equal { size }, None)?;
+        let out = new_like(rewards)?;
+        let mut writable = out.try_readwrite()?;
+        let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
+        let call = finish(py, &options.0, &batch, slots, |stats| {
+            let keys = Keys::new(&paths, &of_group, stats.len())?;
+            Ok((self.lock().advance(&options.0, stats, &keys, update, step)?, keys))
+        })?;
+        drop(writable);
+        Ok(Some((out.into_any(), call)))
     }
 }
 
@@ -103,6 +131,29 @@ impl PyState {
             advance_equal(self, &options.0, rewards, update, step, Values::F32)
         } else if let Ok(rewards) = rewards.cast_exact::<PyArray2<f64>>() {
             advance_equal(self, &options.0, rewards, update, step, Values::F64)
+        } else {
+            Ok(None)
+        }
+    }
+
+    /// The same for an `(M, G)` matrix with a string as the key of each row, and no mask.
+    ///
+    /// Returns None, with nothing changed, for whatever [`PyState::advance`] must look at: another type, dtype or order, no
+    /// rows, another number of keys, any other key.
+    #[pyo3(signature = (options, rewards, keys, update, step, /))]
+    fn advance_keyed<'py>(
+        &self,
+        py: Python<'py>,
+        options: &PyOptions,
+        rewards: &Bound<'py, PyAny>,
+        keys: &Bound<'py, PyList>,
+        update: bool,
+        step: Option<i64>,
+    ) -> Result<Option<Advanced<'py>>> {
+        if let Ok(rewards) = rewards.cast_exact::<PyArray2<f32>>() {
+            self.advance_keyed_as(py, options, rewards, keys, update, step)
+        } else if let Ok(rewards) = rewards.cast_exact::<PyArray2<f64>>() {
+            self.advance_keyed_as(py, options, rewards, keys, update, step)
         } else {
             Ok(None)
         }
@@ -236,16 +287,28 @@ fn advance_as<'py, 'k, T: Float + Element>(
     let out = PyArray1::<T>::zeros(py, rewards.len(), false);
     let mut writable = out.try_readwrite()?;
     let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
-    let stats = detached(py, rewards.len(), || GroupStats::collect(&batch))?;
+    let call = finish(py, options, &batch, slots, score)?;
+    drop(writable);
+    Ok((out.into_any(), call))
+}
+
+/// Score a batch, and write its advantages.
+fn finish<'k, T: Float>(
+    py: Python<'_>,
+    options: &Options,
+    batch: &Batch<'_, T>,
+    slots: &mut [T],
+    score: impl FnOnce(&GroupStats) -> Result<(Scored, Keys<'k>)>,
+) -> Result<PyCall> {
+    let rows = slots.len();
+    let stats = detached(py, rows, || GroupStats::collect(batch))?;
     let (scored, keys) = score(&stats)?;
-    let farthest = detached(py, rewards.len(), || {
-        apply(&batch, &scored.affine, slots);
+    let farthest = detached(py, rows, || {
+        apply(batch, &scored.affine, slots);
         batch.max_distance(scored.before.rewards().mean())
     });
-    drop(writable);
     let key_of_group = keys.given().then(|| (0..stats.len()).map(|group| keys.of_group(group)).collect());
-    let kept = Kept::Groups { scored, stats, farthest, key_of_group };
-    Ok((out.into_any(), PyCall::new(options, kept)))
+    Ok(PyCall::new(options, Kept::Groups { scored, stats, farthest, key_of_group }))
 }
 
 fn advance_equal<'py, T: Float + Element>(
