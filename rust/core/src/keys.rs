@@ -3,7 +3,6 @@
 use hashbrown::HashMap;
 use hashbrown::hash_map::Entry;
 
-use crate::groups::Group;
 use crate::{Error, GroupStats};
 
 /// The parts of a key, from the root down.
@@ -97,6 +96,8 @@ pub(crate) struct Prefix<'a> {
     pub(crate) part: &'a str,
     start: usize,
     end: usize,
+    /// Number of paths under it.
+    paths: usize,
 }
 
 impl<'a> Visits<'a> {
@@ -110,7 +111,7 @@ impl<'a> Visits<'a> {
                 let prefix = match known.entry((parent, part)) {
                     Entry::Occupied(entry) => *entry.get(),
                     Entry::Vacant(entry) => {
-                        self.prefixes.push(Prefix { parent, part, start: 0, end: 0 });
+                        self.prefixes.push(Prefix { parent, part, start: 0, end: 0, paths: 0 });
                         *entry.insert(next)
                     }
                 };
@@ -121,30 +122,44 @@ impl<'a> Visits<'a> {
         }
     }
 
-    /// Sort the groups by prefix, counting first; within a prefix they keep their order.
+    /// The groups sorted by path, within a path in their order; then, sorted anew, those of the prefixes of several paths.
     fn find_groups(&mut self, keys: &Keys<'_>, groups: &GroupStats) {
-        let mut of_path = vec![0; keys.len()];
-        for (group, _) in counted(groups) {
-            of_path[keys.of_group(group)] += 1;
+        let mut ends = vec![0; keys.len() + 1]; // counts first, then the start of each path, then its end
+        for (group, g) in groups.iter().enumerate() {
+            ends[keys.of_group(group) + 1] += usize::from(g.n > 0.0);
         }
-        for (path, &count) in of_path.iter().enumerate() {
+        for path in 0..keys.len() {
+            ends[path + 1] += ends[path];
+        }
+        self.groups = vec![0; ends[keys.len()]];
+        for (group, _) in groups.iter().enumerate().filter(|(_, g)| g.n > 0.0) {
+            let end = &mut ends[keys.of_group(group)];
+            self.groups[*end] = group;
+            *end += 1;
+        }
+        let of_path = |path: usize| if path == 0 { 0..ends[0] } else { ends[path - 1]..ends[path] };
+        let mut shared = Vec::new();
+        for path in 0..keys.len() {
             for &prefix in &self.chains[chain(&self.chain_ends, path)] {
-                self.prefixes[prefix].end += count;
+                let found = &mut self.prefixes[prefix];
+                found.paths += 1;
+                if found.paths == 1 {
+                    (found.start, found.end) = (of_path(path).start, of_path(path).end);
+                } else {
+                    shared.push((prefix, path));
+                }
             }
         }
-        let mut start = 0;
-        for prefix in &mut self.prefixes {
-            let count = prefix.end;
-            (prefix.start, prefix.end) = (start, start);
-            start += count;
-        }
-        self.groups = vec![0; start];
-        for (group, _) in counted(groups) {
-            for &prefix in &self.chains[chain(&self.chain_ends, keys.of_group(group))] {
-                let prefix = &mut self.prefixes[prefix];
-                self.groups[prefix.end] = group;
-                prefix.end += 1;
+        shared.sort_by_key(|&(prefix, _)| prefix);
+        for paths in shared.chunk_by(|a, b| a.0 == b.0) {
+            let prefix = paths[0].0;
+            let start = self.groups.len();
+            self.groups.extend_from_within(self.prefixes[prefix].start..self.prefixes[prefix].end);
+            for &(_, path) in paths {
+                self.groups.extend_from_within(of_path(path));
             }
+            self.groups[start..].sort_unstable();
+            (self.prefixes[prefix].start, self.prefixes[prefix].end) = (start, self.groups.len());
         }
     }
 
@@ -167,8 +182,4 @@ impl<'a> Visits<'a> {
 fn chain(ends: &[usize], path: usize) -> core::ops::Range<usize> {
     let start = if path == 0 { 0 } else { ends[path - 1] };
     start..ends[path]
-}
-
-fn counted(groups: &GroupStats) -> impl Iterator<Item = (usize, &Group)> {
-    groups.iter().enumerate().filter(|(_, g)| g.n > 0.0)
 }
