@@ -92,7 +92,7 @@ class Prior:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the state. Raises ValueError on anything that :meth:`state_dict` cannot have written."""
         check_version(state, "a Prior state", VERSION)
-        self._state.load(parts_of(state), [], (1.0, 0), self._state.parts()[1], 0, True)
+        self._state.load(parts_of(state), [], (1.0, 0), self._state.parts()[1], 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.state_dict()
@@ -120,7 +120,7 @@ class Prior:
 def prior_of(parts: Parts) -> Prior:
     """A prior of nine numbers that the core gave."""
     prior = Prior()
-    prior._state.load(parts, [], (1.0, 0), None, 0, True)
+    prior._state.load(parts, [], (1.0, 0), None, 0)
     return prior
 
 

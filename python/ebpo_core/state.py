@@ -62,6 +62,7 @@ _FREE = frozenset(
         "score",
         "leave_one_out",
         "decay",
+        "decay_by",
         "eps",
         "ddof",
         "norm_ddof",
@@ -101,8 +102,7 @@ def read_state(options: Mapping[str, Any], target: _core.State, state: Mapping[s
         raise ValueError("state has no fields 'options' and 'prior': pass what EBPO.state_dict() returned")
     changed = check_options(options, stored, "state", _FREE)
     clock = real("state field idle_decay", state.get("idle_decay")), count("state field updates", state.get("updates"))
-    nested = options["decay_by"] == "update"  # where keys forget at different times, one may outweigh its parent
-    target.load(parts_of(prior, "prior."), _keys(keys), clock, step_id(state.get("step")), options["max_keys"], nested)
+    target.load(parts_of(prior, "prior."), _keys(keys), clock, step_id(state.get("step")), options["max_keys"])
     if changed:
         logger.warning(
             "the prior was saved under other options, and this estimator goes on with its own: %s",

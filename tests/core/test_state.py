@@ -124,6 +124,7 @@ OTHERS: dict[str, Any] = {
     "score": "before",
     "leave_one_out": True,
     "decay": 0.5,
+    "decay_by": "visit",
     "eps": 1e-3,
     "ddof": 1,
     "norm_ddof": 0,

@@ -100,8 +100,6 @@ def test_a_prompt_may_have_seen_more_than_its_parent() -> None:
     other = ebpo_core.EBPO(decay=0.5, decay_by="visit")
     other.load_state_dict(ebpo.state_dict())
     assert other == ebpo
-    with pytest.raises(ValueError, match="decay_by='visit'.*decay_by='update'"):
-        ebpo_core.EBPO(decay=0.5).load_state_dict(ebpo.state_dict())
     with pytest.raises(ValueError, match='decay_by="visits": expected "update" or "visit"'):
         ebpo_core.EBPO(decay_by="visits")  # type: ignore[arg-type]
 

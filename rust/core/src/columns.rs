@@ -81,8 +81,8 @@ impl Columns {
 
     /// A tree of these keys, whose clock stands at `clock` and discounts an idle key by `rho` at each tick.
     ///
-    /// Refuses what no updates can produce; `nested`: as a rule of such updates, no key has seen more than its parent.
-    pub fn into_tree(&self, root: Prior, rho: f64, clock: i64, nested: bool) -> Result<Tree, Error> {
+    /// Refuses what no updates can produce. (A key may have seen more than its parent, where each forgets at its own visits.)
+    pub fn into_tree(&self, root: Prior, rho: f64, clock: i64) -> Result<Tree, Error> {
         self.check_shape()?;
         if !(rho > 0.0 && rho <= 1.0) {
             return Err(Error::InvalidState { field: "idle_decay", value: rho, expected: "a number in (0, 1]" });
@@ -109,9 +109,6 @@ impl Columns {
                 return refuse(&tree, "twice");
             }
             tree.insert(parent, part, Prior::of_parts(&statistics[index])?, idle);
-        }
-        if nested {
-            tree.check_nested()?;
         }
         Ok(tree)
     }

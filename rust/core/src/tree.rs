@@ -333,21 +333,6 @@ impl Tree {
         path
     }
 
-    /// Refuse a key that has seen more than its parent.
-    pub(crate) fn check_nested(&self) -> Result<(), Error> {
-        let holds = |mine: f64, whole: f64| mine <= whole * (1.0 + 1e-6);
-        for (key, node) in (0..).zip(&self.nodes) {
-            let parent = if node.parent == AT_ROOT { self.root } else { self.read(node.parent) };
-            let own = self.read(key);
-            if !holds(own.rewards().count(), parent.rewards().count())
-                || !holds(own.means().count(), parent.means().count())
-            {
-                return Err(Error::InvalidKey { key: self.path(key), problem: "which has seen more than its parent" });
-            }
-        }
-        Ok(())
-    }
-
     fn part(&self, node: &Node) -> &str {
         &self.names[node.name..node.name + node.length]
     }

@@ -85,7 +85,7 @@ fn close(a: &Prior, b: &Prior) -> bool {
 fn resumed(state: &State) -> State {
     let tree = state.tree();
     let (rho, clock) = tree.clock();
-    State::new(Columns::of(tree).into_tree(tree.root, rho, clock, false).unwrap(), state.step())
+    State::new(Columns::of(tree).into_tree(tree.root, rho, clock).unwrap(), state.step())
 }
 
 proptest! {
@@ -193,14 +193,14 @@ fn columns_that_no_updates_make_are_refused() {
     advance(&mut state, &Options { decay: 0.5, ..Options::default() }, &(vec![1.0, 0.0], vec![2], true));
     let good = Columns::of(state.tree());
     let root = state.tree().root;
-    assert!(good.into_tree(root, 0.5, 1, true).is_ok());
+    assert!(good.into_tree(root, 0.5, 1).is_ok());
     for rho in [0.0, -1.0, 1.5, f64::NAN] {
-        assert!(matches!(good.into_tree(root, rho, 1, true), Err(Error::InvalidState { field: "idle_decay", .. })));
+        assert!(matches!(good.into_tree(root, rho, 1), Err(Error::InvalidState { field: "idle_decay", .. })));
     }
     let changed = |change: fn(&mut Columns)| {
         let mut columns = good.clone();
         change(&mut columns);
-        columns.into_tree(root, 0.5, 1, true)
+        columns.into_tree(root, 0.5, 1)
     };
     assert!(changed(|c| c.idle[0] = -1).is_err());
     assert!(changed(|c| c.parents[0] = -2).is_err());

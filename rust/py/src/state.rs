@@ -225,13 +225,12 @@ impl PyState {
         clock: (f64, i64),
         step: Option<i64>,
         max_keys: usize,
-        nested: bool,
     ) -> Result<()> {
         let columns = columns_of(py, keys)?;
         if columns.len() > max_keys {
             return Err(Error::TooManyKeys { count: columns.len(), max_keys }.into());
         }
-        let tree = columns.into_tree(Prior::of_parts(&root)?, clock.0, clock.1, nested).map_err(readable)?;
+        let tree = columns.into_tree(Prior::of_parts(&root)?, clock.0, clock.1).map_err(readable)?;
         *self.lock() = State::new(tree, step);
         Ok(())
     }
