@@ -59,6 +59,7 @@ def convert_checkpoint(
     dtype: str | None = None,
     verify_experts: bool = True,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     report: Callable[[ConvertedExpert], None] | None = None,
 ) -> list[ConvertedExpert]:
     """Write a checkpoint with the same router whose experts are plain folders of safetensors.
@@ -81,6 +82,8 @@ def convert_checkpoint(
             router's.
         verify_experts: False accepts experts whose weights are no longer those of the checkpoint.
         revision: of a hub id.
+        trust_remote_code: run the code of experts that bring their own, where they have to be loaded. Such an expert
+            stays one: its code is copied with it.
         report: called with each expert when it is done.
 
     Returns:
@@ -125,6 +128,7 @@ def convert_checkpoint(
                     dtype=dtype,
                     default_dtype=config.get("dtype"),
                     verify=verify_experts,
+                    trust_remote_code=trust_remote_code,
                 )
                 size = _size(reference)
                 reference = replace(reference, path=f"{EXPERTS_FOLDER}/{name}")
