@@ -26,9 +26,9 @@ COMMANDS = {
         "show a routing trace in the terminal and as an HTML page", "ebpo_core.fusionroute.cli.show", ("rich",)
     ),
     "eval": Command(
-        "evaluate a checkpoint on tasks of the lm-evaluation-harness",
+        "evaluate a checkpoint on held-out rows, or on tasks of the lm-evaluation-harness",
         "ebpo_core.fusionroute.cli.evaluate",
-        ("torch", "transformers", "lm_eval", "rich"),
+        ("torch", "transformers", "rich"),
     ),
     "demo": Command(
         "three experts and a router from scratch, on a CPU, in minutes", "ebpo_core.fusionroute.demo", _TRAINING

@@ -157,3 +157,19 @@ def checkpoint_folder(
     # Only what is loaded: no pickles.
     code = [CODE_PATTERN] if any(each.code_hash for each in references) else []
     return fetched_folder(source, *(f"{prefix}*/{pattern}" for pattern in (*COMPANIONS, *WEIGHT_PATTERNS, *code)))
+
+
+def free_folder(output: Path) -> Path:
+    """The folder to write, absolute, after checking that nothing is in the way.
+
+    Raises:
+        FileExistsError: a file, a folder that is not empty, or a mount point.
+    """
+    target = output.expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"output={str(output)!r} is a file: give a folder that does not exist yet")
+    if target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"output={str(output)!r} is not empty: give another folder, or empty it")
+    if target.is_mount():
+        raise FileExistsError(f"output={str(output)!r} is a mount point: give a folder in it that does not exist yet")
+    return target
