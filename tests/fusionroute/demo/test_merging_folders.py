@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ebpo_core.fusionroute.baselines import dare, merge_folders, task_arithmetic, ties
+from ebpo_core.fusionroute.cli import main
 from ebpo_core.fusionroute.experts.files import INDEX, WEIGHTS, weight_files
 
 METHODS: dict[str, Any] = {
@@ -143,3 +144,50 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(FileNotFoundError, match="lacks"):
         merge_folders(base, [one], tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ([], partial(task_arithmetic, weights=0.5)),
+        (["--weights", "0.2", "0.7"], partial(task_arithmetic, weights=[0.2, 0.7])),
+        (["--method", "dare", "--drop", "0.3", "--seed", "4"], partial(dare, weights=0.5, drop=0.3, seed=4)),
+        (["--method", "ties", "--weights", "1", "--density", "0.5"], partial(ties, weights=1.0, density=0.5)),
+    ],
+)
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], method: Any) -> None:
+    base, one, two = three(tmp_path, "60KB", "5GB", "100KB")
+    output = tmp_path / "merged"
+    assert main(["merge", str(output), "--base", str(base), "--tuned", str(one), str(two), *flags]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    expected = method(state(base), [state(one), state(two)])
+    found = state(output)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--density", "0.5"], "--density goes with --method ties"),
+        (["--method", "ties", "--drop", "0.5"], "--drop goes with --method dare"),
+        (["--method", "dare"], "--method dare needs --drop"),
+    ],
+)
+def test_the_command_refuses_settings_of_another_method(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", "out", "--base", "b", "--tuned", "t", *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_numbers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, one = three(tmp_path, "60KB", "60KB")
+    capsys.readouterr()
+    command = ["merge", str(tmp_path / "merged"), "--base", str(base), "--tuned", str(one)]
+    assert main([*command, "--weights", "1", "2"]) == 1
+    assert main([*command, "--method", "dare", "--drop", "1"]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert "one for each of 1 models" in first
+    assert "drop=1.0" in second

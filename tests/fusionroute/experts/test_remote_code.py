@@ -311,6 +311,21 @@ def test_experts_that_are_loaded_later_have_the_permission_of_the_checkpoint(mod
                 source.load()
 
 
+def test_the_training_command_has_the_permission_as_a_flag(models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from ebpo_core.fusionroute.cli.arguments import parse
+    from ebpo_core.fusionroute.cli.train import load_model
+
+    experts = [f"plain={models / 'plain'}", f"custom={models / 'custom'}"]
+    argv = ["--model_name_or_path", str(models / "router"), "--experts", *experts, "--data", "rows.jsonl"]
+    argv += ["--output_dir", str(tmp_path / "out"), "--dtype", "float32", "--use_cpu", "true"]
+    with pytest.raises(ValueError, match="expert 'custom': its model is Python code .*--trust_remote_code"):
+        load_model(*parse(argv))
+    assert not ran(models)
+    model, _ = load_model(*parse([*argv, "--trust_remote_code", "true"]))
+    torch.testing.assert_close(logits(model.experts["custom"]), doubled())
+
+
 def test_the_reference_s_field_is_json() -> None:
     reference = ExpertReference(path="owner/name", code_hash="sha256:files:0")
     assert ExpertReference.from_dict(json.loads(json.dumps(reference.to_dict()))) == reference

@@ -1,4 +1,4 @@
-"""The ``fusionroute`` command: ``train``, ``generate``, ``show``, ``eval``, ``demo`` and ``convert``."""
+"""The ``fusionroute`` command: ``train``, ``generate``, ``show``, ``eval``, ``demo``, ``convert`` and ``merge``."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ COMMANDS = {
     "convert": Command(
         "write a checkpoint whose experts are plain folders, as vLLM needs it",
         "ebpo_core.fusionroute.cli.convert",
+        ("torch", "transformers"),
+    ),
+    "merge": Command(
+        "merge fine-tuned models of one base by their weights (task arithmetic, DARE, TIES), a baseline",
+        "ebpo_core.fusionroute.cli.merge",
         ("torch", "transformers"),
     ),
 }

@@ -144,5 +144,5 @@ def code_hash(folder: Path) -> str:
 def _not_allowed(path: str) -> str:
     return (
         f"its model is Python code in {path!r}, which runs with this program's rights: read it, then pass "
-        "trust_remote_code=True (--trust-remote-code) to allow it"
+        "trust_remote_code=True (on the command line --trust-remote-code, for train --trust_remote_code true)"
     )
