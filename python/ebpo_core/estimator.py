@@ -25,7 +25,7 @@ import numpy as np
 
 from ebpo_core import _core
 from ebpo_core.arguments import count, flag, real, step_id, text, zero_or_one
-from ebpo_core.diagnostics import Diagnostics
+from ebpo_core.diagnostics import Diagnostics, warn_of_one_prompt
 from ebpo_core.inputs import read_batch, read_group, round_to
 from ebpo_core.keys import Key, Keys, key_of, path_of, read_keys
 from ebpo_core.prior import Prior
@@ -62,7 +62,8 @@ class EBPO:
     """The estimator with its running priors.
 
     Args:
-        normalize: ``"batch"`` (paper): ``(raw - mean) / (std + eps)`` over the batch. ``"scale"``:
+        normalize: ``"batch"`` (paper): ``(raw - mean) / (std + eps)`` over the batch. With one prompt in a batch that
+            is GRPO: its baseline is one number, which the mean takes out again (logged, once). ``"scale"``:
             ``raw / (rms + eps)``, not centred, so that the advantage of an all-failed group stays negative (§3a).
             ``"none"``: ``raw``.
         sigma2: ``"total"`` (paper): variance of all rewards seen. ``"within"``: ``sum(SSW_m) / sum(n_m - 1)``, SSW_m
@@ -88,7 +89,7 @@ class EBPO:
     An object may be shared by threads and is intact in a forked child. Arrays must not change during a call.
     """
 
-    __slots__ = ("_checked", "_last", "_options", "_state")
+    __slots__ = ("_checked", "_last", "_options", "_state", "_watch_prompts")
 
     def __init__(
         self,
@@ -121,6 +122,7 @@ class EBPO:
         self._checked = _core.Options(**self._options)
         self._state = _core.State()
         self._last: tuple[Any, Any, Keys | None] | None = None
+        self._watch_prompts = normalize == "batch"  # until a batch has several prompts, as the next ones will
 
     def __call__(
         self,
@@ -170,6 +172,8 @@ class EBPO:
             self._checked, batch.rewards, batch.groups, batch.mask, flag("update", update), step_id(step), read, False
         )
         self._last = vectors, scalars, read  # one assignment, so that threads never see a mixture of two calls
+        if self._watch_prompts and update:
+            self._count_prompts(vectors[2])
         result: Rewards = batch.restore(flat)
         return result
 
@@ -238,9 +242,17 @@ class EBPO:
             self._checked, whole.rewards, whole.groups, whole.mask, update, step, whole.keys, False
         )
         shrinkage, baseline, counts, blended = vectors
+        if self._watch_prompts and update:
+            self._count_prompts(counts)
         of_mine = None if blended is None else (blended[0][mine], blended[1][mine], blended[2][mine])
         self._last = (shrinkage[mine], baseline[mine], counts[mine], of_mine), scalars, own
         return batch.restore(round_to(flat[rows], batch.rewards.dtype))  # float64 where another rank's rewards are
+
+    def _count_prompts(self, counts: Any) -> None:
+        prompts = int(np.count_nonzero(counts))  # of the groups, whose rows are counted, those that are not all padding
+        self._watch_prompts = prompts < 2
+        if prompts == 1:
+            warn_of_one_prompt()
 
     @property
     def diagnostics(self) -> Diagnostics | None:
@@ -250,10 +262,9 @@ class EBPO:
             return None
         (shrinkage, baseline, counts, blended), scalars, keys = last
         listed = None if keys is None else keys.of_groups()
-        mu_glob, sigma2, tau2, fail, passed, outlier = scalars
-        return Diagnostics(
-            shrinkage, baseline, counts, mu_glob, sigma2, tau2, fail, passed, outlier, keys=listed, blended=blended
-        )
+        mu_glob, sigma2, tau2, fail, passed, outlier, dead = scalars
+        of_batch = mu_glob, sigma2, tau2, fail, passed, outlier, dead
+        return Diagnostics(shrinkage, baseline, counts, *of_batch, keys=listed, blended=blended)
 
     @property
     def options(self) -> Options:
@@ -303,10 +314,11 @@ class EBPO:
         return write_state(self._options, self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace priors and step by those of ``state``, which must have been written with the same options.
+        """Replace priors and step by those of ``state``; the options stay, and one logged line names those that differ.
 
-        ``max_keys`` alone may differ. Raises ValueError, leaving everything untouched, on a newer version, other
-        options, more keys than ``max_keys``, or anything else that :meth:`state_dict` cannot have written.
+        What is stored are sums that depend on no option; ``decay`` acts from the next update on. Raises ValueError,
+        leaving everything untouched, on a newer version, more keys than ``max_keys``, an option that this release does
+        not know, or anything else that :meth:`state_dict` cannot have written.
         """
         read_state(self._options, self._state, state)
         self._last = None

@@ -14,8 +14,8 @@ use crate::parts::{Parts, TreeParts, parts_of, tree_of, tree_parts};
 pub(crate) type Vector<'py> = Bound<'py, PyArray1<f64>>;
 /// The distinct keys of a batch, and each group's index into them.
 type BatchKeys<'py> = Option<(Vec<Path>, PyReadonlyArray1<'py, u32>)>;
-/// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier.
-type Scalars = (f64, f64, f64, f64, f64, f64);
+/// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier, size of their advantages.
+type Scalars = (f64, f64, f64, f64, f64, f64, f64);
 /// S, V, n of each group, and with keys the blended mean, sigma2 and tau2.
 type Vectors<'py> = (Vector<'py>, Vector<'py>, Vector<'py>, Option<(Vector<'py>, Vector<'py>, Vector<'py>)>);
 type Advanced<'py> = (Bound<'py, PyAny>, Vectors<'py>, Scalars);
@@ -177,6 +177,7 @@ fn scalars(options: &Options, scored: &Scored, stats: &GroupStats, farthest: imp
         fail,
         pass,
         if spread > 0.0 { farthest(before.mean()) / spread } else { f64::NAN },
+        scored.dead_advantage(stats),
     )
 }
 
