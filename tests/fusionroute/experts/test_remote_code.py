@@ -238,6 +238,18 @@ def test_copied_and_converted_experts_bring_their_code(models: Path, tmp_path: P
         assert not (tmp_path / name / "experts" / "plain" / "factor.py").exists()
 
 
+def test_code_that_changed_is_not_copied_as_if_it_were_the_same(models: Path, tmp_path: Path) -> None:
+    model = built(models, trust_remote_code=True)
+    model.save_pretrained(tmp_path / "fused")
+    (models / "custom" / "factor.py").write_text("FACTOR = 3.0\n")
+    with pytest.raises(ValueError, match="expert 'custom': the code in .* is not what the router was trained with"):
+        convert_checkpoint(tmp_path / "fused", tmp_path / "converted", copy_all=True)
+    assert not (tmp_path / "converted").exists()
+    model.save_pretrained(tmp_path / "whole", save_experts=True)
+    with pytest.raises(ValueError, match="expert 'custom': the code in .* is not what the router was trained with"):
+        FusionRouteForCausalLM.from_pretrained(tmp_path / "whole", trust_remote_code=True)
+
+
 def test_an_adapter_on_such_a_model_is_merged_with_permission_alone(models: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     save_tiny_adapter(tmp_path / "adapter", tiny_model("llama", seed=3))

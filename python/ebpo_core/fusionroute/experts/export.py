@@ -33,7 +33,7 @@ from .hashes import FILES, check_sources, sources_hash
 from .loading import load_experts
 from .naming import unused_name
 from .references import EXPERTS_FOLDER, ExpertReference, Source
-from .remote_code import code_hash, config_dict
+from .remote_code import code_hash, config_dict, with_code
 from .tokenizers import TOKENIZER_FILES, load_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -112,7 +112,9 @@ def copy_experts(experts: Iterable[Expert], checkpoint_dir: Path) -> list[Expert
 
 def _with_files_hash(copied: ExpertReference, checkpoint_dir: Path) -> ExpertReference:
     source = copied.source(checkpoint_dir)
-    if copied.code_hash is not None:  # a saved model brings along those files alone that it needs
+    if (
+        copied.hash is None and copied.code_hash is not None
+    ):  # a saved model brings along those files alone that it needs
         copied = replace(copied, code_hash=code_hash(local_folder(source)))
     if copied.hash is not None and copied.hash.startswith(FILES):
         return copied
@@ -221,6 +223,8 @@ def _copy_files(reference: ExpertReference, folder: Path, verify: bool, trust_re
     source = reference.source()
     with explained(reference.name, source):
         code = reference.code_hash is not None
+        if verify:  # of code too, which is not run here
+            with_code(reference, trust_remote_code=True)
         patterns = [*COMPANIONS, *WEIGHT_PATTERNS, *([CODE_PATTERN] if code else [])]
         origin = fetched_folder(source, *patterns)  # no pickles
         weights = weight_files(origin)

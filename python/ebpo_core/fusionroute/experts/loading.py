@@ -191,6 +191,7 @@ def is_where_it_came_from(expert: Expert) -> bool:
         return not expert.touched
     reference = replace(expert.reference, hash=None, device="cpu", offload=False)
     try:
+        reference = with_code(reference, trust_remote_code=expert.reference.code_hash is not None)
         key = (sources_hash(reference.source()), reference.dtype)
         if key not in _known_tensors:
             model = load_base(reference, default_dtype=None, device=torch.device("cpu"))
