@@ -107,6 +107,15 @@ bench: build ## run the benches in full; nothing else should run meanwhile
 	@set -e; for bench in $(PY_BENCHES); do (set -x; $(PY) $$bench); done
 	@if [ -n "$(PYTEST_BENCHES)" ]; then set -x; $(BIN)/pytest -q --benchmark-only $(PYTEST_BENCHES); fi
 
+.PHONY: evidence
+evidence: build $(VENV)/.stamp-models ## every missing run of the comparison of advantage rules (many CPU hours; a kill loses the run at hand)
+	$(PY) benches/evidence/estimators.py
+	$(CHECK_ENV) $(PY) benches/evidence/training.py --workers $(JOBS)
+
+.PHONY: evidence-figures
+evidence-figures: build ## figures and tables of docs/evidence.md anew from the committed records (seconds)
+	$(PY) benches/evidence/figures.py
+
 .PHONY: wheel
 wheel: build ## the wheel and the sdist, in dist/
 	$(BIN)/maturin build --release --out dist

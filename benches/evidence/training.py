@@ -9,7 +9,7 @@ of its configuration and the commit. A run with another configuration has anothe
 ``--workers N`` runs N at once. ``--stage`` limits the queue to one of ``STAGES``: "rates" tunes the learning rates that
 the others use, "main" is the family of the protocol's contrasts, "arms" the other rules on the same rung, "ladder" the
 other rungs and tasks, "scale" the advantages of equal root mean square, "calls" one prompt in a call of the rule,
-"repeat" 512 prompts that come back, with a prior for each.
+"repeat" 512 prompts that come back, with a prior for each, "smollm2" a real pre-trained model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STEPS, ROLLOUTS = 75, 512
 RATES = (2e-4, 4e-4, 8e-4)
 TUNING_SEEDS = (1000, 1001)
 DEFAULT_RATE = 4e-4
-STAGES = ("rates", "main", "arms", "ladder", "scale", "calls", "repeat")
+STAGES = ("rates", "main", "arms", "ladder", "scale", "calls", "repeat", "smollm2")
 Step = tuple[str, Sequence[str] | None, Sequence[int] | None, int | None]
 ORDER: tuple[Step, ...] = (
     *(
@@ -142,6 +142,10 @@ def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
     elif stage == "calls":  # the rule sees one prompt at a time, as in TRL on one device by default
         for seed, arm in product(range(10), ("grpo", "ebpo", "ebpo_options")):
             yield cell("countdown", "middle", 8, arm, seed, prompts_per_call=1)
+    elif stage == "smollm2":
+        for seed, arm in product(range(10), ("ebpo", "grpo", "constant")):
+            pretrained = configuration("arithmetic", "smollm2", 4, arm, seed, 3e-4)
+            yield {**pretrained, "steps": 40, "rollouts": 64, "samples": 4}
     elif stage == "repeat":  # each prompt comes some 35 or 70 times
         for seed in range(10):
             for G, arm in (*product((1,), ("batch_mean", "tracker", "constant", "ebpo")), *product((2,), REPEAT_ARMS)):
@@ -154,7 +158,7 @@ def run(config: Config) -> dict[str, Any]:
     import numpy as np
     import torch
     import train_countdown as loop
-    from ladder import TASKS, TRAIN_SIZE, base_policy
+    from ladder import MAX_NEW_TOKENS, TASKS, TRAIN_SIZE, base_policy
     from rules import RULES
 
     from ebpo_core.evaluation.estimators import majority_at_k, pass_at_k
@@ -165,6 +169,7 @@ def run(config: Config) -> dict[str, Any]:
     policy = base_policy(config["task"], config["rung"], seed % 4, BASES)
     rule = RULES[config["arm"]]()
     topics = np.array(task.train["topic"])
+    loop.MAX_NEW_TOKENS = MAX_NEW_TOKENS[config["task"]]
     curves: dict[str, list[float]] = {name: [] for name in ("failed", "passed", "equal", "advantage_rms")}
 
     def score(rewards: Any, groups: Any) -> Any:
@@ -282,10 +287,14 @@ def timed(config: Config) -> tuple[Config, dict[str, Any], float]:
 
 
 def commit() -> str:
-    """The commit that is checked out, marked where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    return said.stdout.strip() or "unknown"
+    """The commit that is checked out, marked where files other than records differ from it."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=False)  # noqa: S607
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RECORDS.parent.relative_to(ROOT)}")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def run_all(missing: list[Config], workers: int) -> None:

@@ -29,7 +29,7 @@ _Path: TypeAlias = list[str]
 _Tree: TypeAlias = tuple[_Parts, list[tuple[_Path, _Parts]]]
 _Keys: TypeAlias = tuple[list[_Path], NDArray[np.uint32]] | None
 _Vectors: TypeAlias = tuple[_Vector, _Vector, _Vector, tuple[_Vector, _Vector, _Vector] | None]
-_Scalars: TypeAlias = tuple[float, float, float, float, float, float]
+_Scalars: TypeAlias = tuple[float, float, float, float, float, float, float]
 
 @final
 class Options:
@@ -51,6 +51,7 @@ class Options:
 
 @final
 class Call:
+    def prompts(self) -> int: ...
     def diagnostics(self) -> tuple[_Vectors, _Scalars]: ...
 
 @final

@@ -1,7 +1,8 @@
-"""Shrinkage, baselines and the prior of an estimator's last call, for logs and plots."""
+"""Shrinkage, baselines and the prior of an estimator's last call, for logs and plots, and one warning."""
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -11,6 +12,10 @@ from numpy.typing import NDArray
 
 from ebpo_core.keys import Key
 
+logger = logging.getLogger(__name__)
+
+_warned_of_one_prompt = False  # once a process: a trainer may have several estimators
+
 Vector: TypeAlias = NDArray[np.float64]
 Blended: TypeAlias = tuple[Vector, Vector, Vector]
 
@@ -19,8 +24,9 @@ Blended: TypeAlias = tuple[Vector, Vector, Vector]
 class Diagnostics:
     """Results of an estimator's last call beside the advantages, for M groups in order of first appearance.
 
-    They are computed when they are asked for, out of what the estimator keeps of its last call: for a plain matrix a copy
-    of the rewards, otherwise the groups' statistics. After a call with ``process_group`` the vectors are of this rank's groups and the numbers of the whole batch.
+    They are computed when they are asked for, out of what the estimator keeps of its last call: of a plain matrix a
+    copy, of any other batch the groups' statistics. After a call with ``process_group`` the vectors are of this rank's
+    groups and the numbers of the whole batch.
     """
 
     shrinkage: Vector
@@ -41,6 +47,8 @@ class Diagnostics:
     """Share of the non-empty groups whose valid rewards are all equal and above ``mu_glob`` (or at it, and > 0)."""
     outlier: float
     """Largest ``|r - mean| / std`` of the batch against the root's prior before it; NaN if that had no variance."""
+    dead_advantage: float
+    """Mean ``|A|`` over the valid rows of the groups whose valid rewards are all equal; NaN without such a group."""
     keys: tuple[Key, ...] | None = None
     """Key of each group, ``()`` for the root; None if the call had no keys."""
     blended: Blended | None = None
@@ -67,12 +75,12 @@ class Diagnostics:
         return self._of_group(2, self.tau2)
 
     def metrics(self, prefix: str = "ebpo/") -> dict[str, float]:
-        """The numbers to log of a batch. One that is undefined (NaN: an empty prior) is left out.
+        """The numbers to log of a batch. One that is undefined (NaN: an empty prior, no saturated group) is left out.
 
         Names, each after ``prefix``: ``shrinkage`` (mean S over groups), ``prior_mean``, ``sigma2``, ``tau2`` (of the
-        prior the batch was scored with), ``saturated_fail``, ``saturated_pass`` (shares of groups), ``outlier`` (the
-        largest distance of a reward from the prior before this batch, in its standard deviations: one bad value poisons
-        a running variance).
+        prior the batch was scored with), ``saturated_fail``, ``saturated_pass`` (shares of groups), ``dead_advantage``
+        (mean size of the advantages that saturated groups got), ``outlier`` (the largest distance of a reward from the
+        prior before this batch, in its standard deviations: one bad value poisons a running variance).
         """
         shrinkage = self.shrinkage[~np.isnan(self.shrinkage)]
         values = {
@@ -82,6 +90,7 @@ class Diagnostics:
             "tau2": self.tau2,
             "saturated_fail": self.saturated_fail,
             "saturated_pass": self.saturated_pass,
+            "dead_advantage": self.dead_advantage,
             "outlier": self.outlier,
         }
         return {prefix + name: float(value) for name, value in values.items() if not math.isnan(value)}
@@ -90,3 +99,17 @@ class Diagnostics:
         if self.blended is None or np.isnan(of_root):  # no key knows anything while the root does not
             return np.full(self.count.shape, of_root)
         return self.blended[field]
+
+
+def warn_of_one_prompt() -> None:
+    """Log, once a process, what is left of EBPO where ``normalize="batch"`` meets batches of one prompt."""
+    global _warned_of_one_prompt
+    if _warned_of_one_prompt:
+        return
+    _warned_of_one_prompt = True
+    logger.warning(
+        "a batch of one prompt with normalize='batch': this is exactly GRPO scaled by the batch, since the prompt's "
+        "baseline is one number, which the batch's mean takes out again; saturated groups (all failed, or all passed) "
+        "get 0, whatever the prior and the logged shrinkage say. Set normalize='scale' (in TRL ebpo_normalize), or put "
+        "several prompts into a batch (in TRL a larger per_device_train_batch_size or steps_per_generation)"
+    )

@@ -25,7 +25,7 @@ import numpy as np
 
 from ebpo_core import _core
 from ebpo_core.arguments import count, flag, real, step_id, text, zero_or_one
-from ebpo_core.diagnostics import Diagnostics
+from ebpo_core.diagnostics import Diagnostics, warn_of_one_prompt
 from ebpo_core.inputs import on_memory, read_batch, read_group, round_to
 from ebpo_core.keys import Key, Keys, key_of, path_of, read_keys
 from ebpo_core.prior import Prior
@@ -62,7 +62,8 @@ class EBPO:
     """The estimator with its running priors.
 
     Args:
-        normalize: ``"batch"`` (paper): ``(raw - mean) / (std + eps)`` over the batch. ``"scale"``:
+        normalize: ``"batch"`` (paper): ``(raw - mean) / (std + eps)`` over the batch. With one prompt in a batch that
+            is GRPO: its baseline is one number, which the mean takes out again (logged, once). ``"scale"``:
             ``raw / (rms + eps)``, not centred, so that the advantage of an all-failed group stays negative (§3a).
             ``"none"``: ``raw``.
         sigma2: ``"total"`` (paper): variance of all rewards seen. ``"within"``: ``sum(SSW_m) / sum(n_m - 1)``, SSW_m
@@ -88,7 +89,7 @@ class EBPO:
     An object may be shared by threads and is intact in a forked child. Arrays must not change during a call.
     """
 
-    __slots__ = ("_checked", "_last", "_options", "_state")
+    __slots__ = ("_checked", "_last", "_options", "_state", "_watch_prompts")
 
     def __init__(
         self,
@@ -122,6 +123,7 @@ class EBPO:
         self._state = _core.State()
         # The last call, its keys, and with process_group where this rank's groups are.
         self._last: tuple[_core.Call, Keys | None, Any] | None = None
+        self._watch_prompts = normalize == "batch"  # until a batch has several prompts, as the next ones will
 
     def __call__(
         self,
@@ -178,6 +180,8 @@ class EBPO:
             self._checked, batch.rewards, batch.groups, batch.mask, update, step, read, False
         )
         self._last = call, read, None  # one assignment, so that threads never see a mixture of two calls
+        if self._watch_prompts and update:
+            self._count_prompts(call)
         result: Rewards = batch.restore(flat)
         return result
 
@@ -188,6 +192,8 @@ class EBPO:
             return None
         flat, call = done
         self._last = call, None, None
+        if self._watch_prompts and update:
+            self._count_prompts(call)
         return flat
 
     def group(
@@ -254,8 +260,16 @@ class EBPO:
         flat, call = self._state.advance(
             self._checked, whole.rewards, whole.groups, whole.mask, update, step, whole.keys, False
         )
+        if self._watch_prompts and update:
+            self._count_prompts(call)
         self._last = call, own, mine
         return batch.restore(round_to(flat[rows], batch.rewards.dtype))  # float64 where another rank's rewards are
+
+    def _count_prompts(self, call: _core.Call) -> None:
+        prompts = call.prompts()  # of the groups, those that are not all padding
+        self._watch_prompts = prompts < 2
+        if prompts == 1:
+            warn_of_one_prompt()
 
     @property
     def diagnostics(self) -> Diagnostics | None:
@@ -268,11 +282,10 @@ class EBPO:
         if mine is not None:
             shrinkage, baseline, counts = shrinkage[mine], baseline[mine], counts[mine]
             blended = None if blended is None else (blended[0][mine], blended[1][mine], blended[2][mine])
-        mu_glob, sigma2, tau2, fail, passed, outlier = scalars
         listed = None if keys is None else keys.of_groups()
-        return Diagnostics(
-            shrinkage, baseline, counts, mu_glob, sigma2, tau2, fail, passed, outlier, keys=listed, blended=blended
-        )
+        mu_glob, sigma2, tau2, fail, passed, outlier, dead = scalars
+        of_batch = mu_glob, sigma2, tau2, fail, passed, outlier, dead
+        return Diagnostics(shrinkage, baseline, counts, *of_batch, keys=listed, blended=blended)
 
     @property
     def options(self) -> Options:
@@ -322,10 +335,11 @@ class EBPO:
         return write_state(self._options, self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace priors and step by those of ``state``, which must have been written with the same options.
+        """Replace priors and step by those of ``state``; the options stay, and one logged line names those that differ.
 
-        ``max_keys`` alone may differ. Raises ValueError, leaving everything untouched, on a newer version, other
-        options, more keys than ``max_keys``, or anything else that :meth:`state_dict` cannot have written.
+        What is stored are sums that depend on no option; ``decay`` acts from the next update on. Raises ValueError,
+        leaving everything untouched, on a newer version, more keys than ``max_keys``, an option that this release does
+        not know, or anything else that :meth:`state_dict` cannot have written.
         """
         read_state(self._options, self._state, state)
         self._last = None

@@ -76,7 +76,9 @@ def advantages(
                 fast = on_memory(rewards, _core.equal_advantages)
             if fast is not None:
                 return fast  # type: ignore[no-any-return]
-        return EBPO(**options)(rewards, groups, mask=mask, keys=keys)
+        once = EBPO(**options)
+        once._watch_prompts = False  # the warning of batches with one prompt is for those who train with a prior
+        return once(rewards, groups, mask=mask, keys=keys)
     if keys is not None:
         options = {"keys": keys, **options}  # refused like any other option
     parameter = _parameter(text("method", method), options)

@@ -51,7 +51,7 @@ def test_a_batch_scored_together_is_scored_as_one(ranks: list[dict[str, Any]], o
         np.testing.assert_array_equal(np.concatenate([entry["advantages"] for entry in entries]), expected)
         diagnostics = one.diagnostics
         assert diagnostics is not None
-        for name in ("mu_glob", "sigma2", "tau2", "saturated_fail", "saturated_pass", "outlier"):
+        for name in ("mu_glob", "sigma2", "tau2", "saturated_fail", "saturated_pass", "outlier", "dead_advantage"):
             for entry in entries:
                 np.testing.assert_array_equal(entry[name], getattr(diagnostics, name), name)
         # The groups of one process are numbered by first appearance, as each rank's are.

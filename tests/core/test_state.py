@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ebpo_core
+from ebpo_core import reference
 from oracle import Case, cases
 
 OPTIONS = dict(sigma2="within", tau2="debiased", normalize="scale", decay=0.9)
@@ -96,7 +97,10 @@ def corrupt(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("prior.inv_n", 1e9, "at most group_means.count"),
         ("prior.ssw", 10**400, "'prior.ssw' is 1000"),
         ("prior.dof", True, "'prior.dof' is True"),
-        ("options.decay", 0.5, "decay=0.5.*decay=1.0"),
+        ("options.decay", 2.0, "options that no estimator has.*decay=2"),
+        ("options.eps", "small", "options that no estimator has.*not str"),
+        ("options.norm_ddof", 10**30, "options that no estimator has"),
+        ("options.leave_one_out", None, "leave_one_out='missing'"),
         ("options.tau2", None, "tau2='missing'"),
         ("options.extra", 1, "unknown option 'extra'"),
         ("options", None, "'options' and 'prior'"),
@@ -110,6 +114,58 @@ def test_garbage_is_refused_and_nothing_changes(path: str, value: Any, message: 
     with pytest.raises((ValueError, TypeError), match=message):
         ebpo.load_state_dict(corrupt(before, path, value))
     assert ebpo.state_dict() == before
+
+
+# Another value of every option than the default's.
+OTHERS: dict[str, Any] = {
+    "normalize": "scale",
+    "sigma2": "within",
+    "tau2": "debiased",
+    "score": "before",
+    "leave_one_out": True,
+    "decay": 0.5,
+    "eps": 1e-3,
+    "ddof": 1,
+    "norm_ddof": 0,
+    "kappa": 3.0,
+    "max_keys": 2,
+}
+
+
+@pytest.mark.parametrize("name", list(ebpo_core.EBPO().options))
+def test_a_run_goes_on_under_other_options(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    keys, twin = ["a", "b", "a"], reference.EBPO()
+    rng = np.random.default_rng(1)
+    first, second = rng.random((3, 4)), rng.random((3, 4))
+    before = ebpo_core.EBPO()
+    before(first, keys=keys, step=4)
+    twin(first, keys=keys, step=4)
+    after = ebpo_core.EBPO(**{name: OTHERS[name]})
+    with caplog.at_level("INFO"):
+        after.load_state_dict(before.state_dict())
+    (line,) = caplog.messages
+    saved = before.options[name]  # type: ignore[literal-required]
+    assert line.endswith(f"with its own: {name}={OTHERS[name]!r} (saved: {saved!r})")
+    assert after.priors == before.priors  # `decay` and the others act from the next update on
+    assert (after.step, after.options[name]) == (4, OTHERS[name])  # type: ignore[literal-required]
+    setattr(twin, name, OTHERS[name])
+    np.testing.assert_allclose(after(second, keys=keys), twin(second, keys=keys), rtol=1e-12, atol=1e-12)
+    assert after.prior.count == pytest.approx(twin.prior.rewards.count)
+    # It is saved as it is now, and a resume under the same options has nothing to say.
+    caplog.clear()
+    ebpo_core.EBPO(**{name: OTHERS[name]}).load_state_dict(after.state_dict())
+    assert not caplog.messages
+
+
+def test_one_line_names_all_the_options_that_differ(caplog: pytest.LogCaptureFixture) -> None:
+    ebpo_core.EBPO(**OTHERS | {"leave_one_out": False}).load_state_dict(ebpo_core.EBPO().state_dict())
+    (line,) = caplog.messages
+    assert line.count("(saved: ") == len(OTHERS) - 1
+    few, many = ebpo_core.EBPO(max_keys=1), ebpo_core.EBPO()
+    many(R, keys=["a", "b"])
+    with pytest.raises(ValueError, match="max_keys=1"):
+        few.load_state_dict(many.state_dict())
+    assert few == ebpo_core.EBPO(max_keys=1)
 
 
 def test_wrong_types_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ import datasets
 import pyarrow.parquet as pq
 
 from ebpo_core.data import BOXED, Problem, read, to_rows, write_verl_parquet
+from ebpo_core.evaluation.problems import from_rows as load
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,9 +109,44 @@ def test_repeated_rows_are_read_once_and_contradictions_not_at_all(tmp_path: Pat
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         datasets.Dataset.from_list(rows).to_parquet(path)
-    with pytest.warns(UserWarning, match="1 prompts left out, which occur with different answers.*number 3"):
+    contradiction = "1 prompts left out, which occur with different answers.*number 3"
+    with (
+        pytest.warns(UserWarning, match=contradiction),
+        pytest.warns(UserWarning, match=r"dapo: 396 of 400 rows left out.*each of the 4 prompts.*keep_duplicates=True"),
+    ):
         problems = read(path)
-    assert [(problem.id, problem.answer) for problem in problems] == [(f"id-{n}", str(n)) for n in (0, 1, 2, 4)]
+    whole = [(f"id-{n}", str(n)) for n in (0, 1, 2, 4)]
+    assert [(problem.id, problem.answer) for problem in problems] == whole
+    with pytest.warns(UserWarning, match=contradiction):  # and no other warning: nothing else is left out
+        problems = read(path, keep_duplicates=True)
+    assert [(problem.id.partition("#")[0], problem.answer) for problem in problems] == whole * 100
+    assert [problem.id for problem in problems[:8]] == [f"id-{n}" for n in (0, 1, 2, 4)] + [
+        f"id-{n}#2" for n in (0, 1, 2, 4)
+    ]
+    assert len(load(to_rows(problems, conversational=False))) == 400  # ids are unique, which everything after asks for
+
+
+def test_rows_without_ids_that_are_kept_are_numbered(tmp_path: Path) -> None:
+    rows = [dapo("", str(n), f"Name the number {n}.") for n in (1, 2, 1)] + [dapo("id", "3", "Name the number 3.")]
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = read(path, keep_duplicates=True)
+    assert [(problem.id, problem.answer) for problem in kept] == [
+        ("set/0", "1"),
+        ("set/1", "2"),
+        ("set/2", "1"),
+        ("id", "3"),
+    ]
+    one_id = [dapo("same", str(n), f"Name the number {n}.") for n in (1, 2, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in one_id))
+    assert [problem.id for problem in read(path, keep_duplicates=True)] == ["set/0", "set/1", "set/2"]
+
+
+def test_what_is_written_for_verl_twice_is_read_back_twice(tmp_path: Path) -> None:
+    path = write_verl_parquet([*PROBLEMS, PROBLEMS[0]], tmp_path / "train.parquet")
+    assert read(path, keep_duplicates=True) == [*PROBLEMS, replace(PROBLEMS[0], id="a#2")]
+    with pytest.warns(UserWarning, match="1 of 3 rows left out"):
+        assert read(path) == PROBLEMS
 
 
 def test_repeated_questions_of_other_sets_are_kept(tmp_path: Path) -> None:

@@ -135,12 +135,17 @@ def test_a_damaged_prior_raises_and_leaves_the_estimator(tmp_path: Path, damage:
     assert ebpo.state_dict() == before
 
 
-def test_a_prior_of_other_options_is_refused(tmp_path: Path) -> None:
-    write_prior(tmp_path, EBPO(normalize="scale").state_dict())
+def test_a_run_goes_on_under_other_options(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written = EBPO(normalize="scale")
+    written(REWARDS)
+    write_prior(tmp_path, written.state_dict())
     held = process.ProcessEstimator()
-    held.get({}, "x")
-    with pytest.raises(ValueError, match=r"cannot resume from.*normalize"):
-        held.restore(tmp_path)
+    ebpo = held.get({"decay": 0.9}, "x")
+    held.restore(tmp_path)
+    assert ebpo.prior == written.prior
+    assert [line.split(": ", 1)[1] for line in caplog.messages] == [
+        "normalize='batch' (saved: 'scale'), decay=0.9 (saved: 1.0)"
+    ]
 
 
 def test_priors_of_single_reward_functions_are_refused(tmp_path: Path) -> None:

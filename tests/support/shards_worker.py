@@ -70,7 +70,7 @@ def together(rank: int, ranks: int, options: dict[str, Any], keyed: bool, group:
         diagnostics = ebpo.diagnostics
         assert diagnostics is not None
         entry: dict[str, Any] = {"step": step, "advantages": advantages.tolist(), "state": ebpo.state_dict()}
-        for name in ("mu_glob", "sigma2", "tau2", "saturated_fail", "saturated_pass", "outlier"):
+        for name in ("mu_glob", "sigma2", "tau2", "saturated_fail", "saturated_pass", "outlier", "dead_advantage"):
             entry[name] = getattr(diagnostics, name)
         for name in ("shrinkage", "baseline", "count", "prior_mean"):
             entry[name] = getattr(diagnostics, name).tolist()

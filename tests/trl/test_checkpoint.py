@@ -265,7 +265,7 @@ def test_missing_prior_raises_unless_allowed(tmp_path: Path, caplog: pytest.LogC
         )
 
 
-def test_warm_start(tmp_path: Path) -> None:
+def test_warm_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = build(tmp_path / "first", max_steps=2)
     first.train()
     saved = first.save_prior(tmp_path / "exported")
@@ -284,8 +284,25 @@ def test_warm_start(tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError, match=r"no EBPO prior at .*nowhere"):
         build(tmp_path, ebpo_prior=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"(?i)option|decay"):
-        build(tmp_path, ebpo_prior=str(saved), ebpo_decay=0.5)
+    assert not caplog.messages
+    other = build(tmp_path, ebpo_prior=str(saved), ebpo_decay=0.5)
+    assert other.ebpo.prior.state_dict() == first.ebpo.prior.state_dict()
+    (line,) = caplog.messages
+    assert line.endswith(": decay=0.5 (saved: 1.0)")
+
+
+def test_a_run_goes_on_under_other_options(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    functions = [tiny.third, tiny.size]
+    settings: dict[str, Any] = {"ebpo_per_reward": True, "save_strategy": "steps", "save_steps": 1}
+    tiny.build(tiny.EBPOTrainer, tiny.config(EBPOConfig, tmp_path, max_steps=2, **settings), functions).train()
+    settings |= {"ebpo_decay": 0.5, "ebpo_normalize": "scale"}
+    resumed = tiny.build(tiny.EBPOTrainer, tiny.config(EBPOConfig, tmp_path, max_steps=3, **settings), functions)
+    resumed.train(resume_from_checkpoint=True)
+    lines = [line for line in caplog.messages if "saved under other options" in line]
+    assert len(lines) == 1  # for all functions
+    assert lines[0].endswith(": normalize='scale' (saved: 'batch'), decay=0.5 (saved: 1.0)")
+    for ebpo in resumed.ebpos:
+        assert ebpo.prior.group_count == 4 * 0.5 + 2  # `decay` acts from the next update on
 
 
 def test_rotation_best_model_and_model_only(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 
 pytest.importorskip("trl")
 
+import pandas as pd
 import trainer_worker as tiny
 
+import ebpo_core
 from ebpo_core import reference
-from ebpo_core.trainer import EBPOConfig, read_prior
+from ebpo_core.trainer import EBPOConfig, read_prior, write_prior
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,14 +83,65 @@ def test_wrong_columns_and_keys_are_named(tmp_path: Path) -> None:
     ):
         build(tmp_path, ebpo_keys=["topic", "grade"])
     floats = tiny.prompts().add_column("score", [0.5] * 6)
-    trainer = build(tmp_path, ebpo_keys=["score"], max_steps=1, trainer={"train_dataset": floats})
-    with pytest.raises(TypeError, match=r"keys\[0\] is 0.5, which holds a float"):
-        trainer.train()
-    many = tiny.prompts().add_column("id", list(range(6)))
-    trainer = build(tmp_path, ebpo_keys=["id"], ebpo_max_keys=1, max_steps=1, trainer={"train_dataset": many})
-    with pytest.raises(ValueError, match="2 priors.*max_keys=1"):
-        trainer.train()
-    assert trainer.ebpo.prior.count == 0
+    with pytest.raises(TypeError, match=r"ebpo_keys=\['score'\]: the key of row 0 is 0.5, which holds a float"):
+        build(tmp_path, ebpo_keys=["score"], trainer={"train_dataset": floats})
+    whole = tiny.prompts().add_column("score", [1] * 6)
+    evaluated = {"train_dataset": whole, "eval_dataset": {"whole": whole, "floats": floats}}
+    with pytest.raises(TypeError, match=r"the key of row 0 is 0.5, which holds a float"):
+        build(tmp_path, ebpo_keys=["score"], trainer=evaluated)
+
+
+def test_the_last_row_is_checked_before_training_too(tmp_path: Path) -> None:
+    """Keys of the dataset, of its parents, and of the prior that training starts from, up to ``ebpo_max_keys``."""
+    dataset = tiny.prompts(6).add_column("topic", list("aabbcc")).add_column("level", [1, 2, 1, 1, None, 3])
+    settings: dict[str, Any] = {"ebpo_keys": ["topic", "level"], "max_steps": 1, "trainer": {"train_dataset": dataset}}
+    with pytest.raises(ValueError, match=r"the dataset has 7 keys, parents included, more than ebpo_max_keys=6: raise"):
+        build(tmp_path, ebpo_max_keys=6, **settings)
+    build(tmp_path, ebpo_max_keys=7, **settings)
+    earlier = ebpo_core.EBPO()
+    earlier([[1.0, 0.0], [0.0, 0.0]], keys=[("a", 1), ("d", 1)])
+    prior = str(write_prior(tmp_path / "earlier", earlier.state_dict()))
+    with pytest.raises(ValueError, match=r"the dataset and the prior together have 9 keys"):
+        build(tmp_path, ebpo_max_keys=8, ebpo_prior=prior, **settings)
+    assert build(tmp_path, ebpo_max_keys=9, ebpo_prior=prior, **settings).ebpo.prior.group_count == 2
+
+    # A resumed run starts from the checkpoint's prior.
+    build(tmp_path, ebpo_max_keys=9, ebpo_prior=prior, save_strategy="steps", save_steps=1, **settings).train()
+    resumed = build(tmp_path, ebpo_max_keys=8, **settings | {"max_steps": 2})
+    with pytest.raises(ValueError, match=r"together have 9 keys|more than max_keys=8"):
+        resumed.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("form", ["stream", "transform"])
+def test_a_dataset_that_cannot_be_looked_through_is_checked_at_its_first_batch(tmp_path: Path, form: str) -> None:
+    generated: list[int] = []
+
+    def count(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        generated.append(len(completion_ids))
+        return [0.0] * len(completion_ids)
+
+    for columns, error, message in (
+        (["score"], TypeError, r"ebpo_keys=\['score'\]: the key of completion 0 is 0.5, which holds a float"),
+        (["grade"], ValueError, r"ebpo_keys.*'grade'"),
+    ):
+        dataset: Any = tiny.prompts().add_column("score", [0.5] * 6)
+        if form == "stream":
+            dataset = dataset.to_iterable_dataset()
+            dataset.info.features = None
+        else:
+            dataset.set_transform(lambda rows: {"prompt": rows["prompt"], "score": [0.5] * len(rows["prompt"])})
+        with pytest.raises(error, match=message):
+            build(tmp_path, count, ebpo_keys=columns, max_steps=1, trainer={"train_dataset": dataset}).train()
+    assert not generated
+
+
+def test_a_dot_reaches_into_a_column_of_mappings(tmp_path: Path) -> None:
+    dataset = tiny.prompts().add_column("extra", [{"level": level} for level in (1, 1, 2, 2, 3, 3)])
+    trainer = build(tmp_path, ebpo_keys=["extra.level"], max_steps=1, trainer={"train_dataset": dataset})
+    trainer.train()
+    assert trainer.ebpo.priors.keys() - {()} <= {1, 2, 3}
+    with pytest.raises(ValueError, match=r"a row has no 'grade'"):
+        build(tmp_path, ebpo_keys=["extra.grade"], trainer={"train_dataset": dataset})
 
 
 def test_a_prior_for_each_reward_function(tmp_path: Path) -> None:
@@ -132,6 +186,47 @@ def test_a_prior_for_each_reward_function(tmp_path: Path) -> None:
     exported = resumed.save_prior(tmp_path / "exported.json")
     warm = build(tmp_path, [tiny.third, sometimes], ebpo_prior=str(exported), ebpo_decay=0.9, ebpo_per_reward=True)
     assert warm.ebpos == resumed.ebpos
+
+
+@pytest.mark.parametrize("per_reward", [False, True])
+def test_functions_of_one_name_are_told_apart(tmp_path: Path, per_reward: bool) -> None:
+    """Lambdas, partials of one function and a function's namesake, beside one that has such a name already."""
+
+    def scaled(completion_ids: list[list[int]], factor: float, **_: Any) -> list[float]:
+        return [factor] * len(completion_ids)
+
+    def third_2(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [7.0] * len(completion_ids)
+
+    functions = [
+        lambda completion_ids, **_: [1.0] * len(completion_ids),
+        functools.partial(scaled, factor=2.0),
+        lambda completion_ids, **_: [3.0] * len(completion_ids),
+        functools.partial(scaled, factor=4.0),
+        tiny.third,
+        third_2,
+        functools.partial(tiny.third),
+    ]
+    settings: dict[str, Any] = {"ebpo_per_reward": per_reward, "save_strategy": "steps", "save_steps": 1}
+    trainer = build(tmp_path, list(functions), max_steps=1, log_completions=True, **settings)
+    names = ["<lambda>_1", "scaled_1", "<lambda>_2", "scaled_2", "third_1", "third_2", "third_3"]
+    assert trainer.reward_func_names == names
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    values = [1.0, 2.0, 3.0, 4.0, None, 7.0, None]
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    for name, value in zip(names, values, strict=True):
+        assert (f"ebpo/{name}/prior_mean" in log) == per_reward
+        if value is not None:
+            assert log[f"rewards/{name}/mean"] == value
+            assert (table[name] == value).all()
+    resumed = build(tmp_path, list(functions), max_steps=2, **settings)
+    resumed.train(resume_from_checkpoint=True)  # the checkpoint holds these names
+    assert resumed.ebpos[0].prior.group_count == 4
+
+
+def test_names_that_differ_stay(tmp_path: Path) -> None:
+    assert build(tmp_path, [tiny.third, sometimes]).reward_func_names == ["third", "sometimes"]
 
 
 def test_one_bad_function_leaves_every_prior(tmp_path: Path) -> None:

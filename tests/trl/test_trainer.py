@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 import trainer_worker as tiny
 
-from ebpo_core import reference
+from ebpo_core import diagnostics, reference
 from ebpo_core.trainer import EBPOConfig, EBPOTrainer
 
 if TYPE_CHECKING:
@@ -128,8 +128,14 @@ def test_metrics_of_every_batch_are_logged(tmp_path: Path) -> None:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 3
     twin = reference.Prior()
-    for rewards, log in zip(trainer.rewards, logs, strict=True):
+    for rewards, output, log in zip(trainer.rewards, trainer.outputs, logs, strict=True):
         groups = rewards.double().numpy().reshape(-1, tiny.GROUP)
+        dead = groups.min(axis=1) == groups.max(axis=1)
+        if dead.any():
+            sizes = output["advantages"].numpy().reshape(-1, tiny.GROUP)[dead]
+            assert log["ebpo/dead_advantage"] == pytest.approx(np.abs(sizes).mean(), rel=1e-6)
+        else:
+            assert "ebpo/dead_advantage" not in log
         before, twin = twin, twin.merge(reference.Prior.of(list(groups)))
         sigma2, tau2 = twin.sigma2("total", 0), twin.tau2("raw", 0)
         assert log["ebpo/prior_mean"] == pytest.approx(twin.rewards.mean)
@@ -143,6 +149,27 @@ def test_metrics_of_every_batch_are_logged(tmp_path: Path) -> None:
             assert log["ebpo/outlier"] == pytest.approx(np.abs(groups - before.rewards.mean).max() / spread)
         else:
             assert "ebpo/outlier" not in log  # undefined, and never logged as NaN or None
+
+
+@pytest.mark.parametrize("normalize", ["batch", "scale"])
+def test_one_prompt_a_batch_is_grpo_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, normalize: str
+) -> None:
+    monkeypatch.setattr(diagnostics, "_warned_of_one_prompt", False)
+    batches = iter([[1.0, 0.0, 0.0, 0.0], [0.0] * 4, [0.0] * 4])
+    trainer = train(
+        tmp_path,
+        lambda **_: next(batches),
+        max_steps=3,
+        per_device_train_batch_size=tiny.GROUP,
+        steps_per_generation=1,
+        ebpo_normalize=normalize,
+    )
+    first, *failed = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert "ebpo/dead_advantage" not in first
+    assert all(log["ebpo/shrinkage"] > 0.2 for log in failed)  # looks healthy, and yet
+    assert all((log["ebpo/dead_advantage"] == 0) == (normalize == "batch") for log in failed)
+    assert sum("one prompt" in line for line in caplog.messages) == (normalize == "batch")
 
 
 def test_completions_table_shows_our_advantages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +24,7 @@ def read(
     split: str | None = None,
     config: str | None = None,
     instruction: str | None = BOXED,
+    keep_duplicates: bool = False,
 ) -> list[Problem]:
     """Read a data set in one of the forms of ``FORMATS``.
 
@@ -32,12 +34,14 @@ def read(
         split, config: As for :func:`ebpo_core.data.read_rows`.
         instruction: What is asked after each question; None for the bare question. Forms whose prompts are whole keep
             theirs.
+        keep_duplicates: Keep every row of a file in which prompts were repeated on purpose (oversampling).
 
     Returns:
-        Problems in the order of the rows. In forms whose sets repeat rows (DAPO's does, about a hundred times), the
-        first of each prompt; prompts that occur with different answers are left out, with a warning. Ids are the set's
-        own, or "<source>/<number>" where it has none or uses one twice. Rows without anything to verify, such as
-        NuminaMath's proofs, are left out, with a warning.
+        Problems in the order of the rows. In verl's and DAPO's forms, whose sets repeat rows (DAPO's about a hundred
+        times), the first of each prompt, with a warning that counts the others; with ``keep_duplicates`` every row, "#2",
+        "#3", ... after an id that is repeated. Prompts that occur with different answers are left out, with a warning.
+        Other forms keep every row. Ids are the set's own, or "<source>/<number>" where it has none or uses one twice.
+        Rows without anything to verify, such as NuminaMath's proofs, are left out, with a warning.
 
     Raises:
         ValueError: Nothing is there, the form is unknown or ambiguous, a row lacks a question or an answer, or
@@ -54,7 +58,7 @@ def read(
     try:
         left_out: list[int] = []
         problems = _problems(form, chain([first], rows), source, instruction, left_out)
-        result = _distinct(problems, source) if form.repeats else list(problems)
+        result = _distinct(problems, source, keep_duplicates) if form.repeats else list(problems)
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{name_or_path}: columns {sorted(first)} do not fit format={format!r} ({type(error).__name__}: {error})"
@@ -81,18 +85,34 @@ def _problems(
             yield form.problem(row, number, source, instruction)
 
 
-def _distinct(problems: Iterable[Problem], source: str) -> list[Problem]:
-    """The first of each prompt, without prompts whose answers differ."""
-    kept: dict[str, Problem] = {}
+def _distinct(problems: Iterable[Problem], source: str, keep_duplicates: bool) -> list[Problem]:
+    """The first of each prompt, or all of it, without prompts whose answers differ."""
+    first: dict[str, Problem] = {}
+    rows: list[Problem] = []
     conflicting: set[str] = set()
     for problem in problems:
-        first = kept.setdefault(problem.text, problem)
-        if first.answer != problem.answer:
+        if first.setdefault(problem.text, problem).answer != problem.answer:
             conflicting.add(problem.text)
+        rows.append(problem)
     if conflicting:
         warnings.warn(
             f"{source}: {len(conflicting)} prompts left out, which occur with different answers "
             f"(the first: {next(iter(sorted(conflicting)))[:80]!r})",
             stacklevel=3,
         )
-    return [problem for prompt, problem in kept.items() if prompt not in conflicting]
+    rows = [problem for problem in rows if problem.text not in conflicting]
+    if keep_duplicates:
+        times: Counter[tuple[str, str]] = Counter()
+        for row, problem in enumerate(rows):
+            times[problem.id, problem.text] += 1
+            if (time := times[problem.id, problem.text]) > 1:
+                rows[row] = replace(problem, id=f"{problem.id}#{time}")
+        return rows
+    kept = [problem for problem in rows if problem is first[problem.text]]
+    if len(kept) < len(rows):
+        warnings.warn(
+            f"{source}: {len(rows) - len(kept)} of {len(rows)} rows left out, which repeat a prompt; each of the "
+            f"{len(kept)} prompts is read once (keep_duplicates=True keeps them all)",
+            stacklevel=3,
+        )
+    return kept

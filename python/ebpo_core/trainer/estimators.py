@@ -76,10 +76,13 @@ class Estimators:
                 "without that prior"
             )
         states = [content["ebpo"]] if entries is None else [entry["ebpo"] for entry in entries]
-        for ebpo, state in zip(self.all, states, strict=True):
-            EBPO(**ebpo.options).load_state_dict(state)  # each is checked before any is replaced
-        for ebpo, state in zip(self.all, states, strict=True):
-            ebpo.load_state_dict(state)
+        checked = [EBPO(**ebpo.options) for ebpo in self.all]  # all are checked before any is replaced
+        for fresh, state in zip(checked, states, strict=True):
+            # Options that differ are logged by the first; a trainer saves all functions' states under the same ones.
+            again = fresh is not checked[0] and state.get("options") == states[0].get("options")
+            fresh.load_state_dict({**state, "options": fresh.options} if again else state)
+        for ebpo, fresh in zip(self.all, checked, strict=True):
+            ebpo.load_state_dict(fresh.state_dict())
 
 
 def _described(names: list[Any] | None) -> str:

@@ -1,16 +1,34 @@
-"""Numbers that the trainer computes from rewards beside the advantages: the weighted sum, and shadow metrics."""
+"""What the trainer computes from rewards beside the advantages: the weighted sum, shadow metrics, names of metrics."""
 
 from __future__ import annotations
 
 import math
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names of the reward functions, with a number where several have one: metrics are logged by name.
+
+    Lambdas and partials of one function are such: ``<lambda>_1``, ``<lambda>_2``, in the order of the functions.
+    """
+    numbers = {name: count(1) for name in names}
+    result: list[str] = []
+    for name in names:
+        own = name
+        while names.count(name) > 1 and own in (*names, *result):
+            own = f"{name}_{next(numbers[name])}"
+        result.append(own)
+    return result
 
 
 def weighted_sum(rewards_per_func: Array, weights: Array) -> Array:

@@ -43,8 +43,8 @@ from ebpo_core.keys import key_of_row
 
 from .config import EBPOArguments, EBPOConfig
 from .estimators import Estimators
-from .keys import check_columns, keys_of_groups
-from .metrics import shadow_metrics, weighted_sum
+from .keys import check_dataset, keys_of_groups
+from .metrics import distinct, shadow_metrics, weighted_sum
 
 if TYPE_CHECKING:
     import os
@@ -77,11 +77,12 @@ class EBPOMixin(CompleteCheckpoints):
                         f"{name}={getattr(self.args, name)!r}: {type(self).__name__} changes the reward or the "
                         f"advantages with it, which EBPO would not see; set {name}={neutral!r}"
                     )
+        self.reward_func_names[:] = distinct(self.reward_func_names)  # TRL would log two of one name as one
         functions = self.reward_func_names if self.args.ebpo_per_reward else None
         self._estimators = Estimators(self.args.ebpo_options(), functions)
         if self.args.ebpo_prior is not None:
             self._estimators.load(read_prior(self.args.ebpo_prior))
-        check_columns(self.args.ebpo_key_columns(), getattr(self.train_dataset, "column_names", None))
+        self._check_keys()
         self._ebpo_rewards: torch.Tensor | None = None  # gathered rewards, from one seam method to the other
         self._ebpo_before: Any = None  # the estimators' state before the generation batch at hand
         self._ebpo_generated_at = 0  # `_step` when that batch was generated
@@ -99,6 +100,18 @@ class EBPOMixin(CompleteCheckpoints):
             raise ValueError("ebpo_per_reward=True keeps one estimator per reward function: use trainer.ebpos")
         return self.ebpos[0]
 
+    def _check_keys(self) -> None:
+        """Refuse what a later batch would be refused for: the first one, or that with one key too many."""
+        columns = self.args.ebpo_key_columns()
+        if not columns:
+            return
+        known = [key for key in self.ebpos[0].priors if key != ()]
+        check_dataset(columns, self.train_dataset, self.args.ebpo_max_keys, known)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for dataset in evaluated.values():
+            if columns[0] in (getattr(dataset, "column_names", None) or ()):  # without it, evaluation uses the root
+                check_dataset(columns, dataset)
+
     # ---- the seam -----------------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -108,15 +121,7 @@ class EBPOMixin(CompleteCheckpoints):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self._ebpo_rewards is None:
-            raise RuntimeError(f"{type(self).__name__}: the base class scored completions without _calculate_rewards")
-        # Rewards of all ranks, (N, n_funcs), to one per completion, (M, G).
-        gathered, self._ebpo_rewards = self._ebpo_rewards, None
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
-        rewards_per_func = gathered.detach().cpu().double().numpy()
-        weights = self.reward_weights.cpu().double().numpy()
-        rewards = weighted_sum(rewards_per_func, weights).reshape(-1, group_size)
         # One key per group, gathered, since each rank knows its own prompts alone.
         columns = self.args.ebpo_key_columns()
         keys = None
@@ -125,6 +130,14 @@ class EBPOMixin(CompleteCheckpoints):
             own = [key_of_row(columns, row, "ebpo_keys") for row in inputs]
             keys = keys_of_groups(gather_object(own), group_size, columns)
 
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self._ebpo_rewards is None:
+            raise RuntimeError(f"{type(self).__name__}: the base class scored completions without _calculate_rewards")
+        # Rewards of all ranks, (N, n_funcs), to one per completion, (M, G).
+        gathered, self._ebpo_rewards = self._ebpo_rewards, None
+        rewards_per_func = gathered.detach().cpu().double().numpy()
+        weights = self.reward_weights.cpu().double().numpy()
+        rewards = weighted_sum(rewards_per_func, weights).reshape(-1, group_size)
         # Every rank computes the advantages of all, (M, G), and so keeps the same prior.
         before = self._estimators.state() if mode == "train" else None
         advantages = self._ebpo_advantages(rewards, rewards_per_func, weights, keys, update=mode == "train")
@@ -238,6 +251,7 @@ class EBPOMixin(CompleteCheckpoints):
                     f"{error}; to resume a run that had no prior, set ebpo_allow_missing_prior=True"
                 ) from error
             self._estimators.load(content)
+            self._check_keys()
             if content.get("generate_every") == every:
                 phase = content["generation_phase"]
         else:

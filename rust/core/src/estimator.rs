@@ -31,6 +31,20 @@ pub struct Scored {
     pub blended: Vec<Shrinkage>,
 }
 
+impl Scored {
+    /// Mean `|A|` over the valid rows of the groups whose valid rewards are all equal; NaN where no group is such.
+    pub fn dead_advantage(&self, groups: &GroupStats) -> f64 {
+        let (mut rows, mut sum) = (0.0, 0.0);
+        for ((g, offset), scale) in groups.iter().zip(&self.affine.offset).zip(&self.affine.scale) {
+            if g.n > 0.0 && g.ssw == 0.0 {
+                rows += g.n;
+                sum += g.n * ((g.mean - offset) * scale).abs();
+            }
+        }
+        sum / rows // 0 / 0 is NaN
+    }
+}
+
 /// Mean, noise and spread of a prior, as the options estimate them: what a group is shrunk with.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Shrinkage {

@@ -1,14 +1,14 @@
 //! What a call of the estimator leaves for its diagnostics, which are computed when they are asked for.
 
-use ebpo_core::{Batch, Float, GroupStats, Keys, Layout, Options, Prior, Scored, Shrinkage, State};
+use ebpo_core::{Batch, EqualGroups, Float, GroupStats, Keys, Layout, Options, Prior, Scored, Shrinkage, State};
 use numpy::{Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
 use crate::error::{BindingError, Result};
 
 type Vector<'py> = Bound<'py, PyArray1<f64>>;
-/// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier.
-type Scalars = (f64, f64, f64, f64, f64, f64);
+/// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier, size of their advantages.
+type Scalars = (f64, f64, f64, f64, f64, f64, f64);
 /// S, V, n of each group, and with keys the blended mean, sigma2 and tau2.
 type Vectors<'py> = (Vector<'py>, Vector<'py>, Vector<'py>, Option<(Vector<'py>, Vector<'py>, Vector<'py>)>);
 
@@ -52,7 +52,10 @@ impl PyCall {
         let stats = GroupStats::collect(&batch)?;
         let mut standing = State::default();
         standing.observe(prior);
-        let scored = Scored { before, ..standing.advance(&self.options, &stats, &Keys::ROOT, false, None)? };
+        let mut scored = Scored { before, ..standing.advance(&self.options, &stats, &Keys::ROOT, false, None)? };
+        if let Some(equal) = EqualGroups::collect(values, size, 1) {
+            scored.affine = equal.affine(&self.options, prior); // to the bit what the call did
+        }
         let scalars = self.scalars(&scored, &stats, batch.max_distance(before.rewards().mean()));
         Ok((vectors(py, &scored, &stats, None), scalars))
     }
@@ -70,14 +73,24 @@ impl PyCall {
             fail,
             pass,
             if spread > 0.0 { farthest / spread } else { f64::NAN },
+            scored.dead_advantage(stats),
         )
     }
 }
 
 #[pymethods]
 impl PyCall {
+    /// Groups with a counted row.
+    fn prompts(&self, py: Python<'_>) -> usize {
+        match &self.kept {
+            Kept::Groups { stats, .. } => stats.counts().iter().filter(|&&n| n > 0.0).count(),
+            Kept::Matrix { rewards: Values::F32(rewards), .. } => rewards.bind(py).dims()[0],
+            Kept::Matrix { rewards: Values::F64(rewards), .. } => rewards.bind(py).dims()[0],
+        }
+    }
+
     /// S, V, n of each group and the blended priors with keys; then `mu_glob`, sigma2, tau2, the shares of saturated groups
-    /// that failed and passed, and the outlier.
+    /// that failed and passed, the outlier, and the size of the saturated groups' advantages.
     fn diagnostics<'py>(&self, py: Python<'py>) -> Result<(Vectors<'py>, Scalars)> {
         match &self.kept {
             Kept::Groups { scored, stats, farthest, key_of_group } => {

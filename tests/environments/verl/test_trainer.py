@@ -116,10 +116,12 @@ def test_a_checkpoint_without_the_prior_is_not_resumed(runner: Any, tmp_path: Pa
     assert allowed["state"]["prior"]["rewards"]["count"] == 12
 
 
-def test_a_checkpoint_of_other_options_is_not_resumed(runner: Any, tmp_path: Path) -> None:
+def test_a_run_goes_on_under_other_options(runner: Any, tmp_path: Path) -> None:
     run(runner, compose(tmp_path), steps=2)
-    with pytest.raises(ValueError, match=r"cannot resume from.*eps"):
-        run(runner, compose(tmp_path, "+algorithm.ebpo.eps=1e-4"))
+    done = run(runner, compose(tmp_path, "+algorithm.ebpo.decay=0.5"), steps=3)
+    assert done["started"] == 2
+    assert done["state"]["options"]["decay"] == 0.5
+    assert done["state"]["prior"]["rewards"]["count"] == 24 * 0.5 + 12
 
 
 def test_a_session_counts_once_by_its_last_output(runner: Any, tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
