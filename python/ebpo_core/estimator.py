@@ -207,7 +207,7 @@ class EBPO:
         )
         self._last = call, read, None  # one assignment, so that threads never see a mixture of two calls
         if self._watch_prompts and update:
-            self._count_prompts(call.prompts())
+            self._count_prompts(call)
         result: Rewards = batch.restore(flat)
         return result
 
@@ -222,7 +222,7 @@ class EBPO:
         flat, call = done
         self._last = call, None if keys is None else keys.copy(), None
         if self._watch_prompts and update:
-            self._count_prompts(call.prompts())
+            self._count_prompts(call)
         return flat
 
     def group(
@@ -299,11 +299,12 @@ class EBPO:
             self._checked, whole.rewards, whole.groups, whole.mask, update, step, whole.keys, False
         )
         if self._watch_prompts and update:
-            self._count_prompts(call.prompts())
+            self._count_prompts(call)
         self._last = call, own, mine
         return batch.restore(round_to(flat[of_rank], batch.rewards.dtype))  # float64 where another rank's rewards are
 
-    def _count_prompts(self, prompts: int) -> None:
+    def _count_prompts(self, call: _core.Call) -> None:
+        prompts = call.prompts()  # of the groups, those that are not all padding
         self._watch_prompts = prompts < 2
         if prompts == 1:
             warn_of_one_prompt()

@@ -52,7 +52,7 @@ def test_a_plain_matrix_is_scored_as_every_other_batch_is(
 
 @pytest.mark.parametrize("normalize", ["batch", "scale", "none"])
 def test_float32_rewards_far_from_the_prior_stay_in_range(normalize: Any) -> None:
-    """A difference of two float32 rewards need not be one: such a batch is left to the general call, which saturates."""
+    """A difference of two float32 numbers may be none: such a batch is left to the general call, which saturates."""
     plain, general = ebpo_core.EBPO(normalize=normalize), ebpo_core.EBPO(normalize=normalize)
     alike = np.array([[3e38, 2e38], [2e38, 3e38]], dtype=np.float32)  # equal means: S is 1
     for r, update in ((alike, True), (-alike, False), (np.ones((2, 2), dtype=np.float32), False)):

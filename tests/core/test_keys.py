@@ -52,7 +52,7 @@ def test_sequences_equal_the_twin(opts: dict[str, Any], batches: list[Any], data
 def test_the_root_alone_is_the_estimator_without_keys(case: Any, opts: dict[str, Any], data: st.DataObject) -> None:
     plain, rooted = ebpo_core.EBPO(**opts), ebpo_core.EBPO(**opts)
     root = [data.draw(st.sampled_from([None, ()]))] * len(case.rewards)
-    # A mask keeps a plain matrix from the kernel for such, which rounds in another order.
+    # Without one, a plain matrix takes the core's call for it alone, which rounds in another order.
     mask = np.ones(case.rewards.shape, dtype=bool) if case.mask is None else case.mask
     for _ in range(2):
         expected = plain(case.rewards, case.groups, mask=mask)

@@ -11,7 +11,7 @@ use pulp::{Arch, NullaryFnOnce};
 use crate::estimator::{Shrinkage, inverse_scale};
 use crate::groups::in_range;
 use crate::lanes::{LANES, fold, mean_and_squares, mean_and_ssw};
-use crate::{Float, Moments, Normalize, Options, Prior, threads};
+use crate::{Affine, Float, Moments, Normalize, Options, Prior, threads};
 
 /// Groups reduced together; fixed, because it decides the order of rounding.
 const BLOCK: usize = 512;
@@ -94,6 +94,13 @@ impl<'a, T: Float> EqualGroups<'a, T> {
         let rewards = self.prior.rewards();
         let farthest = rewards.mean().abs().max(prior.rewards().mean().abs()) + rewards.m2().sqrt();
         farthest <= 0.25 * T::MAX
+    }
+
+    /// What [`EqualGroups::write`] does to the rewards of each group.
+    pub fn affine(&self, options: &Options, prior: &Prior) -> Affine {
+        let map = self.map(options, prior);
+        let offset: Vec<_> = self.means.iter().flatten().map(|&mean| map.offset(mean)).collect();
+        Affine { scale: vec![map.scale; offset.len()], offset }
     }
 
     /// Steps 2 to 6: write the advantages, with every group shrunk toward `prior`.
@@ -261,9 +268,14 @@ impl<T: Float, const G: usize> NullaryFnOnce for Write<'_, T, G> {
 
 impl Map {
     #[inline(always)]
+    fn offset(self, mean: f64) -> f64 {
+        mean + self.shrink * (self.centre - mean)
+    }
+
+    #[inline(always)]
     fn write<T: Float>(self, rows: &[T], mean: f64, out: &mut [T]) {
         // Opaque to the compiler, which would otherwise vectorise across groups: it would shuffle more than it computes.
-        let offset = black_box(mean + self.shrink * (self.centre - mean));
+        let offset = black_box(self.offset(mean));
         let advantage = |reward: T| T::narrow((reward.widen() - offset) * self.scale);
         // Arrays by value become vectors without a proof that `rows` and `out` are apart.
         let (chunks, rest) = rows.as_chunks::<LANES>();

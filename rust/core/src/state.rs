@@ -117,7 +117,7 @@ impl State {
         step: Option<i64>,
     ) -> Option<(Prior, Prior)> {
         let before = self.tree.root;
-        if options.leave_one_out != LeaveOneOut::Nothing || !batch.has_room(&before) {
+        if options.needs_each_group() || !batch.has_room(&before) {
             return None;
         }
         let update = update && self.is_newer(step);

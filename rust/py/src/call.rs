@@ -1,6 +1,6 @@
 //! What a call of the estimator leaves for its diagnostics, which are computed when they are asked for.
 
-use ebpo_core::{Batch, Float, GroupStats, Keys, Layout, Options, Prior, Scored, Shrinkage, State};
+use ebpo_core::{Batch, EqualGroups, Float, GroupStats, Keys, Layout, Options, Prior, Scored, Shrinkage, State};
 use numpy::{Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
@@ -52,7 +52,10 @@ impl PyCall {
         let stats = GroupStats::collect(&batch)?;
         let mut standing = State::default();
         standing.observe(prior);
-        let scored = Scored { before, ..standing.advance(&self.options, &stats, &Keys::ROOT, false, None)? };
+        let mut scored = Scored { before, ..standing.advance(&self.options, &stats, &Keys::ROOT, false, None)? };
+        if let Some(equal) = EqualGroups::collect(values, size, 1) {
+            scored.affine = equal.affine(&self.options, prior); // to the bit what the call did
+        }
         let scalars = self.scalars(&scored, &stats, batch.max_distance(before.rewards().mean()));
         Ok((vectors(py, &scored, &stats, None), scalars))
     }
@@ -77,7 +80,7 @@ impl PyCall {
 
 #[pymethods]
 impl PyCall {
-    /// Number of groups with a reward that counts.
+    /// Groups with a counted row.
     fn prompts(&self, py: Python<'_>) -> usize {
         match &self.kept {
             Kept::Groups { stats, .. } => stats.counts().iter().filter(|&&n| n > 0.0).count(),
@@ -87,7 +90,7 @@ impl PyCall {
     }
 
     /// S, V, n of each group and the blended priors with keys; then `mu_glob`, sigma2, tau2, the shares of saturated groups
-    /// that failed and passed, the outlier, and the size of the advantages of saturated groups.
+    /// that failed and passed, the outlier, and the size of the saturated groups' advantages.
     fn diagnostics<'py>(&self, py: Python<'py>) -> Result<(Vectors<'py>, Scalars)> {
         match &self.kept {
             Kept::Groups { scored, stats, farthest, key_of_group } => {

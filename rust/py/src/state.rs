@@ -319,7 +319,7 @@ fn advance_equal<'py, T: Float + Element>(
     keep: fn(Py<PyArray2<T>>) -> Values,
 ) -> Result<Option<Advanced<'py>>> {
     let py = rewards.py();
-    if !is_plain(rewards) {
+    if !is_plain(rewards) || options.needs_each_group() {
         return Ok(None);
     }
     let (size, len) = (rewards.dims()[1], rewards.len());
@@ -329,12 +329,12 @@ fn advance_equal<'py, T: Float + Element>(
     let out = new_like(rewards)?;
     let mut writable = out.try_readwrite()?;
     let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
+    let Some(batch) = detached(py, len, || EqualGroups::collect(values, size, threads())) else { return Ok(None) };
     let copy = new_like(rewards)?;
     let mut writable_copy = copy.try_readwrite()?;
     let copied = writable_copy.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
     detached(py, len, || copied.copy_from_slice(values));
     drop(writable_copy);
-    let Some(batch) = detached(py, len, || EqualGroups::collect(values, size, threads())) else { return Ok(None) };
     let Some((before, prior)) = state.lock().advance_equal(options, &batch, update, step) else { return Ok(None) };
     detached(py, len, || batch.write(options, &prior, threads(), slots));
     drop(writable);
