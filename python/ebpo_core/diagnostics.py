@@ -24,6 +24,8 @@ Blended: TypeAlias = tuple[Vector, Vector, Vector]
 class Diagnostics:
     """Results of an estimator's last call beside the advantages, for M groups in order of first appearance.
 
+    In a call with ``turns`` the groups are the cells (prompt, turn), and :attr:`keys` end in the turn.
+
     After a call with ``process_group`` the vectors are of this rank's groups and the numbers of the whole batch.
     """
 
