@@ -10,7 +10,13 @@ from datasets import Dataset
 from ebpo_core.keys import Key, key_of_row, path_of
 
 
-def check_dataset(columns: Sequence[str], dataset: Any, max_keys: int | None = None, known: Iterable[Key] = ()) -> None:
+def check_dataset(
+    columns: Sequence[str],
+    dataset: Any,
+    max_keys: int | None = None,
+    known: Iterable[Key] = (),
+    turns: int = 0,
+) -> None:
     """Refuse a dataset whose keys a later batch would be refused for.
 
     A stream, and a dataset that makes its rows when they are read (``set_transform``), cannot be looked through: of
@@ -21,6 +27,7 @@ def check_dataset(columns: Sequence[str], dataset: Any, max_keys: int | None = N
         dataset: the trainer's.
         max_keys: most keys that it may have, parents and ``known`` ones included; None for any number.
         known: keys of the prior that training starts from.
+        turns: most turns of a completion, each of which is a key under the prompt's.
 
     Raises:
         ValueError: a column that is not there, or too many keys.
@@ -36,14 +43,17 @@ def check_dataset(columns: Sequence[str], dataset: Any, max_keys: int | None = N
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return
     paths = {tuple(path_of(key)) for key in known}
+    numbers = [str(turn) for turn in range(1, turns + 1)]
     for row, key in enumerate(_keys_of(columns, dataset.select_columns(list(dict.fromkeys(fields))))):
         path = path_of(key, f"ebpo_keys={list(columns)!r}: the key of row {row}")
         paths.update(tuple(path[:depth]) for depth in range(len(path) + 1))
+        paths.update((*path, number) for number in numbers)
     paths.discard(())
     if max_keys is not None and len(paths) > max_keys:
         whose = "the dataset and the prior together have" if known else "the dataset has"
+        besides = "parents and turns included" if turns else "parents included"
         raise ValueError(
-            f"ebpo_keys={list(columns)!r}: {whose} {len(paths)} keys, parents included, more than "
+            f"ebpo_keys={list(columns)!r}: {whose} {len(paths)} keys, {besides}, more than "
             f"ebpo_max_keys={max_keys}: raise ebpo_max_keys, or name columns with fewer values"
         )
 

@@ -121,7 +121,10 @@ class EBPOMixin(CompleteCheckpoints):
         if not columns:
             return
         known = [key for key in self.ebpos[0].priors if key != ()]
-        check_dataset(columns, self.train_dataset, self.args.ebpo_max_keys, known)
+        # Where TRL's agent loop is not bounded, a turn too many is found out when it is taken.
+        calls = getattr(self.args, "max_tool_calling_iterations", None)
+        turns = 0 if calls is None or not self.args.ebpo_turns else calls + 1
+        check_dataset(columns, self.train_dataset, self.args.ebpo_max_keys, known, turns)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for dataset in evaluated.values():
             if columns[0] in (getattr(dataset, "column_names", None) or ()):  # without it, evaluation uses the root
