@@ -18,13 +18,14 @@ from ebpo_core.models import load_model, resolve_model
 
 from .card import model_card
 from .config import FusionRouteConfig
+from .context import shortest_context
 from .decoding.routing import STORED_OPTIONS, RoutingOptions
 from .experts.experts import Experts
 from .experts.naming import overridden
 from .experts.references import ExpertReference
 from .experts.vocabulary import shared_vocabulary
-from .families import check_router, shortest_context
-from .keywords import loading_arguments
+from .families import check_router
+from .keywords import check_saving, loading_arguments
 
 if TYPE_CHECKING:
     from typing import Any as Base  # stands in front of PreTrainedModel
@@ -192,7 +193,12 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         Args:
             save_directory, args, kwargs: as in transformers.
             save_experts: copy the experts into ``experts/<name>/``, so that the folder is complete by itself.
+
+        Raises:
+            TypeError: a keyword that neither knows.
+            ValueError: ``save_experts`` where none are loaded.
         """
+        check_saving(kwargs, ["save_experts"])
         folder = Path(save_directory)
         experts: Experts = self.experts
         kept = self.config.experts

@@ -102,6 +102,7 @@ def convert_checkpoint(
     base = checkpoint_folder(
         [each for each in wanted.values() if isinstance(each, ExpertReference)], checkpoint, revision
     )
+    substitutes = {reference.name: reference.substitutes for reference in stored}  # which live models have not
     # All of them are looked for before the first is written, which may take long.
     given: dict[str, ExpertReference | PreTrainedModel] = {
         name: each.anchored(base) if isinstance(each, ExpertReference) else each for name, each in wanted.items()
@@ -127,7 +128,11 @@ def convert_checkpoint(
                     verify=verify_experts,
                 )
                 size = _size(reference)
-                reference = replace(reference, path=f"{EXPERTS_FOLDER}/{name}")
+                reference = replace(
+                    reference,
+                    path=f"{EXPERTS_FOLDER}/{name}",
+                    substitutes=reference.substitutes or substitutes[name],
+                )
             else:
                 reference, done = expert.stored(target), "stays a reference"
                 size = _size(reference)

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ebpo_core.fusionroute.context import check_positions
 from ebpo_core.fusionroute.experts.experts import Experts
 from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
@@ -168,6 +169,18 @@ def _columns(
         raise ValueError(
             f"{name}: the data has no row to train on ({sequences.dropped} were dropped): give rows, or a larger "
             f"max_length than {args.max_length}"
+        )
+    longest, shortest = int(sequences.lengths.max()), fusion.config.max_position_embeddings
+    if shortest is not None and longest > shortest:
+        models = [("router", fusion.router), *((f"expert {each.name!r}", each.model) for each in fusion.experts)]
+        check_positions(f"{name}: a sequence", longest, models, "pass max_length={limit}")
+        logger.warning(
+            "%s: a sequence has %d tokens, and the shortest context among router and experts is %d: pass "
+            "max_length=%d, or that model is asked beyond its context",
+            name,
+            longest,
+            shortest,
+            shortest,
         )
     root = Path(args.expert_cache_dir or Path(str(args.output_dir)) / "expert_cache")
     device = args.device  # sets up the process group
