@@ -76,9 +76,9 @@ class EBPO:
         leave_one_out: True (or ``"group"``): score each group against history and batch without that group; S = 0 if
             nothing is left. Raises with ``score="before"``, where it has no meaning. ``"row"``: besides, the group's
             mean that a reward is compared with is that of the group's n - 1 others, and S is that of n - 1 rows; n = 1
-            gives S = 1. Nothing that the baseline holds then depends on the reward, so the policy gradient is unbiased.
-            For that it needs ``normalize="none"``: the other two divide by a number that the reward is in. (Scored with
-            ``update=False``, against a prior that holds the batch already, it is not.)
+            gives S = 1 (and V = 0 while the prior is empty). Nothing in the baseline then depends on the reward, so the
+            policy gradient is unbiased. For that it needs ``normalize="none"``: the other two divide by a number that
+            the reward is in. (Scored again, by ``update=False`` or an old ``step``, the batch is in the prior already.)
         decay: rho in (0, 1]; before each update every count, M2 and sum is multiplied by it, so that the prior
             remembers about ``1 / (1 - rho)`` batches. 1 (paper) never forgets. A batch without valid rows is no update.
             All keys are decayed at each update, as the root is, whether the batch holds them or not: a key that is
