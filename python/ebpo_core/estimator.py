@@ -204,8 +204,9 @@ class EBPO:
         """Score one group as it comes, without a batch: read the prior, score, then take the group into the prior.
 
         ``A = (r - V) / (sqrt(sigma2) + eps)``, with V and ``sigma2`` of the key's blended prior as it was before this
-        group; ``normalize="none"`` gives ``r - V``, and neither ``score`` nor ``leave_one_out=True`` matters. An empty
-        prior gives S = 0, so V is the group's own mean. While ``sigma2`` is 0 (an empty prior, or one that knows a
+        group; ``normalize="none"`` gives ``r - V``, and neither ``score`` nor ``leave_one_out=True`` matters
+        (``"row"`` leaves each reward out of the group's mean here too). An empty prior gives S = 0, so V is the group's
+        own mean. While ``sigma2`` is 0 (an empty prior, or one that knows a
         single value) S is 0 too, and the group's own standard deviation with ``norm_ddof`` stands in for
         ``sqrt(sigma2)``; a group of equal rewards then gets 0, as S = 0 leaves nothing of it. ``decay`` counts groups
         here, not batches.
