@@ -160,7 +160,7 @@ proptest! {
     #[test]
     fn a_prompt_is_left_out_with_all_its_groups((rewards, of_group) in keyed(), pick in 0_usize..9, options in options()) {
         let (all, paths) = (stats(&rewards), paths());
-        let prompts: Vec<u32> = (0..all.len() as u32).map(|group| group / 2).collect();
+        let prompts: Vec<u32> = (0_u32..).map(|group| group / 2).take(all.len()).collect();
         let pick = pick % all.len();
         let options = Options { leave_one_out: LeaveOneOut::Group, score: Score::After, ..options };
         let keys = Keys::new(&paths, &of_group, all.len()).unwrap().with_prompts(&prompts, all.len()).unwrap();
