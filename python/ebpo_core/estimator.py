@@ -76,9 +76,9 @@ class EBPO:
         leave_one_out: True (or ``"group"``): score each group against history and batch without that group; S = 0 if
             nothing is left. Raises with ``score="before"``, where it has no meaning. ``"row"``: besides, the group's
             mean that a reward is compared with is that of the group's n - 1 others, and S is that of n - 1 rows; n = 1
-            gives S = 1. Nothing that the baseline holds then depends on the reward, so the policy gradient is unbiased.
-            For that it needs ``normalize="none"``: the other two divide by a number that the reward is in. (Scored with
-            ``update=False``, against a prior that holds the batch already, it is not.)
+            gives S = 1 (and V = 0 while the prior is empty). Nothing in the baseline then depends on the reward, so the
+            policy gradient is unbiased. For that it needs ``normalize="none"``: the other two divide by a number that
+            the reward is in. (Scored again, by ``update=False`` or an old ``step``, the batch is in the prior already.)
         decay: rho in (0, 1]; before each update every count, M2 and sum is multiplied by it, so that the prior
             remembers about ``1 / (1 - rho)`` batches. 1 (paper) never forgets. A batch without valid rows is no update.
         decay_by: The updates that count for ``decay``. ``"update"``: every key is discounted at each update, as the
@@ -212,7 +212,7 @@ class EBPO:
         return result
 
     def _matrix(self, rewards: Any, keys: list[Any] | None, update: bool, step: int | None) -> Any:
-        """A call with a plain matrix, and perhaps a string for each row, in one call of the core; None for any other."""
+        """A call with a plain matrix, and perhaps a string for each row, in one call of the core; else None."""
         if keys is None:
             done = self._state.advance_matrix(self._checked, rewards, update, step)
         else:
@@ -231,8 +231,9 @@ class EBPO:
         """Score one group as it comes, without a batch: read the prior, score, then take the group into the prior.
 
         ``A = (r - V) / (sqrt(sigma2) + eps)``, with V and ``sigma2`` of the key's blended prior as it was before this
-        group; ``normalize="none"`` gives ``r - V``, and neither ``score`` nor ``leave_one_out=True`` matters. An empty
-        prior gives S = 0, so V is the group's own mean. While ``sigma2`` is 0 (an empty prior, or one that knows a
+        group; ``normalize="none"`` gives ``r - V``, and neither ``score`` nor ``leave_one_out=True`` matters
+        (``"row"`` leaves each reward out of the group's mean here too). An empty prior gives S = 0, so V is the group's
+        own mean. While ``sigma2`` is 0 (an empty prior, or one that knows a
         single value) S is 0 too, and the group's own standard deviation with ``norm_ddof`` stands in for
         ``sqrt(sigma2)``; a group of equal rewards then gets 0, as S = 0 leaves nothing of it. ``decay`` counts groups
         here, not batches.

@@ -231,3 +231,20 @@ def test_answers_of_every_kind_reach_trl_as_numbers() -> None:
     assert asyncio.run(kept.recorded(1, functools.partial(later))()) == [1.0, 0.5, None, 3.0, 0.25, None]
     model = torch.nn.Linear(1, 1)
     assert kept.recorded(1, model) is model
+
+
+def test_keys_with_their_turns_are_counted_when_the_trainer_is_built(tmp_path: Path, tokens: Any, taught: Any) -> None:
+    data = agent.prompts().add_column("topic", ["a", "b", "a", "b"])
+    policy = agent.policy(tokens, steps=0)
+    policy.load_state_dict(taught)
+
+    def built(max_keys: int) -> Recording:
+        settings = SETTINGS | {"ebpo_keys": ["topic"], "ebpo_max_keys": max_keys, "max_steps": 2}
+        args = tiny.config(EBPOConfig, tmp_path, **settings)
+        return Recording(policy, costs, args, train_dataset=data, processing_class=tokens, tools=[agent.look])
+
+    with pytest.raises(ValueError, match="10 keys, parents and turns included, more than ebpo_max_keys=9"):
+        built(9)
+    trainer = built(10)  # two topics, and in each of them up to three calls and an answer
+    trainer.train()
+    assert {("a", 1), ("a", 2), ("b", 1)} < set(trainer.ebpo.priors)

@@ -49,6 +49,7 @@ def check_dataset(
     max_keys: int | None = None,
     known: Iterable[Key] = (),
     *,
+    turns: int = 0,
     track_prompts: bool = False,
 ) -> None:
     """Refuse a dataset whose keys a later batch would be refused for.
@@ -61,6 +62,7 @@ def check_dataset(
         dataset: the trainer's.
         max_keys: most keys that it may have, parents and ``known`` ones included; None for any number.
         known: keys of the prior that training starts from.
+        turns: most turns of a completion, each of which is a key under the prompt's.
         track_prompts: ``ebpo_track_prompts``: each prompt has a key.
 
     Raises:
@@ -77,16 +79,19 @@ def check_dataset(
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return
     paths = {tuple(path_of(key)) for key in known}
+    numbers = range(1, turns + 1)
     read = dict.fromkeys([*fields, *(["prompt"] if track_prompts else [])])
     for row, key in enumerate(_keys_of(columns, track_prompts, dataset.select_columns(list(read)))):
         path = path_of(key, f"ebpo_keys={list(columns)!r}: the key of row {row}")
         paths.update(tuple(path[:depth]) for depth in range(len(path) + 1))
+        paths.update((*path, number) for number in numbers)
     paths.discard(())
     if max_keys is not None and len(paths) > max_keys:
         whose = "the dataset and the prior together have" if known else "the dataset has"
         options = f"ebpo_keys={list(columns)!r}" + (", ebpo_track_prompts=True" if track_prompts else "")
+        besides = "parents and turns included" if turns else "parents included"
         raise ValueError(
-            f"{options}: {whose} {len(paths)} keys, parents included, more than "
+            f"{options}: {whose} {len(paths)} keys, {besides}, more than "
             f"ebpo_max_keys={max_keys}: raise ebpo_max_keys, or name columns with fewer values"
         )
 

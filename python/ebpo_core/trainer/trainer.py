@@ -120,7 +120,11 @@ class EBPOMixin(CompleteCheckpoints):
         if not columns and not track:
             return
         known = [key for key in self.ebpos[0].priors if key != ()]
-        check_dataset(columns, self.train_dataset, self.args.ebpo_max_keys, known, track_prompts=track)
+        # Where TRL's agent loop is not bounded, a turn too many is found out when it is taken.
+        calls = getattr(self.args, "max_tool_calling_iterations", None)
+        turns = 0 if calls is None or not self.args.ebpo_turns else calls + 1
+        limit = self.args.ebpo_max_keys
+        check_dataset(columns, self.train_dataset, limit, known, turns=turns, track_prompts=track)
         if not columns:
             return
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}

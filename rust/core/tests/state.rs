@@ -131,6 +131,54 @@ proptest! {
     }
 
     #[test]
+    fn a_row_left_out_is_scored_by_the_others((rewards, of_group) in keyed(), pick in 0_usize..9, options in options()) {
+        let (all, paths) = (stats(&rewards), paths());
+        let pick = pick % all.len();
+        let options = Options { leave_one_out: LeaveOneOut::Row, normalize: Normalize::None, score: Score::After, ..options };
+        let scored =
+            State::default().advance(&options, &all, &Keys::new(&paths, &of_group, all.len()).unwrap(), true, None).unwrap();
+        let batch = Batch::new(&rewards, Layout::Equal { size: SIZE }, None).unwrap();
+        let mut advantages = vec![0.0; rewards.len()];
+        apply(&batch, &scored.affine, &mut advantages);
+        // The other groups are the prior, the group's other two rows the mean.
+        let (mut rest, mut keys_of_rest) = (rewards.clone(), of_group.clone());
+        let own: Vec<f64> = rest.drain(pick * SIZE..(pick + 1) * SIZE).collect();
+        let key = [keys_of_rest.remove(pick)];
+        let plain = Options { leave_one_out: LeaveOneOut::Nothing, ..options };
+        let (mut without, others) = (State::default(), stats(&rest));
+        without.advance(&plain, &others, &Keys::new(&paths, &keys_of_rest, others.len()).unwrap(), true, None).unwrap();
+        for row in 0..SIZE {
+            let mut two = own.clone();
+            two.remove(row);
+            let two = GroupStats::collect(&Batch::new(&two, Layout::Equal { size: 2 }, None).unwrap()).unwrap();
+            let frozen = without.advance(&plain, &two, &Keys::new(&paths, &key, 1).unwrap(), false, None).unwrap();
+            let (got, expected) = (advantages[pick * SIZE + row], own[row] - frozen.baseline[0]);
+            prop_assert!(close(got, expected), "{} {}", got, expected);
+        }
+    }
+
+    #[test]
+    fn a_prompt_is_left_out_with_all_its_groups((rewards, of_group) in keyed(), pick in 0_usize..9, options in options()) {
+        let (all, paths) = (stats(&rewards), paths());
+        let prompts: Vec<u32> = (0_u32..).map(|group| group / 2).take(all.len()).collect();
+        let pick = pick % all.len();
+        let options = Options { leave_one_out: LeaveOneOut::Group, score: Score::After, ..options };
+        let keys = Keys::new(&paths, &of_group, all.len()).unwrap().with_prompts(&prompts, all.len()).unwrap();
+        let scored = State::default().advance(&options, &all, &keys, true, None).unwrap();
+        let of_others = |group: &usize| prompts[*group] != prompts[pick];
+        let kept: Vec<usize> = (0..all.len()).filter(of_others).collect();
+        let rest: Vec<f64> = kept.iter().flat_map(|g| rewards[g * SIZE..(g + 1) * SIZE].to_vec()).collect();
+        let keys_of_rest: Vec<u32> = kept.iter().map(|g| of_group[*g]).collect();
+        let plain = Options { leave_one_out: LeaveOneOut::Nothing, ..options };
+        let (mut without, others) = (State::default(), stats(&rest));
+        without.advance(&plain, &others, &Keys::new(&paths, &keys_of_rest, others.len()).unwrap(), true, None).unwrap();
+        let (group, key) = (stats(&rewards[pick * SIZE..(pick + 1) * SIZE]), [of_group[pick]]);
+        let frozen = without.advance(&plain, &group, &Keys::new(&paths, &key, 1).unwrap(), false, None).unwrap();
+        prop_assert!(close(scored.baseline[pick], frozen.baseline[0]), "{:?} {:?}", scored, frozen);
+        prop_assert!(Keys::new(&paths, &of_group, all.len()).unwrap().with_prompts(&prompts[1..], all.len()).is_err());
+    }
+
+    #[test]
     fn a_streamed_group_is_read_against_the_prior_before_it(
         (rewards, of_group) in keyed(), own in proptest::collection::vec(-5.0_f64..5.0, SIZE), key in 0_u32..5
     ) {
