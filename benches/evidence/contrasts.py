@@ -1,0 +1,148 @@
+"""Paired contrasts over the records of the training study: differences, intervals, corrections. No drawing here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+HERE = Path(__file__).resolve().parent
+
+Cell = tuple[str, str, int, str]
+"""Task, rung, G and variant: the plain protocol "", or one of the names that ``cell_of`` gives."""
+
+BASELINES = ("grpo", "rloo", "constant", "batch_mean")
+"""What the protocol's main contrasts compare the two forms of EBPO with."""
+
+
+class Contrast(NamedTuple):
+    """Difference of two arms over paired seeds, in points (0 to 100)."""
+
+    arm: str
+    other: str
+    seeds: int
+    mean: float
+    low: float  # of the 95 % t-interval
+    high: float
+    p: float  # of the paired t-test, uncorrected
+    wins: int  # seeds in which ``arm`` is ahead
+    visible: float  # smallest true difference that this cell sees in 80 % of repetitions, at 5 %
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """Records of a study, in the order in which they were written."""
+    file = HERE / "records" / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def cell_of(record: Mapping[str, Any]) -> Cell:
+    config = record["config"]
+    variant = "equal scale" if config["equal_rms"] else ""
+    if "prompts_per_call" in config:
+        variant = f"{config['prompts_per_call']} prompt a call"
+    if "train_size" in config:
+        variant = f"{config['train_size']} prompts"
+    return config["task"], config["rung"], config["G"], variant
+
+
+def by_cell(records: Iterable[Mapping[str, Any]]) -> dict[Cell, dict[str, dict[int, Mapping[str, Any]]]]:
+    """Records by cell, arm and seed, without those that tuned the learning rate."""
+    found: dict[Cell, dict[str, dict[int, Mapping[str, Any]]]] = {}
+    for record in records:
+        config = record["config"]
+        if config["seed"] < 1000:
+            found.setdefault(cell_of(record), {}).setdefault(config["arm"], {})[config["seed"]] = record
+    return found
+
+
+def outcome(record: Mapping[str, Any], name: str) -> float:
+    """An outcome of a run: of the evaluation after it, or the mean over the last fifth of a curve."""
+    if name in record["after"]:
+        return float(record["after"][name])
+    values = record["kl"] if name == "kl" else record["curves"][name]
+    return float(np.mean(values[-max(1, len(values) // 5) :]))
+
+
+def paired(
+    arms: Mapping[str, Mapping[int, Mapping[str, Any]]], arm: str, other: str, name: str = "pass@1", unit: float = 100.0
+) -> Contrast | None:
+    """Contrast of two arms over the seeds that both have; None under two of them."""
+    seeds = sorted(set(arms.get(arm, ())) & set(arms.get(other, ())))
+    if len(seeds) < 2:
+        return None
+    differences = unit * np.array([outcome(arms[arm][s], name) - outcome(arms[other][s], name) for s in seeds])
+    test = stats.ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval(0.95)
+    n = len(seeds)
+    reach = stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)
+    visible = float(reach * differences.std(ddof=1) / np.sqrt(n))
+    mean, wins = float(differences.mean()), int((differences > 0).sum())
+    return Contrast(arm, other, n, mean, float(interval.low), float(interval.high), float(test.pvalue), wins, visible)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction of a family of p-values, in their order."""
+    order = np.argsort(p_values)
+    steps = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return corrected.tolist()
+
+
+def main_family(cells: Mapping[Cell, Any]) -> list[tuple[int, Contrast, float]]:
+    """The protocol's main contrasts that have records: G, the contrast, and its p-value after Holm's correction.
+
+    The correction counts all 16 contrasts of the protocol, also those that have no records yet.
+    """
+    found = []
+    for G in (2, 4):
+        arms = cells.get(("countdown", "middle", G, ""), {})
+        for arm in ("ebpo", "ebpo_options"):
+            found += [(G, c) for other in BASELINES if (c := paired(arms, arm, other)) is not None]
+    missing = 2 * 2 * len(BASELINES) - len(found)
+    corrected = holm([c.p for _, c in found] + [1.0] * missing)[: len(found)] if found else []
+    return [(G, contrast, p) for (G, contrast), p in zip(found, corrected, strict=True)]
+
+
+def over_tasks(
+    cells: Mapping[Cell, Mapping[str, Mapping[int, Mapping[str, Any]]]], arm: str, other: str, draws: int = 4000
+) -> dict[str, Any] | None:
+    """Interquartile mean of the difference and probability of improvement over all cells, with bootstrap intervals.
+
+    Seeds are drawn with replacement within a cell (stratified), pairs together. Only cells of the plain protocol count.
+    """
+    strata = []
+    for (_, _, _, variant), arms in cells.items():
+        seeds = sorted(set(arms.get(arm, ())) & set(arms.get(other, ())))
+        if not variant and len(seeds) >= 2:
+            strata.append(
+                100 * np.array([outcome(arms[arm][s], "pass@1") - outcome(arms[other][s], "pass@1") for s in seeds])
+            )
+    if not strata:
+        return None
+    rng = np.random.default_rng(0)
+
+    def summary(parts: Sequence[Any]) -> tuple[float, float]:
+        joined = np.concatenate(parts)
+        improved = np.mean([np.mean((part > 0) + 0.5 * (part == 0)) for part in parts])
+        return float(stats.trim_mean(joined, 0.25)), float(improved)
+
+    drawn = np.array([summary([rng.choice(part, part.size) for part in strata]) for _ in range(draws)])
+    iqm, improvement = summary(strata)
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return {
+        "cells": len(strata),
+        "runs": sum(part.size for part in strata),
+        "iqm": (iqm, float(low[0]), float(high[0])),
+        "improvement": (improvement, float(low[1]), float(high[1])),
+    }
+
+
+def saturated_at_start(arms: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> float:
+    """Share of groups without a difference in the first batch, which is alike for all arms of a seed."""
+    curves = [record["curves"] for seeds in arms.values() for record in seeds.values()]
+    return float(np.mean([each["equal"][0] for each in curves]))

@@ -1,0 +1,186 @@
+"""Tables of the evidence page, in Markdown, each from the records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from contrasts import Contrast, main_family, outcome, over_tasks, paired, saturated_at_start
+
+OUTCOMES = ("pass@1", "pass@16", "maj@16", "distinct", "entropy", "kl", "grad_norm")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def difference(c: Contrast | None) -> str:
+    return "" if c is None else f"{c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f})"
+
+
+def progress(training: Any, cells: Any, _: Any) -> str:
+    seconds = sum(record["cpu_seconds"] for record in training)
+    commits = list(dict.fromkeys(record["commit"] for record in training))
+    paired_runs = sum(len(seeds) for arms in cells.values() for seeds in arms.values())
+    return (
+        f"{len(training)} runs ({len(training) - paired_runs} of them to tune learning rates), "
+        f"{seconds / 3600:.1f} CPU hours, at {', '.join(commits) or 'no commit'}.\n"
+    )
+
+
+def rates(training: Any, _: Any, __: Any) -> str:
+    found: dict[str, dict[float, list[float]]] = {}
+    for record in training:
+        config = record["config"]
+        if config["seed"] >= 1000:
+            by_rate = found.setdefault(config["arm"], {})
+            by_rate.setdefault(config["rate"], []).append(100 * outcome(record, "pass@1"))
+    grid = sorted({rate for by_rate in found.values() for rate in by_rate})
+    rows = [
+        [arm, *(f"{np.mean(by_rate[r]):.1f}" if r in by_rate else "" for r in grid)] for arm, by_rate in found.items()
+    ]
+    return table(["arm", *(f"{rate:g}" for rate in grid)], rows)
+
+
+def main(_: Any, cells: Any, __: Any) -> str:
+    rows = [
+        [str(G), c.arm, c.other, str(c.seeds), difference(c), f"{c.wins}/{c.seeds}", f"{p:.3f}", f"{c.visible:.1f}"]
+        for G, c, p in main_family(cells)
+    ]
+    return table(["G", "arm", "against", "pairs", "pass@1, points (95 %)", "ahead", "p (Holm)", "visible"], rows)
+
+
+def levels(_: Any, cells: Any, __: Any) -> str:
+    rows = []
+    for G in (2, 4, 8):
+        arms = cells.get(("countdown", "middle", G, ""), {})
+        for arm, seeds in arms.items():
+            values = [[outcome(record, name) for record in seeds.values()] for name in OUTCOMES]
+            means = [np.mean(v) for v in values]
+            spread = f" ± {100 * np.std(values[0], ddof=1):.1f}" if len(seeds) > 1 else ""
+            shown = [f"{100 * means[0]:.1f}{spread}", *(f"{100 * m:.1f}" for m in means[1:3])]
+            shown += [f"{means[3]:.2f}", f"{means[4]:.2f}", f"{means[5]:.4f}", f"{means[6]:.2f}"]
+            rows.append(
+                [str(G), arm, str(len(seeds)), *shown, difference(paired(arms, arm, "grpo") if arm != "grpo" else None)]
+            )
+    head = ["G", "arm", "runs", "pass@1 ± sd", "pass@16", "maj@16", "distinct", "entropy", "KL", "gradient norm"]
+    return table([*head, "over GRPO, points (95 %)"], rows)
+
+
+def ladder(_: Any, cells: Any, __: Any) -> str:
+    rows = []
+    arms_shown = ("ebpo", "constant", "batch_mean")
+    for cell, arms in cells.items():
+        contrasts = [paired(arms, arm, "grpo") for arm in arms_shown]
+        known = [c for c in contrasts if c is not None]
+        if cell[3] or not known:
+            continue
+        before = np.mean([record["before"]["pass@1"] for seeds in arms.values() for record in seeds.values()])
+        row = [
+            *cell[:2],
+            str(cell[2]),
+            f"{100 * before:.1f}",
+            f"{100 * saturated_at_start(arms):.0f}",
+            str(max(c.seeds for c in known)),
+        ]
+        rows.append([*row, *map(difference, contrasts), f"{known[0].visible:.1f}"])
+    head = ["task", "rung", "G", "pass@1 before", "saturated, %", "pairs"]
+    return table([*head, *(f"{arm} - grpo" for arm in arms_shown), "visible"], rows)
+
+
+def scale(_: Any, cells: Any, __: Any) -> str:
+    arms = cells.get(("countdown", "middle", 2, "equal scale"), {})
+    rows = [
+        [arm, str(c.seeds), difference(c), f"{c.wins}/{c.seeds}"]
+        for arm in arms
+        if arm != "grpo" and (c := paired(arms, arm, "grpo")) is not None
+    ]
+    return table(["arm", "pairs", "over GRPO, points (95 %)", "ahead"], rows)
+
+
+def variants(_: Any, cells: Any, __: Any) -> str:
+    """Cells off the ladder: one prompt in each call of the rule, and few prompts that come back."""
+    rows = []
+    for (_, _, G, variant), arms in cells.items():
+        if variant.endswith(("prompt a call", "prompts")):
+            other = "grpo" if "grpo" in arms else "batch_mean"
+            found = [c for arm in arms if arm != other and (c := paired(arms, arm, other)) is not None]
+            rows += [
+                [variant, str(G), c.arm, c.other, str(c.seeds), difference(c), f"{c.wins}/{c.seeds}"] for c in found
+            ]
+    return table(["cell", "G", "arm", "against", "pairs", "pass@1, points (95 %)", "ahead"], rows)
+
+
+def tasks(_: Any, cells: Any, __: Any) -> str:
+    rows = []
+    for other in ("grpo", "constant", "batch_mean"):
+        found = over_tasks(cells, "ebpo", other)
+        if found is not None:
+            iqm, improvement = found["iqm"], found["improvement"]
+            rows.append(
+                [
+                    f"ebpo - {other}",
+                    str(found["cells"]),
+                    str(found["runs"]),
+                    f"{iqm[0]:+.1f} ({iqm[1]:+.1f} to {iqm[2]:+.1f})",
+                    f"{improvement[0]:.2f} ({improvement[1]:.2f} to {improvement[2]:.2f})",
+                ]
+            )
+    return table(["contrast", "cells", "pairs", "interquartile mean, points", "probability of improvement"], rows)
+
+
+def _value(estimators: Any, metric: str, **wanted: Any) -> str:
+    rows = [r for r in estimators if metric in r and all(r.get(key) == value for key, value in wanted.items())]
+    return f"{rows[0][metric][0]:.4f} ± {rows[0][metric][1]:.4f}" if len(rows) == 1 else ""
+
+
+def errors(_: Any, __: Any, estimators: Any) -> str:
+    rules = (
+        "dr_grpo",
+        "rloo",
+        "batch_mean",
+        "constant",
+        "james_stein",
+        "ebpo",
+        "ebpo_within",
+        "ebpo_options",
+        "ebpo_topic",
+    )
+    rows = []
+    cells = {(r["population"], r["G"]) for r in estimators if r["study"] == "errors" and r["G"] in (2, 8)}
+    for population, G in sorted(cells):
+        if population.startswith("mean "):
+            continue
+        wanted = {"population": population, "G": G, "reward": "binary", "ragged": False}
+        found = [
+            _value(estimators, "baseline_mse", rule=f"{rule} (unscaled)", **wanted).split(" ")[0] for rule in rules
+        ]
+        rows.append([population, str(G), *found])
+    return table(["success rates", "G", *rules], rows)
+
+
+def gradients(_: Any, __: Any, estimators: Any) -> str:
+    rows = []
+    shown_rules = ("grpo", "rloo", "constant", "batch_mean", "mix_50", "ebpo", "ebpo_options", "ebpo_row")
+    found = [r for r in estimators if r["study"] == "gradient" and r["G"] in (2, 8) and r["rule"] in shown_rules]
+    for r in sorted(found, key=lambda r: (r["G"], r["saturated"][0], r["variance"][0])):
+        shown = [f"{r[name][0]:.4g} ± {r[name][1]:.2g}" for name in ("bias", "variance", "cosine")]
+        rows.append([str(r["G"]), f"{100 * r['saturated'][0]:.0f}", r["rule"], *shown])
+    return table(["G", "saturated, %", "rule", "bias²/signal²", "variance/signal²", "cosine"], rows)
+
+
+TABLES: dict[str, Callable[[Any, Any, Any], str]] = {
+    "progress": progress,
+    "rates": rates,
+    "main": main,
+    "levels": levels,
+    "ladder": ladder,
+    "scale": scale,
+    "variants": variants,
+    "tasks": tasks,
+    "errors": errors,
+    "gradients": gradients,
+}
+"""Every table of the page by the name of its block; each takes the records of both studies."""
