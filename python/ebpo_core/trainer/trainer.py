@@ -287,9 +287,10 @@ class EBPOTrainer(EBPOMixin, GRPOTrainer):
     """``trl.GRPOTrainer`` with EBPO advantages: the same arguments, with ``args`` an :class:`EBPOConfig`.
 
     Metrics beside TRL's own: ``ebpo/shrinkage``, ``ebpo/prior_mean``, ``ebpo/sigma2``, ``ebpo/tau2``,
-    ``ebpo/saturated_fail``, ``ebpo/saturated_pass``, ``ebpo/dead_advantage``, ``ebpo/outlier`` (in evaluation with the prefix ``eval_``, against
-    the prior as training left it), and ``ebpo/shadow_*`` in shadow mode. With ``ebpo_per_reward`` there is
-    ``ebpo/<reward function>/shrinkage`` and so on.
+    ``ebpo/saturated_fail``, ``ebpo/saturated_pass``, ``ebpo/dead_advantage``, ``ebpo/outlier`` (in evaluation with the
+    prefix ``eval_``, against the prior as training left it), and ``ebpo/shadow_*`` in shadow mode. With
+    ``ebpo_per_reward`` there is ``ebpo/<reward function>/shrinkage`` and so on; functions of one name are numbered, as
+    in TRL's ``rewards/<lambda>_1/mean``.
     """
 
     _tag_names = ["trl", "grpo", "ebpo"]  # noqa: RUF012 -- TRL declares it so
