@@ -5,7 +5,7 @@ every rank keeps the same prior without a collective of its own (the keys of its
 ``ebpo_keys`` asks for them). ``_generate_and_score_completions`` leaves this rank's
 advantages in its output, where the mixin replaces them; nothing has used them by then.
 
-Resuming, as TRL does it (read in TRL 1.16 and transformers 5.23):
+Resuming, as TRL does it (TRL 1.16, transformers 5.23 and 5.24):
 
 * ``_step`` counts micro-batches since the *process* started and is not saved. A generation batch is made when
   ``_step % generate_every == 0`` with ``generate_every = steps_per_generation * num_iterations``, and kept in
