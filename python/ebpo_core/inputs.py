@@ -36,7 +36,8 @@ def read_batch(rewards: Any, groups: Any = None, mask: Any = None) -> Batch:
     if array.ndim == 2 and groups is not None:
         raise ValueError(
             f"groups was given with rewards of shape {array.shape}: rows of a 2-D array are groups already; "
-            "pass 1-D rewards to name groups yourself"
+            "pass 1-D rewards to name groups yourself, or weights= of ebpo_core.advantages where columns are several "
+            "rewards of each completion"
         )
     if array.ndim == 1 and groups is None:
         raise ValueError(
