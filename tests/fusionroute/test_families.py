@@ -14,6 +14,7 @@ from fusionroute_tiny import tiny_model
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
+from ebpo_core.fusionroute.context import context_length, position_limit
 
 IDS = torch.tensor([[5, 9, 30, 77, 150, 8, 199, 44, 23, 12], [7, 19, 3, 9, 11, 14, 15, 16, 17, 101]])
 NEW = 8
@@ -21,6 +22,7 @@ PLAIN = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "forced_eo
 
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "qwen3_next", "gemma4_text")
 RECURRENT = ("falcon_h1", "rwkv", "recurrent_gemma", "mamba", "minimax")
+POSITIONS = ("gpt2", "opt", "gptj", "mpt", "xglm")
 # Everything else equals stock models in both roles. What does not, by the role and a part of the message:
 # "alone" is a tiny model that transformers itself cannot make or run, "loaded" one that it does not load as saved.
 _POSITIONS = dict.fromkeys(("router", "expert"), "counts its positions from another number than 0")
@@ -121,6 +123,16 @@ def check(kind: str, folder: Path) -> dict[str, str]:
         torch.testing.assert_close(alone, logits, rtol=0, atol=1e-5)
     except Exception as error:
         return {"loaded": _told(error)}
+    context = context_length(model.config)
+    if context is not None and context < 1000 and kind != "reformer":  # which pads to a length of its own
+        try:
+            with torch.no_grad():
+                model(input_ids=torch.full((1, context + 1), 7))
+            limit = None
+        except (IndexError, RuntimeError):
+            limit = context
+        if position_limit(model) != limit:
+            return {"positions": f"{position_limit(model)} of {limit}"}
     for name, seed in (("llama", 9), ("other", 10)):
         tiny_model("llama", seed).save_pretrained(folder / name)
     problems = {}
@@ -158,15 +170,15 @@ def agrees(kind: str, folder: Path) -> None:
         assert expected[role] in message
 
 
-@pytest.mark.parametrize("kind", [*MIXTURES, *RECURRENT])
+@pytest.mark.parametrize("kind", [*MIXTURES, *RECURRENT, *POSITIONS])
 @pytest.mark.usefixtures("uninitialised_memory_shows")
 @pytest.mark.filterwarnings("ignore")
-def test_mixtures_of_experts_and_recurrent_models(kind: str, tmp_path: Path) -> None:
+def test_mixtures_recurrent_models_and_tables_of_positions(kind: str, tmp_path: Path) -> None:
     agrees(kind, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MIXTURES + RECURRENT])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MIXTURES + RECURRENT + POSITIONS])
 @pytest.mark.usefixtures("uninitialised_memory_shows")
 @pytest.mark.filterwarnings("ignore")
 def test_every_other_family(kind: str, tmp_path: Path) -> None:

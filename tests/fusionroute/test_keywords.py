@@ -43,7 +43,7 @@ def made(root: Path, router: Any = None, **options: Any) -> Any:
         ({"forced_expert": "one"}, "unexpected keyword argument 'forced_expert'"),
         ({"load_in_4bit": True}, "does not take 'load_in_4bit'"),
         ({"load_in_8bit": True}, "does not take 'load_in_8bit'"),
-        ({"trust_remote_code": True}, "does not take 'trust_remote_code'"),
+        ({"trust_remote_cod": True}, "did you mean 'trust_remote_code'"),
         ({"max_memory": {0: "1GB"}}, "does not take 'max_memory'"),
         ({"use_safetensors": False}, "does not take 'use_safetensors'"),
         ({"use_cache": False}, "unexpected keyword argument 'use_cache'"),
@@ -163,3 +163,40 @@ def test_commands_name_a_model_that_is_no_checkpoint(
         assert error[0].startswith(f"fusionroute {name}: ")
         assert "FusionRoute checkpoint" in error[0]
         assert message in error[0]
+
+
+def test_embeddings_are_refused_by_name(root: Path) -> None:
+    model = made(root)
+    embeds = model.get_input_embeddings()(IDS)
+    alone = "pass token ids alone; embeddings of one model mean nothing to the others"
+    with pytest.raises(ValueError, match=f"inputs_embeds is given: {alone}"):
+        model(input_ids=IDS, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match=f"input_ids is None: {alone}"):
+        model(inputs_embeds=embeds)
+    with pytest.raises(ValueError, match=alone):
+        model.generate(input_ids=IDS, inputs_embeds=embeds, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logits_to_keep": -1}, "logits_to_keep is -1: pass a number of last positions, or 0 for all"),
+        ({"labels": IDS, "router_only": True}, "labels with router_only=True: the loss is that of the fused logits"),
+        ({"labels": IDS, "fuse": False}, "labels with fuse=False: the loss is that of the fused logits"),
+        ({"output_router_logits": True}, "output_router_logits=True: router_logits of the output are the router LM's"),
+        ({"input_ids": IDS[0]}, r"input_ids has shape \[4\]: pass \[B, S\]"),
+        ({"input_ids": IDS[:, :0]}, r"input_ids has shape \[1, 0\]: pass \[B, S\], at least one token a row"),
+    ],
+)
+def test_forward_refuses_what_it_would_ignore(root: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(root)(**{"input_ids": IDS, **options})
+
+
+def test_saving_refuses_other_names(root: Path, tmp_path: Path) -> None:
+    model = made(root)
+    with pytest.raises(TypeError, match="argument 'save_expert': did you mean 'save_experts'"):
+        model.save_pretrained(tmp_path / "out", save_expert=True)
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out", save_experts=True, max_shard_size="1GB", safe_serialization=True)
+    assert (tmp_path / "out" / "experts" / "one" / "model.safetensors").is_file()

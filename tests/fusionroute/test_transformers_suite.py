@@ -1,4 +1,4 @@
-"""transformers' own suite for models, run against a FusionRoute model of two experts."""
+"""transformers' own suites, for models and for ``generate``, run against a FusionRoute model of two experts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from fusionroute_tiny import tiny_config, tiny_model
-from transformers_suite import model_tester
+from transformers_suite import testers
 
 from ebpo_core.fusionroute import FusionRouteConfig, FusionRouteForCausalLM
 from ebpo_core.fusionroute.experts import Experts
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-ModelTesterMixin: Any = model_tester()
+ModelTesterMixin: Any
+GenerationTesterMixin: Any
+ModelTesterMixin, GenerationTesterMixin = testers()
 EXPERTS = {"a": tiny_model("llama", 1), "b": tiny_model("qwen2", 2)}
 
 # Tests that do not hold for FusionRoute by the beginnings of their names, and why. All others pass, or skip themselves.
@@ -22,8 +24,9 @@ EXCEPTIONS = {
     "test_correct_missing_keys": "loads the router's own checkpoint as if it were one of FusionRoute",
     "test_eager_matches_batched_and_grouped_inference": "the setting exists for routers that are mixtures, and a Llama "
     "has no experts to count; tests/fusionroute/test_families.py sets it on one that has",
-    "test_generation_tester_mixin_inheritance": "transformers' tests of generate are not in its source distribution; "
-    "tests/fusionroute/decoding/ has ours",
+    "test_generate_from_inputs_embeds": "embeddings of one model mean nothing to the others: refused",
+    "test_generate_from_random_inputs_embeds": "embeddings of one model mean nothing to the others: refused",
+    "test_inherits_generation_mixin": "looks at the bases of a class, not at theirs: FusionRouteForCausalLM has it",
     "test_resize_tokens_embeddings": "V stays, since the experts have no more tokens; the router alone is resized",
     "test_resize_embeddings_untied": "V stays, since the experts have no more tokens; the router alone is resized",
 }
@@ -57,11 +60,14 @@ class ModelTester:
 
     def prepare_config_and_inputs_for_common(self) -> tuple[FusionRouteConfig, dict[str, Any]]:
         ids = torch.randint(3, 200, (self.batch_size, self.seq_length))
-        return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        return self.get_config(), {"input_ids": ids, "attention_mask": mask}
 
 
-class TestFusionRoute(ModelTesterMixin, unittest.TestCase):
+class TestFusionRoute(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (WithExperts,)
+    all_generative_model_classes = (WithExperts,)
     test_all_params_have_gradient = False  # argmax gives the route head none
 
     def setUp(self) -> None:

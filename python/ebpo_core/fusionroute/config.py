@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .context import context_length
 from .decoding.routing import STORED_OPTIONS, RoutingOptions
-from .families import context_length
 from .keywords import unexpected
 
 VERSION = 1

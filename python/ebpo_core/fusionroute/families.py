@@ -1,17 +1,12 @@
-"""What a model's family and config allow: being router or expert, decoding with a cache, texts of which length."""
+"""What a model's family allows: being router or expert, decoding with a cache."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-from transformers.utils import logging
-
 from .compat import CACHE
 
-logger = logging.get_logger(__name__)
-
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _POSITIONS = (
     "counts its positions from another number than 0 where it makes them itself, so its forward and its generate "
     "disagree about the same text"
@@ -71,27 +66,3 @@ def check_cached(router: Any, experts: Any) -> None:
 def keeps_cache(model: Any) -> bool:
     """True for a model whose forward takes transformers' cache (RWKV and GPT-1 do not, MiniMax has one of its own)."""
     return model.config.model_type not in _OWN_CACHE and CACHE in inspect.signature(type(model).forward).parameters
-
-
-def context_length(config: Any) -> int | None:
-    """Tokens that a model reads, prompt and answer together; None where its config names no limit."""
-    text = config.get_text_config()
-    found = next((getattr(text, name) for name in _LENGTHS if isinstance(getattr(text, name, None), int)), None)
-    rope = getattr(text, "rope_parameters", None)
-    if found is not None and isinstance(rope, dict) and rope.get("rope_type") == "yarn" and rope.get("factor"):
-        # A config made longer by YaRN may still name the length before.
-        found = max(found, int(rope["factor"] * (rope.get("original_max_position_embeddings") or found)))
-    return found
-
-
-def shortest_context(router: Any, experts: Any) -> int | None:
-    """The shortest context among the router's config and the experts; a warning for experts that shorten it."""
-    longest = context_length(router)
-    lengths = {expert.name: length for expert in experts if (length := context_length(expert.config)) is not None}
-    for name, length in lengths.items():
-        if longest is None or length < longest:
-            logger.warning(
-                f"expert {name!r} reads {length} tokens, the router {longest or 'any number'}: prompt and answer "
-                f"together may have {min(lengths.values())}"
-            )
-    return min([*lengths.values(), *([] if longest is None else [longest])], default=None)

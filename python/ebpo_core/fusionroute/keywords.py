@@ -51,9 +51,9 @@ def loading_arguments(options: dict[str, Any], stored: Iterable[str], loaded: bo
     loading = {name: options.pop(name) for name in LOADING if name in options}
     for name in options:
         if name not in stored:
-            if name in ("trust_remote_code", "load_in_4bit", "load_in_8bit") or name in _from_pretrained():
+            if name in ("load_in_4bit", "load_in_8bit") or name in _from_pretrained():
                 raise TypeError(f"from_experts does not take {name!r} ({options[name]!r}): {_LOAD_IT}")
-            known = [*stored, *LOADING, "tokenizer", "vocab_size", "dtype", "torch_dtype"]
+            known = [*stored, *LOADING, "tokenizer", "vocab_size", "dtype", "torch_dtype", "trust_remote_code"]
             raise unexpected("from_experts", name, known)
     loading = {name: value for name, value in loading.items() if value is not None}
     if loaded and loading:
@@ -96,16 +96,37 @@ def check_forward(router: type[Any], given: Mapping[str, Any], own: Iterable[str
 
     Raises:
         TypeError: a name that neither knows.
-        ValueError: packed texts, for a forward in which experts run.
+        ValueError: packed texts, for a forward in which experts run; outputs that have no place in ours.
     """
     known = _forward_names(router)  # type: ignore[arg-type]
     for name, value in given.items():
         if name not in known:
             raise unexpected("forward", name, [*known, *own])
+        if name == "output_router_logits" and value:
+            raise ValueError(
+                f"output_router_logits={value!r}: router_logits of the output are the router LM's own, not the weights "
+                "of the experts in its layers; run model.router for those"
+            )
         if fused and value is not None and name in _PACKING:
             raise ValueError(
                 f"{name} with experts: rows that hold several texts are read by the router alone; pad them"
             )
+
+
+def check_saving(given: Iterable[str], own: Iterable[str]) -> None:
+    """See that transformers' ``save_pretrained`` knows what is passed on to it.
+
+    Raises:
+        TypeError: a name that it does not know.
+    """
+    from transformers import PreTrainedModel
+
+    methods = (PreTrainedModel.save_pretrained, PreTrainedModel.push_to_hub)
+    known = {name for method in methods for name in inspect.signature(method).parameters} - {"self", "kwargs"}
+    known |= {"safe_serialization", "save_function", "use_auth_token"}  # of before, which loops of accelerate pass
+    for name in given:
+        if name not in known:
+            raise unexpected("save_pretrained", name, [*known, *own])
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .checkpoint import CheckpointMixin
 from .compat import CACHE
 from .config import FusionRouteConfig
+from .context import check_length
 from .decoding.cache import FusionRouteCache
 from .decoding.fusing import ExpertLogits, full_logits, lazy_logits
 from .decoding.history import new_tokens
@@ -225,10 +226,17 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         Raises:
             TypeError: a keyword that neither knows.
             ValueError: no input_ids, an attention mask that is not 2-D, a cache of another kind, arguments that do not
-                go with a cache, or no experts loaded. The cache is as it was then.
+                go with a cache, a text that one of the models has no positions for, or no experts loaded. The cache is
+                as it was then.
         """
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("input_ids is None: pass token ids; embeddings of one model mean nothing to the others")
+            what = "input_ids is None" if input_ids is None else "inputs_embeds is given"
+            raise ValueError(f"{what}: pass token ids alone; embeddings of one model mean nothing to the others")
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids has shape {list(input_ids.shape)}: pass [B, S], at least one token a row")
+        if labels is not None and (router_only or not fuse):
+            name = "router_only=True" if router_only else "fuse=False"
+            raise ValueError(f"labels with {name}: the loss is that of the fused logits; leave one of the two out")
         call = current_call(self)
         options = self.config.options() if call is None else call.options
         options = options.updated(**{name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs})
@@ -251,6 +259,10 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         if not router_only and input_ids.shape[1] != 1:
             self.experts.check_readable(input_ids, self.router.config.get_text_config().vocab_size)
         new = new_tokens(input_ids, attention_mask, position_ids, state)
+        given = position_ids if call is None else None  # `generate` counts them
+        asked = () if router_only else self.experts
+        eager = options.expert_prefill == "eager"  # which runs all of them
+        check_length(self, new.mask.shape[1], given, asked, None if eager else allowed)
 
         # 1. The router: logits at the K positions asked for, [B, K, V_router], hidden states at all, [B, S, D].
         keep = _kept(logits_to_keep, input_ids.shape[1])
@@ -315,6 +327,8 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             raise ValueError("router_only=True with a cache: the experts could not follow; leave the cache out")
         if state is not None and isinstance(logits_to_keep, Tensor):
             raise ValueError("logits_to_keep is a tensor: with a cache pass an int, the number of last positions")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}: pass a number of last positions, or 0 for all")
         if not router_only and not len(self.experts):
             raise ValueError(
                 "no experts are loaded (load_experts=False): load the model with its experts, or pass router_only=True"

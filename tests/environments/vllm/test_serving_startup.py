@@ -17,6 +17,8 @@ from fusionroute_tiny import put_in_hub_cache, save_tiny, save_tiny_adapter, sav
 from safetensors.torch import load_file, save_file
 from server import command, environment, free_port
 
+from ebpo_core.fusionroute import FusionRouteForCausalLM
+
 pytestmark = pytest.mark.timeout(600)  # engines start slowly on a busy machine
 
 WORKER = Path(__file__).parent / "startup_worker.py"
@@ -46,6 +48,16 @@ def expert(**fields: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def _of_lacking_experts(folder: Path) -> str:
+    """A checkpoint as ``from_experts`` makes it of an expert without the router's last two tokens."""
+    save_tiny(folder / "router", "llama", 0, vocab_size=VOCAB + 2, **WIDE)
+    save_tiny(folder / "one", "llama", 1, vocab_size=VOCAB, **WIDE)
+    substitutes = {f"w{VOCAB}": "<eos>", f"w{VOCAB + 1}": "<bos>"}
+    model = FusionRouteForCausalLM.from_experts(folder / "router", [folder / "one"], substitutes=substitutes)
+    model.save_pretrained(folder / "fused")
+    return str(folder / "fused")
+
+
 def test_what_is_refused_at_the_start(good: Path, tmp_path: Path) -> None:
     source = good.parent
     narrow = save_tiny(tmp_path / "narrow", "llama", 1, vocab_size=VOCAB - 40, **WIDE)
@@ -72,6 +84,9 @@ def test_what_is_refused_at_the_start(good: Path, tmp_path: Path) -> None:
 
     def sticky(config: dict[str, Any]) -> None:
         config["hysteresis"] = 0.5
+
+    def lacking(config: dict[str, Any]) -> None:  # an id that its matrices have, its tokenizer not
+        config["experts"][1]["substitutes"] = {str(VOCAB - 1): 7}
 
     moved = {"expert_paths": {"one": str(other)}}
     cases: list[tuple[dict[str, Any], str | None]] = [
@@ -102,6 +117,18 @@ def test_what_is_refused_at_the_start(good: Path, tmp_path: Path) -> None:
         ({"model": str(tmp_path / "k"), "hf_overrides": {"hysteresis": 0}}, None),
         ({"model": changed(good, tmp_path / "l", expert(path=str(short)))}, None),
         ({"model": str(tmp_path / "l"), "max_model_len": 300}, "expert 'one' has 128 positions"),
+        (
+            {"model": changed(good, tmp_path / "m", lacking)},
+            f"expert 'two' has substitutes for tokens that it lacks (ids {VOCAB - 1})",
+        ),
+        (
+            {"model": str(tmp_path / "m"), "hf_overrides": {"expert_paths": {"two": {"substitutes": None}}}},
+            None,
+        ),
+        (
+            {"model": _of_lacking_experts(tmp_path / "lacking"), "max_model_len": 64},
+            "use the checkpoint's own generate",
+        ),
         ({"model": str(good), "pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"model": str(good), "enable_lora": True}, "LoRA"),
         ({"model": str(good), "enable_prompt_embeds": True}, "prompts given as embeddings"),

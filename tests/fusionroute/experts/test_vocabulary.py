@@ -12,6 +12,8 @@ from fusionroute_tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
+from ebpo_core.fusionroute.conversion import convert_checkpoint
+from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.training.preparation import expert_sources
 
 START, END = 200, 201
@@ -62,6 +64,19 @@ def test_a_needed_token_that_an_expert_lacks(root: Path, settings: Any, options:
     router = tiny_model("llama", 0, vocab_size=202)
     with pytest.raises(ValueError, match=message):
         FusionRouteForCausalLM.from_experts(router, {"math": root / "math"}, tokenizer=chatml(**settings), **options)
+
+
+def test_a_needed_token_for_which_an_expert_has_a_padded_row_alone(root: Path, tmp_path: Path) -> None:
+    """Matrices are often wider than the tokenizer; what no text ever held has logits that mean nothing."""
+    save_tiny(tmp_path / "padded", "llama", 4, vocab_size=208, tokenizer=tiny_tokenizer())
+    experts = {"padded": tmp_path / "padded"}
+    with pytest.raises(ValueError, match="has id 201, which expert 'padded' lacks: pass substitutes="):
+        FusionRouteForCausalLM.from_experts(root / "router", experts)
+    model = FusionRouteForCausalLM.from_experts(root / "router", experts, substitutes=CHATML)
+    assert model.config.vocab_size == 202
+    with torch.no_grad():
+        read = model.experts[0](input_ids=torch.tensor([[START, 5, END]])).logits
+        torch.testing.assert_close(read[..., [START, END]], read[..., [1, 2]])
 
 
 def test_the_end_of_the_generation_config_is_needed_too(root: Path) -> None:
@@ -155,6 +170,26 @@ def test_substitutes_are_stored_with_the_expert(root: Path, tmp_path: Path) -> N
         model.save_pretrained(tmp_path / "complete", save_experts=True)
         loaded = FusionRouteForCausalLM.from_pretrained(tmp_path / "complete")
         torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=0)
+
+
+def test_an_expert_in_another_place_keeps_its_substitutes(root: Path, tmp_path: Path) -> None:
+    """Given by whatever ``expert_paths`` takes, and through ``fusionroute convert``."""
+    model = build(root, "math", substitutes=CHATML)
+    model.save_pretrained(tmp_path / "fused")
+    ids = torch.tensor([[START, 5, 40, END, 9]])
+    live = model.experts["math"].model
+    for number, moved in enumerate(
+        (root / "math", {"path": root / "math"}, ExpertReference(path=str(root / "math")), live)
+    ):
+        paths = {"expert_paths": {"math": moved}, "verify_experts": False}
+        convert_checkpoint(tmp_path / "fused", tmp_path / str(number), copy_all=True, **paths)
+        for loaded in (
+            FusionRouteForCausalLM.from_pretrained(tmp_path / "fused", **paths),
+            FusionRouteForCausalLM.from_pretrained(tmp_path / str(number)),
+        ):
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+            assert loaded.experts["math"].reference.substitutes == {"200": 1, "201": 2}
 
 
 def test_a_reference_may_hold_the_substitutes(root: Path) -> None:

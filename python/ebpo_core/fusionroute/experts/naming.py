@@ -104,7 +104,8 @@ def overridden(
             moved |= {"adapter_revision": None} if "adapter" in new else {}
             new = ExpertReference.from_dict({**reference.to_dict(), **moved, **new})
         elif isinstance(new, ExpertReference):
-            new = replace(new, name=reference.name)
+            # What the router takes for the tokens that it lacks does not change with where it is.
+            new = replace(new, name=reference.name, substitutes=new.substitutes or reference.substitutes)
         elif not isinstance(new, PreTrainedModel):
             ExpertReference.parse(new)  # says what may be passed
         result[reference.name] = new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -74,16 +74,16 @@ def named_ids(substitutes: Mapping[Any, Any], tokenizer: Any) -> dict[int, int]:
     return {found(lacking): found(own) for lacking, own in substitutes.items()}
 
 
-def check_needed(needed: Mapping[int, str], widths: Mapping[str, int], vocab_size: int) -> None:
-    """Raise a ValueError for an id at or beyond V, or the width of any of the models.
+def check_needed(needed: Mapping[int, str], missing: Mapping[str, Set[int]], vocab_size: int) -> None:
+    """Raise a ValueError for an id at or beyond V, or that any of the experts lacks.
 
     Args:
         needed: from ids to what needs them, such as "EOS '<|im_end|>'".
-        widths: of the experts, by name.
+        missing: those that an expert lacks, by its name.
         vocab_size: V.
     """
     for token, what in needed.items():
-        lacking = [name for name, width in widths.items() if token >= width]
+        lacking = [name for name, tokens in missing.items() if token in tokens]
         if lacking:
             raise ValueError(f"{what} has id {token}, which expert {lacking[0]!r} lacks: {_EXAMPLE}")
         if token >= vocab_size:

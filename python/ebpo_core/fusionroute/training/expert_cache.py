@@ -21,6 +21,8 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from rich.console import Console
 
+from ebpo_core.fusionroute.context import check_positions
+from ebpo_core.fusionroute.experts.expert import Expert
 from ebpo_core.fusionroute.experts.tokenizers import fingerprint
 from ebpo_core.progress import bar
 
@@ -91,8 +93,8 @@ def expert_columns(
         of float32) of expert ``i``, one value per label. :func:`annotation` reads a row.
 
     Raises:
-        ValueError: data outside the vocabulary, columns of something else with ``on_change="raise"``, or a folder that
-            the ranks do not share.
+        ValueError: data outside the vocabulary, a sequence that an expert has no positions for, columns of something
+            else with ``on_change="raise"``, or a folder that the ranks do not share.
         FloatingPointError: an expert's log-probability that is not finite.
     """
     if on_change not in ("raise", "rebuild"):
@@ -209,6 +211,11 @@ def _loaded(
 ) -> Iterator[Compute]:
     """Expert ``i``, for as long as it computes."""
     expert = source.load()
+    if isinstance(expert, Expert):
+        one = (f"expert {source.name!r}", expert.model)
+        check_positions(
+            "a sequence", int(sequences.lengths.max()), [one], "cut the data to {limit} tokens, max_length={limit}"
+        )
 
     def compute(rows: range) -> Mapping[str, Sequence[Any]]:
         found = annotate(

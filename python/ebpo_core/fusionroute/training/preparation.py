@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ebpo_core.fusionroute.context import check_positions
 from ebpo_core.fusionroute.experts.experts import Experts
 from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
@@ -169,6 +170,18 @@ def _columns(
             f"{name}: the data has no row to train on ({sequences.dropped} were dropped): give rows, or a larger "
             f"max_length than {args.max_length}"
         )
+    longest, shortest = int(sequences.lengths.max()), fusion.config.max_position_embeddings
+    if shortest is not None and longest > shortest:
+        models = [("router", fusion.router), *((f"expert {each.name!r}", each.model) for each in fusion.experts)]
+        check_positions(f"{name}: a sequence", longest, models, "pass max_length={limit}")
+        logger.warning(
+            "%s: a sequence has %d tokens, and the shortest context among router and experts is %d: pass "
+            "max_length=%d, or that model is asked beyond its context",
+            name,
+            longest,
+            shortest,
+            shortest,
+        )
     root = Path(args.expert_cache_dir or Path(str(args.output_dir)) / "expert_cache")
     device = args.device  # sets up the process group
     fusion.experts.to(device)
@@ -205,7 +218,8 @@ def expert_sources(model: FusionRouteForCausalLM, device: torch.device) -> list[
             )
 
         def load(reference: ExpertReference = reference) -> Any:
-            return Experts.load([reference], default_dtype=model.dtype, device=device)[0]
+            trust = model.trust_remote_code
+            return Experts.load([reference], default_dtype=model.dtype, device=device, trust_remote_code=trust)[0]
 
         sources.append(ExpertSource(reference.name, _identity(reference, reference.hash), load))
     return sources
@@ -215,4 +229,5 @@ def _identity(reference: ExpertReference, weights: str) -> str:
     """Everything that decides an expert's outputs: its weights, and how they are loaded."""
     quantization = json.dumps(reference.quantization_config, sort_keys=True)
     substitutes = f" substitutes={json.dumps(reference.substitutes, sort_keys=True)}" if reference.substitutes else ""
-    return f"{weights} dtype={reference.dtype} quantization={quantization}{substitutes}"
+    code = f" code={reference.code_hash}" if reference.code_hash else ""
+    return f"{weights} dtype={reference.dtype} quantization={quantization}{substitutes}{code}"

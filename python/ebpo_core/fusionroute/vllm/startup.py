@@ -145,11 +145,18 @@ def resolved(config: FusionRouteConfig, model: str, revision: str | None) -> lis
 
 
 def _resolved(expert: ExpertReference, verify: bool) -> ExpertReference:
+    if expert.substitutes:
+        raise ValueError(
+            f"expert {expert.name!r} has substitutes for tokens that it lacks (ids {', '.join(expert.substitutes)}), "
+            "which vLLM's models know nothing of: use the checkpoint's own generate, or an expert that has them"
+        )
     if (reason := needs_conversion(expert)) is not None:
         raise ValueError(
             f"expert {expert.name!r}: {reason}, which vLLM does not load; write a checkpoint that it does load by "
             "`fusionroute convert CHECKPOINT OUTPUT`, and serve OUTPUT"
         )
+    if expert.code_hash is not None:
+        raise ValueError(f"expert {expert.name!r}: its model is Python code of its own folder, which vLLM does not run")
     source = expert.source()
     with explained(expert.name, source):
         folder = fetched_folder(source, "*.json", "*.safetensors")
