@@ -10,7 +10,7 @@ completions that have reward k, so groups may be uneven in each reward, and a re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,21 +22,24 @@ Array = NDArray[np.float64]
 
 
 def decoupled(
+    advantages: Callable[..., Any],
     rewards: Any,
     groups: Any,
-    mask: Any,
     weights: Any,
-    score: Callable[[Array], Array],
-    finish: Callable[[Array, NDArray[np.bool_]], Array] | None = None,
+    method: str,
+    rows: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> Any:
-    """The weighted sum of the advantages of K rewards.
+    """The weighted sum of the advantages of K rewards; of "gdpo", standardised over the batch.
 
     Args:
+        advantages: :func:`ebpo_core.advantages`, of one reward.
         rewards: ``(N, K)`` with ``groups``, ``(M, G, K)`` without.
-        groups, mask: As in :func:`ebpo_core.advantages`, one entry per completion.
+        groups: As in :func:`ebpo_core.advantages`.
         weights: ``(K,)``.
-        score: Rewards of one kind, float64 ``(N,)`` or ``(M, G)``, to their advantages.
-        finish: Applied to the sum, given which completions have a reward at all.
+        method: As in :func:`ebpo_core.advantages`.
+        rows: Its other arguments with one entry per completion, ``mask`` among them.
+        options: Of the method.
 
     Returns:
         Advantages ``(N,)`` or ``(M, G)`` in the container and float dtype of ``rewards``.
@@ -49,17 +52,20 @@ def decoupled(
             f"rewards has shape {values.shape} and weights {kinds.shape}: expected {shape}, K the number of weights"
         )
     first = rewards[..., 0] if is_tensor(rewards) or isinstance(rewards, np.ndarray) else values[..., 0]
-    batch = read_batch(first, groups, mask)  # refuses what is wrong beside the rewards, and knows the way back
+    batch = read_batch(first, groups, rows["mask"])  # refuses what is wrong beside the rewards, and knows the way back
+    rule = "grpo" if method == "gdpo" else method
     total = np.zeros(values.shape[:-1])
     kind = 0
     try:
         for kind, weight in enumerate(kinds):
-            total += weight * score(np.ascontiguousarray(values[..., kind], dtype=np.float64))
+            own = np.ascontiguousarray(values[..., kind], dtype=np.float64)
+            total += weight * advantages(own, groups, method=rule, **rows, **options)
     except ValueError as error:
         error.add_note(f"The rewards are those of kind {kind}: rewards[..., {kind}].")
         raise
-    if finish is not None:
-        total = finish(total, ~np.isnan(values).all(axis=-1))
+    if method == "gdpo":
+        total[np.isnan(values).all(axis=-1)] = np.nan
+        total = advantages(total, groups, method="reinforce_pp", **rows, **options)
     limit = np.finfo(values.dtype).max
     result = batch.restore(np.clip(total, -limit, limit).reshape(-1))
     return result.tolist() if isinstance(rewards, (list, tuple)) else result

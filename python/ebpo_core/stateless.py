@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ebpo_core import _core
 from ebpo_core.arguments import count, real, text
 from ebpo_core.decoupled import decoupled
@@ -82,7 +79,8 @@ def advantages(
         TypeError: complex or object rewards, a mask that is not boolean, unhashable group ids.
     """
     if weights is not None:
-        return _of_each(rewards, groups, mask, method, keys, weights, options)  # type: ignore[no-any-return]
+        rows = {"mask": mask, "keys": keys}
+        return decoupled(advantages, rewards, groups, weights, method, rows, options)  # type: ignore[no-any-return]
     if method == "gdpo":
         raise ValueError('method="gdpo" needs weights, one for each reward of a completion: pass weights=')
     if method == "ebpo":
@@ -100,20 +98,6 @@ def advantages(
     flat = _core.baseline_advantages(method, parameter, batch.rewards, batch.groups, batch.mask)
     result: Rewards = batch.restore(flat)
     return result
-
-
-def _of_each(rewards: Any, groups: Any, mask: Any, method: Method, keys: Any, weights: Any, options: Any) -> Any:
-    """Advantages of K rewards, each scored by itself."""
-    rule: Any = "grpo" if method == "gdpo" else method
-
-    def score(own: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray(advantages(own, groups, mask=mask, method=rule, keys=keys, **options))
-
-    def standardised(total: NDArray[np.float64], given: NDArray[np.bool_]) -> NDArray[np.float64]:
-        known = np.where(given, total, np.nan)
-        return advantages(known, groups, mask=mask, method="reinforce_pp", **options)
-
-    return decoupled(rewards, groups, mask, weights, score, standardised if method == "gdpo" else None)
 
 
 def _fast(rewards: Any) -> Any:
