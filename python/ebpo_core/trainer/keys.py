@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from datasets import Dataset
@@ -81,7 +82,7 @@ def check_dataset(
     paths = {tuple(path_of(key)) for key in known}
     numbers = range(1, turns + 1)
     read = dict.fromkeys([*fields, *(["prompt"] if track_prompts else [])])
-    for row, key in enumerate(_keys_of(columns, track_prompts, dataset.select_columns(list(read)))):
+    for row, key in _distinct_keys(columns, track_prompts, dataset.select_columns(list(read))):
         path = path_of(key, f"ebpo_keys={list(columns)!r}: the key of row {row}")
         paths.update(tuple(path[:depth]) for depth in range(len(path) + 1))
         paths.update((*path, number) for number in numbers)
@@ -96,10 +97,18 @@ def check_dataset(
         )
 
 
-def _keys_of(columns: Sequence[str], track_prompts: bool, dataset: Any) -> Iterator[Any]:
+def _distinct_keys(columns: Sequence[str], track_prompts: bool, dataset: Any) -> Iterator[tuple[int, Any]]:
+    """Rows and their keys; rows with the values of an earlier one are passed over, which are nearly all of them."""
+    seen: set[Any] = set()
+    rows = count()
     for batch in dataset.with_format(None).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
-            yield key_of_example(columns, track_prompts, dict(zip(batch, values, strict=True)))
+            row = next(rows)
+            if not any(isinstance(value, (list, dict)) for value in values):  # which have no hash
+                if values in seen:
+                    continue
+                seen.add(values)
+            yield row, key_of_example(columns, track_prompts, dict(zip(batch, values, strict=True)))
 
 
 def keys_of_groups(keys: Sequence[Any], size: int, columns: Sequence[str]) -> list[Any]:
