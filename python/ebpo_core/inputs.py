@@ -32,11 +32,12 @@ class Batch(NamedTuple):
 
 def read_batch(rewards: Any, groups: Any = None, mask: Any = None) -> Batch:
     """Check and convert a call's arguments. Raises TypeError or ValueError naming the argument and the remedy."""
-    array, restore = _read_rewards(rewards)
+    array, restore = read_rewards(rewards)
     if array.ndim == 2 and groups is not None:
         raise ValueError(
             f"groups was given with rewards of shape {array.shape}: rows of a 2-D array are groups already; "
-            "pass 1-D rewards to name groups yourself"
+            "pass 1-D rewards to name groups yourself, or weights= of ebpo_core.advantages where columns are several "
+            "rewards of each completion"
         )
     if array.ndim == 1 and groups is None:
         raise ValueError(
@@ -66,7 +67,7 @@ def on_memory(rewards: Any, call: Callable[[NDArray[Any]], NDArray[Any] | None])
 
 def read_group(rewards: Any, mask: Any = None) -> Batch:
     """As :func:`read_batch`, for the rewards ``(n,)`` of one group."""
-    array, restore = _read_rewards(rewards)
+    array, restore = read_rewards(rewards)
     if array.ndim != 1:
         raise ValueError(f"rewards has shape {array.shape}: expected the rewards of one group, (n,)")
     if array.size == 0:
@@ -86,7 +87,8 @@ def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _read_rewards(rewards: Any) -> tuple[NDArray[Any], Callable[[NDArray[Any]], Any]]:
+def read_rewards(rewards: Any) -> tuple[NDArray[Any], Callable[[NDArray[Any]], Any]]:
+    """Rewards of any shape as float32 or float64, and the way back to the caller's container and dtype."""
     if is_tensor(rewards):
         return _read_tensor(rewards)
     # Looked up, not imported: an import under way in one thread would block the child that another thread forks.
