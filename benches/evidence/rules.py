@@ -27,14 +27,16 @@ OPTIONS: dict[str, Any] = {
 """What the guide recommends to try."""
 
 TRACKER: dict[str, Any] = {
-    "decay": 0.9,
+    "decay": 0.8,
     "decay_by": "visit",
     "sigma2": "within",
     "tau2": "debiased",
+    "score": "before",
+    "ddof": 1,
     "normalize": "scale",
-    "max_keys": 1 << 20,
+    "max_keys": 100_000,
 }
-"""A discounted prior for each prompt."""
+"""A discounted prior for each prompt, as its guide has it."""
 
 
 def _method(name: str) -> Callable[[], Rule]:
