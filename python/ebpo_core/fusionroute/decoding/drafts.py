@@ -74,19 +74,22 @@ def check_drafts(draft_tokens: DraftTokens, mode: GenerationMode, config: Any, a
         _refuse(draft_tokens, mode.value, "which is neither greedy decoding nor sampling")
     if config.use_cache is False:
         _refuse(draft_tokens, "use_cache=False", "without which nothing is verified in one chunk")
+    kind = config.cache_implementation
+    if kind not in (None, "dynamic"):
+        _refuse(draft_tokens, f"cache_implementation={kind!r}", "while single rows are cropped in dynamic caches only")
     for name in _OUTPUTS:
         if getattr(config, name, None):
             _refuse(draft_tokens, f"{name}=True", "which is not kept")
     for name, value in arguments.items():
         if name not in _ARGUMENTS and value is not None:
-            _refuse(draft_tokens, name, "which is an argument of the router's own forward")
+            _refuse(draft_tokens, name, "which the forwards of a round do not take")
 
 
 def check_croppable(draft_tokens: DraftTokens, cache: FusionRouteCache, experts: Sequence[Any]) -> None:
     """Raise a ValueError for caches from which a row's last tokens cannot be taken back, or not so many."""
     router = cache.router
     if type(router) is not DynamicCache or router.offloading:
-        _refuse(draft_tokens, "cache_implementation", "while rows are cropped in plain dynamic caches only")
+        _refuse(draft_tokens, f"a {type(router).__name__}", "while single rows are cropped in dynamic caches only")
     for layer in router.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             kind = type(layer).__name__
@@ -164,7 +167,7 @@ def decode(
     for layer in layers:
         layer.record_past = False
     returned = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    if returned and any(end != past + text.shown - 1 for end in own):
+    if returned and (any(end != past + text.shown - 1 for end in own) or min(text.filled) < text.shown):
         _complete(model, cache, *prompt, text)
     if config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(**{"sequences": sequences, CACHE: cache})  # type: ignore[arg-type]
@@ -289,7 +292,9 @@ def _complete(model: Any, cache: FusionRouteCache, facts: Tensor, mask: Tensor, 
         use_cache=True,
         **{CACHE: cache.router},
     )
-    held = [n + min(length - text.prompt - 1, N) for n, length in zip(mask.sum(1).tolist(), text.lengths, strict=True)]
+    # Row b's tokens that the experts may have read and that stand: not those beyond its end.
+    ends = [min(n - 1, filled, text.shown - 1) for n, filled in zip(text.lengths, text.filled, strict=True)]
+    held = [n + end - text.prompt for n, end in zip(mask.sum(1).tolist(), ends, strict=True)]
     cache.rewrite(NewTokens(ids, positions, real, real[:, :0], real), selected, held)
 
 

@@ -24,6 +24,7 @@ class Text:
     Attributes:
         tokens: ``[B, max_length]`` int64, of which ``lengths[b]`` are row b's and ``shown`` are shown.
         prompt: P.
+        filled: the column from which on each row is filled up, since it has ended; max_length where it has not.
         routes: the expert that wrote each token, shaped like ``tokens``; -1 where that is not known.
         records: True if shares and argmaxes are recorded too.
     """
@@ -33,6 +34,7 @@ class Text:
         self.tokens = pad(input_ids, (0, config.max_length - self.prompt))
         self.lengths = [self.prompt] * B
         self.shown = self.prompt
+        self.filled = [config.max_length] * B
         self.routes = torch.full_like(self.tokens, -1)
         self._share, self._own = torch.zeros(self.tokens.shape, device=input_ids.device), self.routes.clone()
         self._criteria, self._streamer, self._record = criteria, streamer, record
@@ -90,8 +92,9 @@ class Text:
             self.shown += 1
             self._running = self._running & ~self._criteria(self.tokens[:, : self.shown], None)
             running = self._running.tolist()
+            if self._ends is not None:
+                self.filled = [at if on else min(at, self.shown) for at, on in zip(self.filled, running, strict=True)]
+                self._on = running
             if not any(running):
                 return True
-            if self._ends is not None:
-                self._on = running
         return False
