@@ -3,7 +3,6 @@
     python benches/decode.py                          # synthetic experts; and SmolLM2, where its package is installed
     python benches/decode.py --smoke                  # tiny sizes, seconds
     python benches/decode.py --json out.json --threads 2
-    python benches/decode.py --checkpoint runs/fusionroute/checkpoint   # drafts by a trained router: the demo's
 
 The peer, "run-all", is what one writes with stock transformers: every model has its own ``DynamicCache`` and forwards
 every token, then one expert's logits are added to the router's. Ours is ``generate`` of the same model. Both follow one
@@ -16,9 +15,8 @@ The bound is (time of run-all) / (time of the router and the distinct experts se
 own times within run-all: what laziness could reach if catching up were free. Rounds are interleaved; the median counts.
 
 "drafts" is lazy decoding with ``draft_tokens``. "forwards" are calls of the router and of experts while decoding, per
-token of a row. What drafts save is a property of the router: one that has learned nothing is never right alone, and
-its drafts only cost. So ``--checkpoint`` measures a trained one, on the demo's held-out problems and with its own
-routing, and says how often the router alone has the fused token.
+token of a row. What drafts save is a property of the router: one that has learned nothing is never right alone, and its
+drafts only cost. ``benches/drafts.py`` measures a trained one.
 """
 
 from __future__ import annotations
@@ -268,81 +266,6 @@ def measure(
     }
 
 
-@torch.no_grad()
-def measure_trained(path: Path, problems: int, rounds: int, seed: int = 1) -> list[dict[str, Any]]:
-    """Lazy decoding of the demo's held-out problems with and without drafts, one row and eight, mixed ones among them."""
-    from transformers import AutoTokenizer
-
-    from ebpo_core.fusionroute.demo.demo import KINDS
-    from ebpo_core.fusionroute.demo.domains import MAX_ANSWER_TOKENS, generate
-
-    model: Any = AutoModelForCausalLM.from_pretrained(path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    tasks = [problem.prompt for problem in generate(problems, seed, "test", KINDS)]
-    sizes = [sum(weight.numel() for weight in part.parameters()) for part in (model.router, model.experts[0].model)]
-    results = []
-    for rows in (1, 8):
-        batches = [
-            tokenizer(tasks[at : at + rows], return_tensors="pt", padding=True) for at in range(0, len(tasks), rows)
-        ]
-        runs: dict[str, list[float]] = {"none": [], "2": [], "4": [], "8": [], "auto": []}
-        texts: dict[str, list[Tensor]] = {}
-        found: dict[str, dict[str, Any]] = {}
-        for turn in range(rounds + 1):  # the first warms up, counts, and compares the texts
-            for name in runs:
-                drafts: Any = None if name == "none" else "auto" if name == "auto" else int(name)
-                begin = time.perf_counter()
-                with Forwards(model) as forwards:
-                    out = [
-                        model.generate(**batch, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, draft_tokens=drafts)
-                        for batch in batches
-                    ]
-                runs[name] += [time.perf_counter() - begin] if turn else []
-                texts[name] = out
-                found[name] = {"router": forwards.router, "experts": forwards.experts}
-        columns = sum(text.shape[1] - batch["input_ids"].shape[1] for text, batch in zip(out, batches, strict=True))
-        right = total = 0
-        for text, batch in zip(texts["none"], batches, strict=True):
-            start = batch["input_ids"].shape[1]
-            mask = torch.cat([batch["attention_mask"], (text[:, start:] != tokenizer.pad_token_id).long()], dim=1)
-            own = model(input_ids=text, attention_mask=mask, router_only=True).logits[:, start - 1 : -1].argmax(-1)
-            real = mask[:, start:].bool()
-            right += int(((own == text[:, start:]) & real).sum())
-            total += int(real.sum())
-        for name, counts in found.items():
-            calls = counts["router"], counts["experts"]
-            results.append(
-                {
-                    "rows": rows,
-                    "draft_tokens": name,
-                    "router_alone_agrees": right / total,
-                    "same_texts": sum(map(torch.equal, texts["none"], texts[name])) / len(batches),
-                    "tokens_per_s": total / statistics.median(runs[name]),
-                    "router_forwards": calls[0] / columns,
-                    "expert_forwards": calls[1] / columns,
-                    "forwards": sum(calls) / columns,
-                    "cost_of_experts_four_times_as_large": (calls[0] + 4 * calls[1]) / columns,
-                    "parameters": sizes,
-                    "columns": columns,
-                }
-            )
-    return results
-
-
-def trained_table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| rows | draft_tokens | tok/s | router | experts | forwards | experts 4 x | same texts |",
-        "|" + "---|" * 8,
-    ]
-    for r in results:
-        lines.append(
-            f"| {r['rows']} | {r['draft_tokens']} | {r['tokens_per_s']:.0f} | {r['router_forwards']:.2f} "
-            f"| {r['expert_forwards']:.2f} | {r['forwards']:.2f} | {r['cost_of_experts_four_times_as_large']:.2f} "
-            f"| {r['same_texts']:.0%} |"
-        )
-    return f"router alone agrees: {results[0]['router_alone_agrees']:.1%} of tokens\n" + "\n".join(lines)
-
-
 def synthetic(smoke: bool) -> FusionRouteForCausalLM:
     """Five Llamas of 60 million parameters, or tiny ones."""
     sizes = (
@@ -414,23 +337,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=64, help="tokens to generate")
     parser.add_argument("--draft-tokens", type=int, default=4, help="of the drafts' column")
-    parser.add_argument("--checkpoint", type=Path, help="the demo's: measure drafts by its router, and nothing else")
-    parser.add_argument("--problems", type=int, default=64, help="with --checkpoint")
     parser.add_argument("--threads", type=int, help="of torch")
     args = parser.parse_args()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if args.threads:
         torch.set_num_threads(args.threads)
     rounds, prompt, steps = (1, 8, 8) if args.smoke else (args.rounds, args.prompt, args.steps)
-    if args.checkpoint:
-        found = measure_trained(args.checkpoint, args.problems, rounds)
-        threads = torch.get_num_threads()
-        print(f"{platform.processor() or platform.machine()}, {threads} threads, PyTorch {torch.__version__}")
-        print(trained_table(found))
-        if args.json:
-            machine = {"threads": threads, "torch": torch.__version__, "problems": args.problems, "rounds": rounds}
-            args.json.write_text(json.dumps({"machine": machine, "results": found}, indent=1) + "\n", encoding="utf-8")
-        return
     cases = [Case(1, "random", True), Case(1, "sticky", True)]
     cases += [Case(8, switching, together) for switching in ("random", "sticky") for together in (False, True)]
     results: dict[str, list[dict[str, Any]]] = {}

@@ -222,7 +222,8 @@ class _Drafter:
         masked = self._masked or min(room) < k
         rows = torch.arange(len(seen), device=device)
         token = text.tokens[rows, torch.tensor(text.lengths, device=device) - 1][:, None]
-        drafts, logits, hidden = [], [], []
+        running = torch.tensor(room, device=device) > 0
+        drafts, logits, hidden, over = [], [], [], ~running
         for step in range(k):
             drafts.append(token)
             out, state, _ = model._run_router(
@@ -237,8 +238,12 @@ class _Drafter:
             hidden.append(state)
             if step + 1 < k or self.length.adapts:
                 token = self.draws.of(logits[-1], text.lengths, step).to(device)
+                over = over | text.ends_at(token)[:, 0]
+                if text.may_end and bool(over.all()):  # what comes after an end token is not wanted
+                    break
+        k = len(drafts)
+        positions, mask, real = positions[:, :k], mask[:, : seen.shape[1] + k], real[:, :k]
         new = NewTokens(torch.cat(drafts, dim=1), positions, mask, seen, real)
-        running = torch.tensor(room, device=device) > 0
         weights, selected, ids = model._select(
             torch.cat(hidden, dim=1), new, None, cache, self.options, self._allowed, running
         )

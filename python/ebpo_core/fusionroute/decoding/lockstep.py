@@ -52,22 +52,27 @@ class Text:
         rows = zip(self._on, self._ended, self.lengths, strict=True)
         return [self._limit - length if on and not ended else 0 for on, ended, length in rows]
 
+    @property
+    def may_end(self) -> bool:
+        """True if there are end tokens."""
+        return self._ends is not None
+
+    def ends_at(self, tokens: Tensor) -> Tensor:
+        """Where ``tokens`` are end tokens: bool of their shape."""
+        return torch.zeros_like(tokens, dtype=torch.bool) if self._ends is None else torch.isin(tokens, self._ends)
+
     def up_to_the_end(self, tokens: Tensor) -> Tensor:
         """How many of each row's tokens, ``[B, K]``, there are up to and with the first end token; ``[B]`` int64."""
-        if self._ends is None:
-            return torch.full_like(tokens[:, 0], tokens.shape[1])
-        before = torch.isin(tokens, self._ends).long().cumsum(1).roll(1, 1)
-        before[:, 0] = 0
-        return (before == 0).sum(1)
+        ends = self.ends_at(tokens).long()
+        return (ends.cumsum(1) - ends == 0).sum(1)
 
     def add(self, tokens: Tensor, counts: Sequence[int], *routing: Tensor) -> None:
         """Append the first ``counts[b]`` tokens of each row, with the experts that wrote them, shares and argmaxes.
 
         ``[B, K]`` each; the routing of what nobody records may be left out from the right.
         """
-        ends = torch.zeros_like(tokens, dtype=torch.bool) if self._ends is None else torch.isin(tokens, self._ends)
         last = torch.tensor(counts, device=tokens.device)[:, None] - 1
-        ended = (ends.gather(1, last.clamp(min=0)) & (last >= 0))[:, 0].tolist()
+        ended = (self.ends_at(tokens).gather(1, last.clamp(min=0)) & (last >= 0))[:, 0].tolist()
         for row, count in enumerate(counts):
             at = slice(self.lengths[row], self.lengths[row] + count)
             self.tokens[row, at] = tokens[row, :count]
