@@ -1,14 +1,19 @@
 """EBPO advantages by our core, the NumPy twin, torch and verl (if installed), with a copy of the input as the floor.
 
-    python benches/advantages.py [--json PATH] [--smoke]
+    python benches/advantages.py [--against PATH] [--json PATH] [--smoke]
 
-All rows of a size are timed in turn, in rounds, and the best round counts: on a shared machine the minimum is what the
-code costs, the rest is what the neighbours did. Ratios are against the NumPy twin of the same run.
+All rows of a size are timed in turn, in short rounds, and the best round counts, by its time or the CPU time of all its
+threads, whichever is less: on a shared machine that is what the code costs, the rest is what the neighbours did. Ratios
+are against the NumPy twin of the same run.
+
+PATH of ``--against`` is a folder that holds another build of the package, ``PATH/ebpo_core``, whose rows stand beside
+ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -26,20 +31,50 @@ import ebpo_core
 from ebpo_core import reference
 
 SIZES = [(64, 8), (512, 8), (4096, 16), (65_536, 16), (1 << 20, 16)]
-GOALS = {(64, 8): 25, (512, 8): 15, (4096, 16): 8, (65_536, 16): 20, (1 << 20, 16): 12}
+GOALS = {(64, 8): 25, (512, 8): 15, (4096, 16): 8, (65_536, 16): 20, (1 << 20, 16): 20}
+"""Times the twin."""
+STATEFUL = {(64, 8): 2.0, (512, 8): 1.5, (4096, 16): 1.5}
+"""At most so many times the stateless call."""
+STATELESS_ROW, STATEFUL_ROW = "ebpo_core.advantages", "ebpo_core.EBPO (stateful)"
 Row = tuple[str, Callable[[], Any]]
 
 
-def peers(r: np.ndarray) -> list[Row]:
+def build_in(folder: Path) -> Any:
+    """Another build of the package, imported beside ours; its extension module is a file of its own."""
+
+    def taken_out() -> dict[str, Any]:
+        names = [name for name in sys.modules if name == "ebpo_core" or name.startswith("ebpo_core.")]
+        return {name: sys.modules.pop(name) for name in names}
+
+    ours = taken_out()
+    sys.path.insert(0, str(folder))
+    try:
+        build = importlib.import_module("ebpo_core")
+    finally:
+        sys.path.remove(str(folder))
+        taken_out()
+        sys.modules.update(ours)
+    if not Path(build.__file__).is_relative_to(folder.resolve()):
+        raise SystemExit(f"--against {folder}: no package ebpo_core in it")
+    return build
+
+
+def peers(r: np.ndarray, against: Any = None) -> list[Row]:
     """The implementations that take an ``(M, G)`` matrix."""
     stateful = ebpo_core.EBPO()
     rows: list[Row] = [
         ("copy of the input", r.copy),
         ("NumPy twin", lambda: reference.algorithm_1(r)),
-        ("ebpo_core.advantages", lambda: ebpo_core.advantages(r)),
-        ("ebpo_core.EBPO (stateful)", lambda: stateful(r)),
+        (STATELESS_ROW, lambda: ebpo_core.advantages(r)),
+        (STATEFUL_ROW, lambda: stateful(r)),
         ('ebpo_core method="grpo"', lambda: ebpo_core.advantages(r, method="grpo")),
     ]
+    if against is not None:
+        before = against.EBPO()
+        rows += [
+            (f"{STATELESS_ROW}, before", lambda: against.advantages(r)),
+            (f"{STATEFUL_ROW}, before", lambda: before(r)),
+        ]
     if importlib.util.find_spec("torch"):
         import torch
 
@@ -114,30 +149,39 @@ def ragged_peers(rows: int) -> tuple[str, list[Row]]:
     ]
 
 
-def measure(rows: list[Row], budget: float, rounds: int) -> dict[str, float]:
-    """Best seconds per call of each row, over interleaved rounds."""
+def measure(rows: list[Row], seconds: float) -> dict[str, float]:
+    """Best seconds per call of each row, over interleaved rounds of a few milliseconds; at least 8 rounds."""
     best = {name: float("inf") for name, _ in rows}
     repeats = {}
     for name, call in rows:
+        call()
         start = time.perf_counter()
         call()
         once = max(time.perf_counter() - start, 1e-7)
-        repeats[name] = max(1, int(budget / rounds / once))
-    for _ in range(rounds):
+        repeats[name] = max(1, int(2e-3 / once))
+    start, rounds = time.perf_counter(), 0
+    while rounds < 8 or time.perf_counter() - start < seconds:
+        rounds += 1
         for name, call in rows:
-            start = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             for _ in range(repeats[name]):
                 call()
-            best[name] = min(best[name], (time.perf_counter() - start) / repeats[name])
+            spent = min(time.perf_counter() - began, time.process_time() - cpu)
+            best[name] = min(best[name], spent / repeats[name])
     return best
 
 
-def report(title: str, best: dict[str, float], goal: float | None) -> dict[str, Any]:
+def report(title: str, best: dict[str, float], goal: float | None = None, stateful: float | None = None) -> Any:
     twin, copy = best["NumPy twin"], best["copy of the input"]
     print(f"\n{title}" + (f"   (goal: {goal}x the twin)" if goal else ""))
-    print(f"  {'':30} {'microseconds':>12} {'x twin':>8} {'x copy':>8}")
+    print(f"  {'':33} {'microseconds':>12} {'x twin':>8} {'x copy':>8}")
     for name, seconds in best.items():
-        print(f"  {name:30} {seconds * 1e6:12.2f} {twin / seconds:8.1f} {seconds / copy:8.2f}")
+        print(f"  {name:33} {seconds * 1e6:12.2f} {twin / seconds:8.1f} {seconds / copy:8.2f}")
+    for suffix in ("", ", before"):
+        if STATEFUL_ROW + suffix in best:
+            ratio = best[STATEFUL_ROW + suffix] / best[STATELESS_ROW + suffix]
+            goal_of_ratio = f" (goal: at most {stateful})" if stateful and not suffix else ""
+            print(f"  stateful / stateless{suffix}: {ratio:.2f}{goal_of_ratio}")
     return {"size": title, "microseconds": {name: seconds * 1e6 for name, seconds in best.items()}}
 
 
@@ -156,17 +200,20 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, metavar="PATH", help="folder of another build of the package")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--smoke", action="store_true", help="smallest sizes, once: does it run?")
     args = parser.parse_args()
-    budget, rounds = (0.01, 1) if args.smoke else (1.5, 15)
+    against = build_in(args.against) if args.against else None
+    seconds = 0.01 if args.smoke else 12.0
     results = []
     for M, G in SIZES[:2] if args.smoke else SIZES:
         r = (np.random.default_rng(0).random((M, G)) < 0.3).astype(np.float32)
         np.testing.assert_allclose(ebpo_core.advantages(r), reference.algorithm_1(r), atol=1e-5)
-        results.append(report(f"{M} x {G}, float32", measure(peers(r), budget, rounds), GOALS[M, G]))
+        best = measure(peers(r, against), seconds)
+        results.append(report(f"{M} x {G}, float32", best, GOALS[M, G], STATEFUL.get((M, G))))
     title, rows = ragged_peers(512 if args.smoke else 65_536)
-    results.append(report(title, measure(rows, budget, rounds), None))
+    results.append(report(title, measure(rows, seconds)))
     info = machine()
     print(f"\n{info['cpu']}, {info['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in info["versions"].items()))
     if args.json:

@@ -38,7 +38,7 @@ PROTOCOL = 1
 """Changes with anything that changes a run's numbers without being in its configuration."""
 
 STEPS, ROLLOUTS = 75, 512
-RATES = (2e-4, 4e-4, 8e-4)
+RATES = (1e-4, 2e-4, 4e-4)
 TUNING_SEEDS = (1000, 1001)
 DEFAULT_RATE = 4e-4
 STAGES = ("rates", "main", "arms", "ladder", "scale", "calls", "repeat", "smollm2")

@@ -26,7 +26,7 @@ import numpy as np
 from ebpo_core import _core
 from ebpo_core.arguments import count, flag, real, step_id, text, zero_or_one
 from ebpo_core.diagnostics import Diagnostics, warn_of_one_prompt
-from ebpo_core.inputs import read_batch, read_group, round_to
+from ebpo_core.inputs import on_memory, read_batch, read_group, round_to
 from ebpo_core.keys import Key, Keys, key_of, path_of, read_keys
 from ebpo_core.prior import Prior
 from ebpo_core.state import check_options, read_state, write_state
@@ -121,7 +121,8 @@ class EBPO:
         )
         self._checked = _core.Options(**self._options)
         self._state = _core.State()
-        self._last: tuple[Any, Any, Keys | None] | None = None
+        # The last call, its keys, and with process_group where this rank's groups are.
+        self._last: tuple[_core.Call, Keys | None, Any] | None = None
         self._watch_prompts = normalize == "batch"  # until a batch has several prompts, as the next ones will
 
     def __call__(
@@ -166,16 +167,34 @@ class EBPO:
         if process_group is not None:
             together: Rewards = self._together(rewards, groups, mask, update, step, keys, process_group)
             return together
+        update, step = flag("update", update), step_id(step)
+        if groups is None and mask is None and keys is None:
+            fast: Any = self._matrix(rewards, update, step)
+            if fast is None:
+                fast = on_memory(rewards, lambda memory: self._matrix(memory, update, step))
+            if fast is not None:
+                return fast  # type: ignore[no-any-return]
         batch = read_batch(rewards, groups, mask)
         read = None if keys is None else read_keys(keys, batch.groups, batch.rewards.size)
-        flat, vectors, scalars = self._state.advance(
-            self._checked, batch.rewards, batch.groups, batch.mask, flag("update", update), step_id(step), read, False
+        flat, call = self._state.advance(
+            self._checked, batch.rewards, batch.groups, batch.mask, update, step, read, False
         )
-        self._last = vectors, scalars, read  # one assignment, so that threads never see a mixture of two calls
+        self._last = call, read, None  # one assignment, so that threads never see a mixture of two calls
         if self._watch_prompts and update:
-            self._count_prompts(vectors[2])
+            self._count_prompts(call)
         result: Rewards = batch.restore(flat)
         return result
+
+    def _matrix(self, rewards: Any, update: bool, step: int | None) -> Any:
+        """A call with nothing but a plain matrix, in one call of the core; None where that does not apply."""
+        done = self._state.advance_matrix(self._checked, rewards, update, step)
+        if done is None:
+            return None
+        flat, call = done
+        self._last = call, None, None
+        if self._watch_prompts and update:
+            self._count_prompts(call)
+        return flat
 
     def group(
         self, rewards: Rewards, key: Any = None, *, mask: Any = None, update: bool = True, step: int | None = None
@@ -201,10 +220,10 @@ class EBPO:
         """
         batch = read_group(rewards, mask)
         keys = Keys([path_of(key)], np.zeros(1, dtype=np.uint32))
-        flat, vectors, scalars = self._state.advance(
+        flat, call = self._state.advance(
             self._checked, batch.rewards, batch.groups, batch.mask, flag("update", update), step_id(step), keys, True
         )
-        self._last = vectors, scalars, keys
+        self._last = call, keys, None
         result: Rewards = batch.restore(flat)
         return result
 
@@ -238,29 +257,31 @@ class EBPO:
             del shard  # an error must not hold this frame, which holds the process group, while the frame holds it
 
         # The batch of all ranks, and this rank's slice of what came out.
-        flat, vectors, scalars = self._state.advance(
+        flat, call = self._state.advance(
             self._checked, whole.rewards, whole.groups, whole.mask, update, step, whole.keys, False
         )
-        shrinkage, baseline, counts, blended = vectors
         if self._watch_prompts and update:
-            self._count_prompts(counts)
-        of_mine = None if blended is None else (blended[0][mine], blended[1][mine], blended[2][mine])
-        self._last = (shrinkage[mine], baseline[mine], counts[mine], of_mine), scalars, own
+            self._count_prompts(call)
+        self._last = call, own, mine
         return batch.restore(round_to(flat[rows], batch.rewards.dtype))  # float64 where another rank's rewards are
 
-    def _count_prompts(self, counts: Any) -> None:
-        prompts = int(np.count_nonzero(counts))  # of the groups, whose rows are counted, those that are not all padding
+    def _count_prompts(self, call: _core.Call) -> None:
+        prompts = call.prompts()  # of the groups, those that are not all padding
         self._watch_prompts = prompts < 2
         if prompts == 1:
             warn_of_one_prompt()
 
     @property
     def diagnostics(self) -> Diagnostics | None:
-        """Shrinkage, baselines and the prior of the last call; None before the first."""
+        """Shrinkage, baselines and the prior of the last call, computed when asked for; None before the first."""
         last = self._last
         if last is None:
             return None
-        (shrinkage, baseline, counts, blended), scalars, keys = last
+        call, keys, mine = last
+        (shrinkage, baseline, counts, blended), scalars = call.diagnostics()
+        if mine is not None:
+            shrinkage, baseline, counts = shrinkage[mine], baseline[mine], counts[mine]
+            blended = None if blended is None else (blended[0][mine], blended[1][mine], blended[2][mine])
         listed = None if keys is None else keys.of_groups()
         mu_glob, sigma2, tau2, fail, passed, outlier, dead = scalars
         of_batch = mu_glob, sigma2, tau2, fail, passed, outlier, dead

@@ -32,11 +32,12 @@ class Batch(NamedTuple):
 
 def read_batch(rewards: Any, groups: Any = None, mask: Any = None) -> Batch:
     """Check and convert a call's arguments. Raises TypeError or ValueError naming the argument and the remedy."""
-    array, restore = _read_rewards(rewards)
+    array, restore = read_rewards(rewards)
     if array.ndim == 2 and groups is not None:
         raise ValueError(
             f"groups was given with rewards of shape {array.shape}: rows of a 2-D array are groups already; "
-            "pass 1-D rewards to name groups yourself"
+            "pass 1-D rewards to name groups yourself, or weights= of ebpo_core.advantages where columns are several "
+            "rewards of each completion"
         )
     if array.ndim == 1 and groups is None:
         raise ValueError(
@@ -51,9 +52,22 @@ def read_batch(rewards: Any, groups: Any = None, mask: Any = None) -> Batch:
     return Batch(_flat(array), coded, _read_mask(mask, array.shape), restore)
 
 
+def on_memory(rewards: Any, call: Callable[[NDArray[Any]], NDArray[Any] | None]) -> torch.Tensor | None:
+    """What ``call`` makes of a tensor's memory, as a tensor; None for what is no tensor that can be read as it is."""
+    if not is_tensor(rewards):
+        return None
+    import torch
+
+    plain = rewards.is_cpu and rewards.layout is torch.strided and rewards.dtype in (torch.float32, torch.float64)
+    if not plain or rewards.requires_grad or rewards.is_neg():
+        return None
+    result = call(rewards.numpy())
+    return None if result is None else torch.from_numpy(result)
+
+
 def read_group(rewards: Any, mask: Any = None) -> Batch:
     """As :func:`read_batch`, for the rewards ``(n,)`` of one group."""
-    array, restore = _read_rewards(rewards)
+    array, restore = read_rewards(rewards)
     if array.ndim != 1:
         raise ValueError(f"rewards has shape {array.shape}: expected the rewards of one group, (n,)")
     if array.size == 0:
@@ -73,7 +87,8 @@ def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _read_rewards(rewards: Any) -> tuple[NDArray[Any], Callable[[NDArray[Any]], Any]]:
+def read_rewards(rewards: Any) -> tuple[NDArray[Any], Callable[[NDArray[Any]], Any]]:
+    """Rewards of any shape as float32 or float64, and the way back to the caller's container and dtype."""
     if is_tensor(rewards):
         return _read_tensor(rewards)
     # Looked up, not imported: an import under way in one thread would block the child that another thread forks.

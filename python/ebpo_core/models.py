@@ -77,20 +77,23 @@ def load_model(
     return model, tokenizer
 
 
-def load_weights(source: str, gguf_file: str | None, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_weights(
+    source: str, gguf_file: str | None, *, model_class: Any = None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A causal language model from safetensors or GGUF, never from a pickle, and transformers' report on its tensors.
 
     Args:
         source: a directory or hub id.
         gguf_file: the file in it. Its model is dequantized and can be saved as an ordinary safetensors directory.
-        options: of ``AutoModelForCausalLM.from_pretrained``.
+        model_class: whose ``from_pretrained`` is called; by default ``AutoModelForCausalLM``.
+        options: of that.
 
     Returns:
         The model, and lists of tensors by the problem they had: "missing_keys", "unexpected_keys", and so on.
     """
     from transformers import AutoModelForCausalLM
 
-    loader: Any = AutoModelForCausalLM
+    loader: Any = AutoModelForCausalLM if model_class is None else model_class
     files: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     model, report = loader.from_pretrained(source, output_loading_info=True, **{**files, **options})
     if gguf_file:

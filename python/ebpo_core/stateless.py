@@ -6,8 +6,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 from ebpo_core import _core
 from ebpo_core.arguments import count, real, text
+from ebpo_core.decoupled import decoupled
 from ebpo_core.estimator import EBPO
-from ebpo_core.inputs import is_tensor, read_batch
+from ebpo_core.inputs import on_memory, read_batch
 
 Rewards = TypeVar("Rewards")
 Method = Literal[
@@ -21,9 +22,10 @@ Method = Literal[
     "batch_mean",
     "maxrl",
     "pass_at_k",
+    "gdpo",
 ]
 
-_PARAMETERS = {"grpo": "eps", "reinforce_pp": "eps", "maxrl": "eps", "constant": "c", "pass_at_k": "k"}
+_PARAMETERS = {"grpo": "eps", "reinforce_pp": "eps", "maxrl": "eps", "gdpo": "eps", "constant": "c", "pass_at_k": "k"}
 _DEFAULTS = {"eps": 1e-6, "c": 0.5}
 
 
@@ -34,6 +36,7 @@ def advantages(
     mask: Any = None,
     method: Method = "ebpo",
     keys: Any = None,
+    weights: Any = None,
     **options: Any,
 ) -> Rewards:
     """Advantages of one batch, without state: for ``method="ebpo"`` the batch is its own prior.
@@ -54,9 +57,15 @@ def advantages(
             ``"maxrl"``: ``(r - mu) / (mu + eps)`` for rewards of at least 0, 0 where mu = 0 (arXiv 2602.02710);
             ``"pass_at_k"``: the unbiased weights of the gradient of pass@k (0/1 rewards) or max@k (graded) with their
             leave-one-out baseline (arXiv 2505.15201): ``k E max(r_i, J) - k E max(L)``, J any k - 1 and L any k of the
-            group's other rewards (its k - 1 others where n = k). ``k=`` is needed; ``k=1`` is ``"rloo"``.
+            group's other rewards (its k - 1 others where n = k). ``k=`` is needed; ``k=1`` is ``"rloo"``;
+            ``"gdpo"``, with ``weights``: ``(x - mean) / (std + eps)`` over the batch, x the weighted sum of the "grpo"
+            advantages of each reward (arXiv 2601.05242).
         keys: As in a call of :class:`EBPO`; only with ``method="ebpo"``.
-        **options: Those of :class:`EBPO`. ``eps`` of "grpo", "reinforce_pp" and "maxrl", at least 0; ``c`` of
+        weights: ``(K,)``, for K rewards of each completion with a scale each. ``rewards`` is then ``(N, K)`` with
+            ``groups``, or ``(M, G, K)``; NaN where a completion was not given that reward. Each reward is scored by
+            itself, over the completions that have it (with "ebpo" it has a prior of its own), and the result is the
+            sum over k of ``w_k`` times the advantages of reward k, 0 for a reward that is NaN.
+        **options: Those of :class:`EBPO`. ``eps`` of "grpo", "reinforce_pp", "maxrl" and "gdpo", at least 0; ``c`` of
             "constant", finite; ``k`` of "pass_at_k", at least 1 and at most the counted rewards of the smallest group.
             The others take none.
 
@@ -69,9 +78,16 @@ def advantages(
         ValueError: infinite or too large rewards, wrong shapes or lengths, empty input, an option out of its domain.
         TypeError: complex or object rewards, a mask that is not boolean, unhashable group ids.
     """
+    if weights is not None:
+        rows = {"mask": mask, "keys": keys}
+        return decoupled(advantages, rewards, groups, weights, method, rows, options)  # type: ignore[no-any-return]
+    if method == "gdpo":
+        raise ValueError('method="gdpo" needs weights, one for each reward of a completion: pass weights=')
     if method == "ebpo":
         if groups is None and mask is None and keys is None and not options:
-            fast = _fast(rewards)
+            fast: Any = _core.equal_advantages(rewards)
+            if fast is None:
+                fast = on_memory(rewards, _core.equal_advantages)
             if fast is not None:
                 return fast  # type: ignore[no-any-return]
         once = EBPO(**options)
@@ -84,19 +100,6 @@ def advantages(
     flat = _core.baseline_advantages(method, parameter, batch.rewards, batch.groups, batch.mask)
     result: Rewards = batch.restore(flat)
     return result
-
-
-def _fast(rewards: Any) -> Any:
-    """The default case in one call of the core, or None where it does not apply."""
-    if is_tensor(rewards):
-        import torch
-
-        plain = rewards.is_cpu and rewards.layout is torch.strided and rewards.dtype in (torch.float32, torch.float64)
-        if not plain or rewards.requires_grad or rewards.is_neg():
-            return None
-        result = _core.equal_advantages(rewards.numpy())
-        return None if result is None else torch.from_numpy(result)
-    return _core.equal_advantages(rewards)
 
 
 def _parameter(method: str, options: dict[str, Any]) -> float:

@@ -151,7 +151,7 @@ def test_the_fast_path_equals_the_general_one(groups: int, size: int, dtype: Any
 def test_large_batches_equal_the_twin_and_repeat_exactly() -> None:
     """Large enough for several threads; that their number changes no bit is tested in Rust, where it can be set."""
     rng = np.random.default_rng(0)
-    r = rng.random((1 << 17, 8)).astype(np.float32)
+    r = rng.random((1 << 18, 8)).astype(np.float32)
     np.testing.assert_allclose(ebpo_core.advantages(r), reference.algorithm_1(r), rtol=0, atol=2e-6)
     assert np.array_equal(ebpo_core.advantages(r), ebpo_core.advantages(r.copy()))
 

@@ -43,7 +43,7 @@ def made(root: Path, router: Any = None, **options: Any) -> Any:
         ({"forced_expert": "one"}, "unexpected keyword argument 'forced_expert'"),
         ({"load_in_4bit": True}, "does not take 'load_in_4bit'"),
         ({"load_in_8bit": True}, "does not take 'load_in_8bit'"),
-        ({"trust_remote_code": True}, "does not take 'trust_remote_code'"),
+        ({"trust_remote_cod": True}, "did you mean 'trust_remote_code'"),
         ({"max_memory": {0: "1GB"}}, "does not take 'max_memory'"),
         ({"use_safetensors": False}, "does not take 'use_safetensors'"),
         ({"use_cache": False}, "unexpected keyword argument 'use_cache'"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ebpo_core import EBPO
+from ebpo_core import EBPO, diagnostics
 from ebpo_core.checkpoint import PRIOR_NAME, write_prior
 from ebpo_core.cli.prior import summarize
 from ebpo_core.integrations import process
@@ -146,6 +147,32 @@ def test_a_run_goes_on_under_other_options(tmp_path: Path, caplog: pytest.LogCap
     assert [line.split(": ", 1)[1] for line in caplog.messages] == [
         "normalize='batch' (saved: 'scale'), decay=0.9 (saved: 1.0)"
     ]
+
+
+@pytest.mark.parametrize("adapter", ["slime", "areal"])
+def test_one_prompt_in_a_batch_is_said_in_the_estimator_that_all_adapters_call(
+    adapter: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(process.VARIABLE, raising=False)
+    monkeypatch.setattr(diagnostics, "_warned_of_one_prompt", False)
+    rewards = [1.0, 0.0, 0.0, 1.0]
+    for _ in range(2):
+        if adapter == "slime":
+            from ebpo_core.integrations import slime
+
+            slime.estimator.reset()
+            samples = [
+                SimpleNamespace(group_index=7, rollout_id=None, metadata={}, get_reward_value=lambda _, r=r: r)
+                for r in rewards
+            ]
+            slime.reward_post_process(SimpleNamespace(advantage_estimator="grpo"), samples)
+        else:
+            torch = pytest.importorskip("torch")
+            from ebpo_core.integrations import areal
+
+            areal.EBPONorm(process.ProcessEstimator().get(), group_size=4)(torch.tensor(rewards))
+    (line,) = caplog.messages
+    assert "exactly GRPO" in line
 
 
 def test_priors_of_single_reward_functions_are_refused(tmp_path: Path) -> None:

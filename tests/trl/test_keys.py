@@ -238,3 +238,23 @@ def test_one_bad_function_leaves_every_prior(tmp_path: Path) -> None:
         trainer.train()
     assert "came from ['bad']" in "".join(caught.value.__notes__)
     assert [ebpo.prior.count for ebpo in trainer.ebpos] == [0, 0]
+
+
+def test_decoupled_normalisation_is_trls(tmp_path: Path) -> None:
+    """What TRL trains with under ``normalize_then_sum``, ``method="gdpo"`` gives for the same rewards."""
+    weights = [1.0, -0.5, 2.0]
+    args = tiny.config(
+        tiny.GRPOConfig,
+        tmp_path,
+        max_steps=4,
+        multi_objective_aggregation="normalize_then_sum",
+        reward_weights=weights,
+    )
+    trainer = tiny.build(tiny.RecordingGRPO, args, [tiny.third, sometimes, tiny.size])
+    trainer.train()
+    for rewards, output in zip(trainer.rewards, trainer.outputs, strict=True):
+        grouped = rewards.double().numpy().reshape(-1, tiny.GROUP, 3)
+        assert np.isnan(grouped).any()
+        ours = ebpo_core.advantages(grouped, method="gdpo", weights=weights, eps=1e-4)  # TRL's eps
+        np.testing.assert_allclose(output["advantages"].numpy(), ours.reshape(-1), rtol=1e-4, atol=1e-5)
+    assert any(output["advantages"].any() for output in trainer.outputs)

@@ -37,11 +37,11 @@ def read(
         keep_duplicates: Keep every row of a file in which prompts were repeated on purpose (oversampling).
 
     Returns:
-        Problems in the order of the rows. In verl's and DAPO's forms, whose sets repeat rows (DAPO's about a hundred
-        times), the first of each prompt, with a warning that counts the others; with ``keep_duplicates`` every row, "#2",
-        "#3", ... after an id that is repeated. Prompts that occur with different answers are left out, with a warning.
-        Other forms keep every row. Ids are the set's own, or "<source>/<number>" where it has none or uses one twice.
-        Rows without anything to verify, such as NuminaMath's proofs, are left out, with a warning.
+        Problems in the order of the rows. Of forms whose sets repeat rows (verl's and DAPO's; DAPO's a hundred
+        times), the first row of each prompt, with a warning that counts the others; with ``keep_duplicates`` every row,
+        with "#2", "#3", ... after an id that is repeated. Their prompts that occur with different answers are left out,
+        with a warning. Other forms keep every row. Ids are the set's own, or "<source>/<number>" where it has none or
+        uses one twice. Rows without anything to verify, such as NuminaMath's proofs, are left out, with a warning.
 
     Raises:
         ValueError: Nothing is there, the form is unknown or ambiguous, a row lacks a question or an answer, or

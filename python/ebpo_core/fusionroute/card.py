@@ -57,6 +57,12 @@ def model_card(config: Any, *, base_name: str | None = None) -> str:
             "Experts marked *local* are folders on the machine that wrote this card, by name; tell the loader where "
             "yours are, as above. Their weights are compared with the hashes in `config.json`."
         )
+    with_code = [f"`{expert.name}`" for expert in experts if expert.code_hash]
+    if with_code:
+        sections.append(
+            f"{', '.join(with_code)}: models with Python code of their own, which `trust_remote_code=True` allows to "
+            "run; it is compared with the hashes in `config.json`, too."
+        )
     if config.max_position_embeddings is not None:
         sections.append(
             f"Prompt and answer together may have {config.max_position_embeddings} tokens, the shortest context among "
@@ -89,6 +95,8 @@ def _usage(experts: list[ExpertReference]) -> str:
         if missing
     )
     argument = f", expert_paths={{{paths}\n}}" if paths else ""
+    if any(expert.code_hash for expert in experts):
+        argument += ", trust_remote_code=True"
     return f"""```python
 import ebpo_core.fusionroute  # pip install "ebpo-core[fusionroute]"; registers the architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer

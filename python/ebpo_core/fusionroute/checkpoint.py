@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ebpo_core.files import write_text
@@ -23,6 +23,7 @@ from .decoding.routing import STORED_OPTIONS, RoutingOptions
 from .experts.experts import Experts
 from .experts.naming import overridden
 from .experts.references import ExpertReference
+from .experts.remote_code import check_code, has_own_class, is_code_of_a_folder
 from .experts.vocabulary import shared_vocabulary
 from .families import check_router
 from .keywords import check_saving, loading_arguments
@@ -44,6 +45,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
     """
 
     config: FusionRouteConfig
+    trust_remote_code = False  # what `from_pretrained` was told, for experts that are loaded later
 
     @classmethod
     def from_experts(
@@ -56,6 +58,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         substitutes: Mapping[str | int, str | int] | None = None,
         renamed_ids: Iterable[int] = (),
         dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> Any:
         """A model to start training from: the given router, a fresh route head, the given experts.
@@ -73,6 +76,8 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 first is that of the second. They are stored with its reference.
             renamed_ids: ids whose tokens may differ between the tokenizers: reserved tokens that a fine-tune renamed.
             dtype: of router and experts that are loaded here and name none; by default the router's own, or float32.
+            trust_remote_code: run the Python code of experts (and their tokenizers) whose folders bring their own. A
+                router needs a class of transformers.
             options: stored as defaults of decoding, see :class:`~.decoding.routing.RoutingOptions`; or arguments for
                 loading the router from its path, as for ``AutoModelForCausalLM.from_pretrained``:
                 ``attn_implementation``, ``quantization_config``, ``device_map`` (one device), ``revision``, ``token``,
@@ -82,8 +87,8 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             TypeError: a name that is none of these, a loading argument for a loaded router, or a router that is no
                 causal LM: a PEFT model, a FusionRoute model, a backbone without its LM head.
             ValueError: no experts, tokenizers that disagree (the first differing token is named), a token that ending,
-                padding or the chat template needs and an expert lacks, a bad reference, or the router's own object
-                among the experts.
+                padding or the chat template needs and an expert lacks, a bad reference, an expert whose code is not
+                allowed, or the router's own object among the experts.
         """
         for expert in experts.values() if isinstance(experts, Mapping) else experts:
             if expert is router and isinstance(router, PreTrainedModel):
@@ -96,17 +101,28 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         loading = loading_arguments(options, STORED_OPTIONS, loaded=isinstance(router, PreTrainedModel))
         RoutingOptions().updated(**options)  # wrong values are found before anything is loaded
         _check_router(router)
+        check_code(experts, trust_remote_code=trust_remote_code)
         # 1. Router and experts, loaded where they are not models already.
         if not isinstance(router, PreTrainedModel):
             name = None if dtype is None else str(dtype).removeprefix("torch.")
-            router, loaded_tokenizer = load_model(os.fspath(router), dtype=name or "float32", **loading)
+            router, loaded_tokenizer = load_model(
+                os.fspath(router), dtype=name or "float32", trust_remote_code=False, **loading
+            )
             tokenizer = loaded_tokenizer if tokenizer is None else tokenizer
-        loaded = Experts.load(experts, default_dtype=dtype or router.dtype, device=router.device)
+        loaded = Experts.load(
+            experts, default_dtype=dtype or router.dtype, device=router.device, trust_remote_code=trust_remote_code
+        )
         if not len(loaded):
             raise ValueError("experts is empty: give at least one expert")
         # 2. One vocabulary: V leading ids, each a token of every model or with a substitute, the same in all.
         vocab_size = shared_vocabulary(
-            router, tokenizer, loaded, vocab_size=vocab_size, substitutes=substitutes, renamed_ids=renamed_ids
+            router,
+            tokenizer,
+            loaded,
+            vocab_size=vocab_size,
+            substitutes=substitutes,
+            renamed_ids=renamed_ids,
+            trust_remote_code=trust_remote_code,
         )
         # 3. The model around the given router, made without weights, and a fresh route head [n, D].
         config = FusionRouteConfig(
@@ -137,6 +153,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         load_experts: bool = True,
         expert_paths: Mapping[str, Any] | None = None,
         verify_experts: bool = True,
+        trust_remote_code: bool | None = False,
         **kwargs: Any,
     ) -> Any:
         """``PreTrainedModel.from_pretrained``, and the experts.
@@ -147,14 +164,23 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             load_experts: False loads the router alone, e.g. to train from an expert cache.
             expert_paths: where experts are now, by name: a path, a dict of the fields of
                 :class:`~.experts.references.ExpertReference` that change, or a loaded model.
-            verify_experts: False accepts experts whose weights are no longer those of the checkpoint.
+            verify_experts: False accepts experts whose weights, or code, are no longer those of the checkpoint.
+            trust_remote_code: run the Python code of experts that the checkpoint was made with it for.
 
         Raises:
-            ValueError: an expert is missing, its weights changed, or its vocabulary is too narrow.
+            ValueError: an expert is missing, its weights or its code changed, its code is not allowed, or its
+                vocabulary is too narrow.
         """
         kwargs.setdefault("use_safetensors", True)
+        trust = bool(trust_remote_code)  # the auto classes pass None on
+        if load_experts:
+            known = _stored_experts(pretrained_model_name_or_path, kwargs)
+            wanted = overridden(known, expert_paths)
+            where: Any = {"base_dir": pretrained_model_name_or_path, "revision": kwargs.get("revision")}
+            check_code(wanted, trust_remote_code=trust, verify=verify_experts, **where)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.trust_remote_code = trust
         stored = [ExpertReference.from_dict(expert) for expert in model.config.experts]
         wanted = overridden(stored, expert_paths)
         if load_experts:
@@ -165,6 +191,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 default_dtype=model.dtype,
                 device=model.device,
                 verify=verify_experts,
+                trust_remote_code=trust,
             )
             for expert, reference in zip(experts, stored, strict=True):
                 if expert.live and reference.substitutes:
@@ -241,6 +268,16 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
+def _stored_experts(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> list[ExpertReference]:
+    """The experts of a checkpoint, from its config alone; ``kwargs`` are those of ``from_pretrained``."""
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        taken = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
+        where = {key: kwargs[key] for key in taken if kwargs.get(key) is not None}
+        config = FusionRouteConfig.from_pretrained(name if config is None else config, **where)
+    return [ExpertReference.from_dict(expert) for expert in config.experts or []]
+
+
 def _check_router(router: Any) -> None:
     """Refuse what cannot be a router, by its class or its config, before anything is loaded.
 
@@ -256,13 +293,24 @@ def _check_router(router: Any) -> None:
         raise TypeError(f"router is a {type(router).__name__}: pass a path, a hub id, or a causal LM of transformers")
     if isinstance(router, PreTrainedModel):
         config: Any = router.config
+        if is_code_of_a_folder(router):
+            raise TypeError(
+                f"router is a {type(router).__name__}, a class that was loaded with trust_remote_code: a checkpoint is "
+                "built by a class of transformers; choose another router. An expert may have code"
+            )
         if router.get_output_embeddings() is None:
             raise TypeError(f"router is a {type(router).__name__}, without an LM head: use AutoModelForCausalLM")
     else:
         source, gguf_file = resolve_model(os.fspath(router))
         if gguf_file is not None or not (Path(source) / "config.json").is_file():
             return
-        config = AutoConfig.from_pretrained(source)
+        values = PreTrainedConfig.get_config_dict(source)[0]
+        if values.get("auto_map") and not has_own_class(values):
+            raise TypeError(
+                f"router={os.fspath(router)!r} is a model with Python code of its own: a checkpoint is built by a "
+                "class of transformers; choose another router. An expert may have code, with trust_remote_code=True"
+            )
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type == FusionRouteConfig.model_type:
         raise TypeError("router is a FusionRoute model: pass model.router, or load it with from_pretrained as it is")
     if config.is_encoder_decoder:

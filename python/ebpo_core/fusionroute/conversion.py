@@ -22,6 +22,7 @@ from .experts.files import (
     adapter_files,
     checkpoint_folder,
     copy_model,
+    free_folder,
     local_folder,
     weight_files,
 )
@@ -59,6 +60,7 @@ def convert_checkpoint(
     dtype: str | None = None,
     verify_experts: bool = True,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     report: Callable[[ConvertedExpert], None] | None = None,
 ) -> list[ConvertedExpert]:
     """Write a checkpoint with the same router whose experts are plain folders of safetensors.
@@ -81,6 +83,8 @@ def convert_checkpoint(
             router's.
         verify_experts: False accepts experts whose weights are no longer those of the checkpoint.
         revision: of a hub id.
+        trust_remote_code: run the code of experts that bring their own, where they have to be loaded. Such an expert
+            stays one: its code is copied with it.
         report: called with each expert when it is done.
 
     Returns:
@@ -92,7 +96,7 @@ def convert_checkpoint(
     """
     if copy_all and experts is not None:
         raise ValueError(f"experts is {list(experts)} beside copy_all=True: pass one of them")
-    target = _free(Path(output))
+    target = free_folder(Path(output))
     folder, config = _opened(checkpoint, revision)
     stored = [ExpertReference.from_dict(expert) for expert in config["experts"]]
     wanted = overridden(stored, expert_paths)
@@ -126,6 +130,7 @@ def convert_checkpoint(
                     dtype=dtype,
                     default_dtype=config.get("dtype"),
                     verify=verify_experts,
+                    trust_remote_code=trust_remote_code,
                 )
                 size = _size(reference)
                 reference = replace(
@@ -199,15 +204,3 @@ def _size(reference: ExpertReference) -> int | None:
     except FileNotFoundError:
         return None
     return sum(file.stat().st_size for file in files)
-
-
-def _free(output: Path) -> Path:
-    """The folder to write, absolute, after checking that nothing is in the way."""
-    target = output.expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"output={str(output)!r} is a file: give a folder that does not exist yet")
-    if target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"output={str(output)!r} is not empty: give another folder, or empty it")
-    if target.is_mount():
-        raise FileExistsError(f"output={str(output)!r} is a mount point: give a folder in it that does not exist yet")
-    return target

@@ -51,9 +51,9 @@ def loading_arguments(options: dict[str, Any], stored: Iterable[str], loaded: bo
     loading = {name: options.pop(name) for name in LOADING if name in options}
     for name in options:
         if name not in stored:
-            if name in ("trust_remote_code", "load_in_4bit", "load_in_8bit") or name in _from_pretrained():
+            if name in ("load_in_4bit", "load_in_8bit") or name in _from_pretrained():
                 raise TypeError(f"from_experts does not take {name!r} ({options[name]!r}): {_LOAD_IT}")
-            known = [*stored, *LOADING, "tokenizer", "vocab_size", "dtype", "torch_dtype"]
+            known = [*stored, *LOADING, "tokenizer", "vocab_size", "dtype", "torch_dtype", "trust_remote_code"]
             raise unexpected("from_experts", name, known)
     loading = {name: value for name, value in loading.items() if value is not None}
     if loaded and loading:

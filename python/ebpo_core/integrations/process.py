@@ -87,7 +87,7 @@ class ProcessEstimator:
         Raises:
             FileNotFoundError: No file, and ``allow_missing_prior`` is not set: a prior that silently starts empty would
                 change the advantages. The estimator is untouched, as for the next error.
-            ValueError: The file is damaged, or was written with other options or by a newer release.
+            ValueError: The file is damaged, or was written by a newer release. (Other options are logged.)
         """
         ebpo = self._ebpo
         if ebpo is None:

@@ -74,7 +74,7 @@ class EBPOArguments:
     )
     ebpo_max_keys: int = field(
         default=1024,
-        metadata={"help": "Most priors kept beside the one for all; a batch that would need more raises."},
+        metadata={"help": "Most priors kept beside the one for all; a dataset, or a batch, that needs more raises."},
     )
     ebpo_per_reward: bool = field(
         default=False,
@@ -93,7 +93,8 @@ class EBPOArguments:
     ebpo_prior: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint folder or prior file to start the prior from. On resume the checkpoint's own wins."
+            "help": "Checkpoint folder or prior file to start the prior from, which may have been written under other "
+            "options. On resume the checkpoint's own wins."
         },
     )
     ebpo_allow_missing_prior: bool = field(

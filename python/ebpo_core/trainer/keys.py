@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from datasets import Dataset
@@ -36,7 +37,7 @@ def check_dataset(columns: Sequence[str], dataset: Any, max_keys: int | None = N
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return
     paths = {tuple(path_of(key)) for key in known}
-    for row, key in enumerate(_keys_of(columns, dataset.select_columns(list(dict.fromkeys(fields))))):
+    for row, key in _distinct_keys(columns, dataset.select_columns(list(dict.fromkeys(fields)))):
         path = path_of(key, f"ebpo_keys={list(columns)!r}: the key of row {row}")
         paths.update(tuple(path[:depth]) for depth in range(len(path) + 1))
     paths.discard(())
@@ -48,10 +49,18 @@ def check_dataset(columns: Sequence[str], dataset: Any, max_keys: int | None = N
         )
 
 
-def _keys_of(columns: Sequence[str], dataset: Any) -> Iterator[Any]:
+def _distinct_keys(columns: Sequence[str], dataset: Any) -> Iterator[tuple[int, Any]]:
+    """Rows and their keys; rows with the values of an earlier one are passed over, which are nearly all of them."""
+    seen: set[Any] = set()
+    rows = count()
     for batch in dataset.with_format(None).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
-            yield key_of_row(columns, dict(zip(batch, values, strict=True)), "ebpo_keys")
+            row = next(rows)
+            if not any(isinstance(value, (list, dict)) for value in values):  # which have no hash
+                if values in seen:
+                    continue
+                seen.add(values)
+            yield row, key_of_row(columns, dict(zip(batch, values, strict=True)), "ebpo_keys")
 
 
 def keys_of_groups(keys: Sequence[Any], size: int, columns: Sequence[str]) -> list[Any]:

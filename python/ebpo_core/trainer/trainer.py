@@ -5,7 +5,7 @@ every rank keeps the same prior without a collective of its own (the keys of its
 ``ebpo_keys`` asks for them). ``_generate_and_score_completions`` leaves this rank's
 advantages in its output, where the mixin replaces them; nothing has used them by then.
 
-Resuming, as TRL does it (read in TRL 1.16 and transformers 5.23):
+Resuming, as TRL does it (TRL 1.16, transformers 5.23 and 5.24):
 
 * ``_step`` counts micro-batches since the *process* started and is not saved. A generation batch is made when
   ``_step % generate_every == 0`` with ``generate_every = steps_per_generation * num_iterations``, and kept in
@@ -287,9 +287,10 @@ class EBPOTrainer(EBPOMixin, GRPOTrainer):
     """``trl.GRPOTrainer`` with EBPO advantages: the same arguments, with ``args`` an :class:`EBPOConfig`.
 
     Metrics beside TRL's own: ``ebpo/shrinkage``, ``ebpo/prior_mean``, ``ebpo/sigma2``, ``ebpo/tau2``,
-    ``ebpo/saturated_fail``, ``ebpo/saturated_pass``, ``ebpo/outlier`` (in evaluation with the prefix ``eval_``, against
-    the prior as training left it), and ``ebpo/shadow_*`` in shadow mode. With ``ebpo_per_reward`` there is
-    ``ebpo/<reward function>/shrinkage`` and so on.
+    ``ebpo/saturated_fail``, ``ebpo/saturated_pass``, ``ebpo/dead_advantage``, ``ebpo/outlier`` (in evaluation with the
+    prefix ``eval_``, against the prior as training left it), and ``ebpo/shadow_*`` in shadow mode. With
+    ``ebpo_per_reward`` there is ``ebpo/<reward function>/shrinkage`` and so on; functions of one name are numbered, as
+    in TRL's ``rewards/<lambda>_1/mean``.
     """
 
     _tag_names = ["trl", "grpo", "ebpo"]  # noqa: RUF012 -- TRL declares it so

@@ -50,7 +50,7 @@ impl Method {
                     name: "method",
                     value: format!("{name:?}"),
                     expected: "\"ebpo\", \"grpo\", \"dr_grpo\", \"rloo\", \"reinforce_pp\", \"james_stein\", \"constant\", \
-                               \"batch_mean\", \"maxrl\" or \"pass_at_k\"",
+                               \"batch_mean\", \"maxrl\", \"pass_at_k\" or \"gdpo\"",
                 });
             }
         };

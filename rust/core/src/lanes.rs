@@ -24,20 +24,27 @@ pub(crate) fn accumulate<T: Float>(lanes: &mut [f64; LANES], x: &[T], f: impl Fn
     }
 }
 
+/// Values that go through memory as one vector: a store that crosses a cache line is not forwarded to the load after it.
+#[repr(align(64))]
+struct Aligned<const N: usize>([f64; N]);
+
 /// The sum of the lanes, in a fixed order.
 #[inline(always)]
 pub(crate) fn fold(lanes: [f64; LANES]) -> f64 {
-    // Opaque to the compiler, which would otherwise cut everything before into pairs to suit the pairs added here.
-    let four: [f64; 4] = black_box(array::from_fn(|i| lanes[i] + lanes[i + 4]));
+    // Opaque to the compiler, which would otherwise cut everything before into halves and pairs to suit those added here.
+    let Aligned(lanes) = black_box(Aligned(lanes));
+    let Aligned(four) = black_box(Aligned(array::from_fn::<f64, 4, _>(|i| lanes[i] + lanes[i + 4])));
     (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// Mean of a non-empty slice; exactly the common value where all are equal, which makes their deviations exactly zero.
+///
+/// `exact` is [`Float::EXACT_SUM`] of what `x` was widened from.
 #[inline(always)]
-pub(crate) fn mean<T: Float>(x: &[T], inv_len: f64) -> f64 {
+pub(crate) fn mean<T: Float>(x: &[T], exact: bool, inv_len: f64) -> f64 {
     let first = x[0].widen();
-    let mut lanes = [0.0; LANES];
-    if T::EXACT_SUM && x.len() <= 1 << 28 {
+    let mut lanes = [-0.0; LANES]; // the sum that changes nothing, -0.0 included: the first addition is left out
+    if exact && x.len() <= 1 << 28 {
         accumulate(&mut lanes, x, |v| v);
         let sum = fold(lanes);
         if x.len().is_power_of_two() {
@@ -56,8 +63,8 @@ pub(crate) fn mean<T: Float>(x: &[T], inv_len: f64) -> f64 {
 /// Two passes over data in registers or cache are faster than Welford's division per element, and lose no digits to a
 /// large offset.
 #[inline(always)]
-pub(crate) fn mean_and_squares<T: Float>(x: &[T], inv_len: f64, squares: &mut [f64; LANES]) -> f64 {
-    let mean = mean(x, inv_len);
+pub(crate) fn mean_and_squares<T: Float>(x: &[T], exact: bool, inv_len: f64, squares: &mut [f64; LANES]) -> f64 {
+    let mean = mean(x, exact, inv_len);
     accumulate(squares, x, |v| (v - mean) * (v - mean));
     mean
 }
@@ -66,6 +73,6 @@ pub(crate) fn mean_and_squares<T: Float>(x: &[T], inv_len: f64, squares: &mut [f
 #[inline(always)]
 pub(crate) fn mean_and_ssw<T: Float>(x: &[T], inv_len: f64) -> (f64, f64) {
     let mut squares = [0.0; LANES];
-    let mean = mean_and_squares(x, inv_len, &mut squares);
+    let mean = mean_and_squares(x, T::EXACT_SUM, inv_len, &mut squares);
     (mean, fold(squares))
 }

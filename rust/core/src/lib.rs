@@ -39,7 +39,7 @@ mod tree;
 pub use baselines::Method;
 pub use batch::{Affine, Batch, Layout, apply};
 pub use codes::Codes;
-pub use equal::equal_advantages;
+pub use equal::{EqualGroups, equal_advantages};
 pub use error::Error;
 pub use estimator::{Scored, Shrinkage};
 pub use float::Float;

@@ -113,6 +113,11 @@ impl Default for Options {
 }
 
 impl Options {
+    /// True where no one S and centre holds for all groups of one size and key.
+    pub fn needs_each_group(&self) -> bool {
+        self.leave_one_out
+    }
+
     /// Refuse values outside their domain and combinations without a meaning.
     pub fn validate(&self) -> Result<(), Error> {
         let invalid = |name, value: String, expected| Err(Error::InvalidOption { name, value, expected });

@@ -2,7 +2,7 @@
 
 use crate::estimator::{finish, inverse_scale, leave_one_out_by_key};
 use crate::groups::Group;
-use crate::{Error, GroupStats, Keys, Normalize, Options, Prior, Score, Scored, Shrinkage, Tree};
+use crate::{EqualGroups, Error, Float, GroupStats, Keys, Normalize, Options, Prior, Score, Scored, Shrinkage, Tree};
 
 /// The estimator's memory between batches. [`State::default`] has seen nothing.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -40,7 +40,7 @@ impl State {
         update: bool,
         step: Option<i64>,
     ) -> Result<Scored, Error> {
-        let update = update && !matches!((step, self.step), (Some(new), Some(last)) if new <= last);
+        let update = update && self.is_newer(step);
         let members = keys.members(groups);
         let before = self.tree.root;
         let score_first = !update || options.score == Score::Before;
@@ -81,6 +81,35 @@ impl State {
         let prior = if score_first { before } else { self.tree.root };
         let (affine, shrinkage, baseline) = finish(options, groups, &shrunk);
         Ok(Scored { affine, shrinkage, baseline, prior, before, blended })
+    }
+
+    /// Step 1 for a batch of equal groups without keys: the root's prior before it, and the one to score it with.
+    ///
+    /// None, with nothing changed, where [`State::advance`] must look at the batch: a group is to be left out of its prior,
+    /// or an advantage may leave the range of `T`.
+    pub fn advance_equal<T: Float>(
+        &mut self,
+        options: &Options,
+        batch: &EqualGroups<'_, T>,
+        update: bool,
+        step: Option<i64>,
+    ) -> Option<(Prior, Prior)> {
+        let before = self.tree.root;
+        if options.needs_each_group() || !batch.has_room(&before) {
+            return None;
+        }
+        let update = update && self.is_newer(step);
+        if update {
+            self.tree.decay(options.decay);
+            self.tree.root.merge(batch.prior());
+            self.step = step.or(self.step);
+        }
+        Some((before, if update && options.score == Score::After { self.tree.root } else { before }))
+    }
+
+    /// True for the id of an update that was not applied yet.
+    fn is_newer(&self, step: Option<i64>) -> bool {
+        !matches!((step, self.step), (Some(new), Some(last)) if new <= last)
     }
 
     /// The blended prior of each distinct key.

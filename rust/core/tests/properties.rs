@@ -211,7 +211,7 @@ fn rewards_out_of_range_are_found_wherever_they_are() {
 
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
-    let rewards: Vec<f64> = (0..640_003 * 2_u32).map(|i| f64::from(i.wrapping_mul(2_654_435_761) >> 20)).collect();
+    let rewards: Vec<f64> = (0..1_600_003 * 2_u32).map(|i| f64::from(i.wrapping_mul(2_654_435_761) >> 20)).collect();
     let with = |threads: usize| {
         let mut out = vec![f64::NAN; rewards.len()];
         assert!(equal_advantages(&rewards, 2, 1e-6, threads, &mut out));

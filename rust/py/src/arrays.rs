@@ -114,7 +114,7 @@ pub(crate) fn equal_advantages<'py>(rewards: &Bound<'py, PyAny>) -> Result<Optio
 
 fn equal<'py, T: Float + Element>(rewards: &Bound<'py, PyArray2<T>>) -> Result<Option<Bound<'py, PyAny>>> {
     let py = rewards.py();
-    if !rewards.is_c_contiguous() || !rewards.data().is_aligned() {
+    if !is_plain(rewards) {
         return Ok(None);
     }
     let readable = rewards.try_readonly()?;
@@ -127,6 +127,11 @@ fn equal<'py, T: Float + Element>(rewards: &Bound<'py, PyArray2<T>>) -> Result<O
     let done = detached(py, values.len(), || equal_groups(values, size, eps, threads(), slots));
     drop(writable);
     Ok(done.then(|| out.into_any()))
+}
+
+/// True for a matrix that the kernels can read as it is.
+pub(crate) fn is_plain<T: Element>(matrix: &Bound<'_, PyArray2<T>>) -> bool {
+    matrix.is_c_contiguous() && matrix.data().is_aligned()
 }
 
 /// Make now what a first call would otherwise make once: NumPy's tables of functions, and the number of threads.
@@ -150,7 +155,7 @@ fn numpy_empty(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
 }
 
 /// A new array of the same shape and dtype, of unspecified content.
-fn new_like<'py, T: Element>(array: &Bound<'py, PyArray2<T>>) -> Result<Bound<'py, PyArray2<T>>> {
+pub(crate) fn new_like<'py, T: Element>(array: &Bound<'py, PyArray2<T>>) -> Result<Bound<'py, PyArray2<T>>> {
     let py = array.py();
     if array.len() * size_of::<T>() < LARGE {
         return Ok(PyArray2::zeros(py, array.dims(), false));
@@ -162,7 +167,7 @@ fn new_like<'py, T: Element>(array: &Bound<'py, PyArray2<T>>) -> Result<Bound<'p
 }
 
 /// Threads for a large batch; more than a few only compete for memory bandwidth.
-fn threads() -> usize {
+pub(crate) fn threads() -> usize {
     static THREADS: OnceLock<usize> = OnceLock::new();
     *THREADS.get_or_init(|| std::thread::available_parallelism().map_or(1, NonZero::get).min(8))
 }

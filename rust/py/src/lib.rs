@@ -12,6 +12,7 @@
 //! nor a forked child can find a lock taken. An array must not be written by another thread during a call.
 
 mod arrays;
+mod call;
 mod codes;
 mod error;
 mod options;
@@ -23,6 +24,8 @@ mod state;
 mod _core {
     #[pymodule_export]
     use super::arrays::{baseline_advantages, equal_advantages};
+    #[pymodule_export]
+    use super::call::PyCall;
     #[pymodule_export]
     use super::codes::{codes_of_bytes, codes_of_ints, codes_of_objects};
     #[pymodule_export]

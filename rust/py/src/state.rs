@@ -2,23 +2,21 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use ebpo_core::{Float, GroupStats, Keys, Options, Path, Prior, Scored, Shrinkage, Sigma2, State, Tau2, Tree, apply};
-use numpy::{Element, IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
+use ebpo_core::{
+    EqualGroups, Float, GroupStats, Keys, Options, Path, Prior, Scored, Shrinkage, Sigma2, State, Tau2, Tree, apply,
+};
+use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use crate::arrays::{Groups, Mask, Rewards, batch_of, detached, slice};
+use crate::arrays::{Groups, Mask, Rewards, batch_of, detached, is_plain, new_like, slice, threads};
+use crate::call::{Kept, PyCall, Values};
 use crate::error::{BindingError, Result};
 use crate::options::PyOptions;
 use crate::parts::{Parts, TreeParts, parts_of, tree_of, tree_parts};
 
-pub(crate) type Vector<'py> = Bound<'py, PyArray1<f64>>;
 /// The distinct keys of a batch, and each group's index into them.
 type BatchKeys<'py> = Option<(Vec<Path>, PyReadonlyArray1<'py, u32>)>;
-/// `mu_glob`, sigma2, tau2, failed and passed shares of saturated groups, outlier, size of their advantages.
-type Scalars = (f64, f64, f64, f64, f64, f64, f64);
-/// S, V, n of each group, and with keys the blended mean, sigma2 and tau2.
-type Vectors<'py> = (Vector<'py>, Vector<'py>, Vector<'py>, Option<(Vector<'py>, Vector<'py>, Vector<'py>)>);
-type Advanced<'py> = (Bound<'py, PyAny>, Vectors<'py>, Scalars);
+type Advanced<'py> = (Bound<'py, PyAny>, PyCall);
 
 /// The priors and the id of the last update applied.
 #[pyclass(name = "State", module = "ebpo_core._core", frozen)]
@@ -74,6 +72,27 @@ impl PyState {
         match rewards {
             Rewards::F32(rewards) => advance_as(py, &options.0, &rewards, &groups, &mask, score),
             Rewards::F64(rewards) => advance_as(py, &options.0, &rewards, &groups, &mask, score),
+        }
+    }
+
+    /// The same for an `(M, G)` matrix without mask or keys, in full speed.
+    ///
+    /// Returns None, with nothing changed, for whatever [`PyState::advance`] must look at: another type, dtype or order, no
+    /// rows, NaN, infinities, an option of the estimator that needs each group.
+    #[pyo3(signature = (options, rewards, update, step, /))]
+    fn advance_matrix<'py>(
+        &self,
+        options: &PyOptions,
+        rewards: &Bound<'py, PyAny>,
+        update: bool,
+        step: Option<i64>,
+    ) -> Result<Option<Advanced<'py>>> {
+        if let Ok(rewards) = rewards.cast_exact::<PyArray2<f32>>() {
+            advance_equal(self, &options.0, rewards, update, step, Values::F32)
+        } else if let Ok(rewards) = rewards.cast_exact::<PyArray2<f64>>() {
+            advance_equal(self, &options.0, rewards, update, step, Values::F64)
+        } else {
+            Ok(None)
         }
     }
 
@@ -156,41 +175,46 @@ fn advance_as<'py, 'k, T: Float + Element>(
     let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
     let stats = detached(py, rewards.len(), || GroupStats::collect(&batch))?;
     let (scored, keys) = score(&stats)?;
-    let scalars = detached(py, rewards.len(), || {
+    let farthest = detached(py, rewards.len(), || {
         apply(&batch, &scored.affine, slots);
-        scalars(options, &scored, &stats, |centre| batch.max_distance(centre))
+        batch.max_distance(scored.before.rewards().mean())
     });
     drop(writable);
-    Ok((out.into_any(), vectors(py, scored, &keys, &stats), scalars))
+    let key_of_group = keys.given().then(|| (0..stats.len()).map(|group| keys.of_group(group)).collect());
+    let kept = Kept::Groups { scored, stats, farthest, key_of_group };
+    Ok((out.into_any(), PyCall::new(options, kept)))
 }
 
-/// The diagnostics of the whole batch; `farthest` is the largest distance of a counted reward from a centre.
-fn scalars(options: &Options, scored: &Scored, stats: &GroupStats, farthest: impl FnOnce(f64) -> f64) -> Scalars {
-    let (before, prior) = (scored.before.rewards(), &scored.prior);
-    let spread = before.variance(0).sqrt();
-    let or_nan = |value: f64| if prior.is_empty() { f64::NAN } else { value };
-    let (fail, pass) = stats.saturated(if prior.is_empty() { 0.0 } else { prior.rewards().mean() });
-    (
-        or_nan(prior.rewards().mean()),
-        or_nan(prior.sigma2(options.sigma2, options.ddof)),
-        or_nan(prior.tau2(options.tau2, options.ddof)),
-        fail,
-        pass,
-        if spread > 0.0 { farthest(before.mean()) / spread } else { f64::NAN },
-        scored.dead_advantage(stats),
-    )
-}
-
-/// The diagnostics of each group.
-fn vectors<'py>(py: Python<'py>, scored: Scored, keys: &Keys<'_>, stats: &GroupStats) -> Vectors<'py> {
-    let vector = |values: Vec<f64>| values.into_pyarray(py);
-    let blended = keys.given().then(|| {
-        let of_group = |field: fn(&Shrinkage) -> f64| {
-            vector((0..stats.len()).map(|group| field(&scored.blended[keys.of_group(group)])).collect())
-        };
-        (of_group(|b| b.mu), of_group(|b| b.sigma2), of_group(|b| b.tau2))
-    });
-    (vector(scored.shrinkage), vector(scored.baseline), vector(stats.counts()), blended)
+fn advance_equal<'py, T: Float + Element>(
+    state: &PyState,
+    options: &Options,
+    rewards: &Bound<'py, PyArray2<T>>,
+    update: bool,
+    step: Option<i64>,
+    keep: fn(Py<PyArray2<T>>) -> Values,
+) -> Result<Option<Advanced<'py>>> {
+    let py = rewards.py();
+    if !is_plain(rewards) || options.needs_each_group() {
+        return Ok(None);
+    }
+    let (size, len) = (rewards.dims()[1], rewards.len());
+    let readable = rewards.try_readonly()?;
+    let values = readable.as_slice().map_err(|_| BindingError::NotContiguous)?;
+    // Whatever can fail comes before the state changes.
+    let out = new_like(rewards)?;
+    let mut writable = out.try_readwrite()?;
+    let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
+    let Some(batch) = detached(py, len, || EqualGroups::collect(values, size, threads())) else { return Ok(None) };
+    let copy = new_like(rewards)?;
+    let mut writable_copy = copy.try_readwrite()?;
+    let copied = writable_copy.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
+    detached(py, len, || copied.copy_from_slice(values));
+    drop(writable_copy);
+    let Some((before, prior)) = state.lock().advance_equal(options, &batch, update, step) else { return Ok(None) };
+    detached(py, len, || batch.write(options, &prior, threads(), slots));
+    drop(writable);
+    let kept = Kept::Matrix { rewards: keep(copy.unbind()), before, prior };
+    Ok(Some((out.into_any(), PyCall::new(options, kept))))
 }
 
 fn collect<T: Float + Element>(

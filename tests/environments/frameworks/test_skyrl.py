@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import pytest
+
+if sys.version_info < (3, 12) and find_spec("skyrl") is None:  # this folder's environment has one for 3.11
+    pytest.skip(
+        f"SkyRL 0.4.0 needs Python 3.12 or newer, this is {sys.version.split()[0]}: make an environment with "
+        "PYTHON=python3.12 VENV=.venv-3.12",
+        allow_module_level=True,
+    )
+
+import cloudpickle
 import ray
 import torch
 from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch, pad_training_input_batch

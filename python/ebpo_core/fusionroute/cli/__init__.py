@@ -1,4 +1,4 @@
-"""The ``fusionroute`` command: ``train``, ``generate``, ``show``, ``eval``, ``demo`` and ``convert``."""
+"""The ``fusionroute`` command: ``train``, ``generate``, ``show``, ``eval``, ``demo``, ``convert`` and ``merge``."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ COMMANDS = {
         "show a routing trace in the terminal and as an HTML page", "ebpo_core.fusionroute.cli.show", ("rich",)
     ),
     "eval": Command(
-        "evaluate a checkpoint on tasks of the lm-evaluation-harness",
+        "evaluate a checkpoint on held-out rows, or on tasks of the lm-evaluation-harness",
         "ebpo_core.fusionroute.cli.evaluate",
-        ("torch", "transformers", "lm_eval", "rich"),
+        ("torch", "transformers", "rich"),
     ),
     "demo": Command(
         "three experts and a router from scratch, on a CPU, in minutes", "ebpo_core.fusionroute.demo", _TRAINING
@@ -36,6 +36,11 @@ COMMANDS = {
     "convert": Command(
         "write a checkpoint whose experts are plain folders, as vLLM needs it",
         "ebpo_core.fusionroute.cli.convert",
+        ("torch", "transformers"),
+    ),
+    "merge": Command(
+        "merge fine-tuned models of one base by their weights (task arithmetic, DARE, TIES), a baseline",
+        "ebpo_core.fusionroute.cli.merge",
         ("torch", "transformers"),
     ),
 }

@@ -46,6 +46,9 @@ class TrainArguments:
     renamed_ids: list[int] | None = field(
         default=None, metadata={"help": "Ids of reserved tokens that one of the models renamed. With experts only."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code of experts whose folders bring their own model class."}
+    )
     alpha: float | None = field(
         default=None, metadata={"help": "Weight of the expert's logits; 1 in the paper, else the checkpoint's."}
     )

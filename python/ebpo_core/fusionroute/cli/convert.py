@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ebpo_core.cli.quiet import hide_loading_bars
-from ebpo_core.fusionroute.cli.options import add_expert_path_flag, named_paths
+from ebpo_core.fusionroute.cli.options import add_code_flag, add_expert_path_flag, named_paths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     which.add_argument("--all", action="store_true", help="write all; those that need no conversion are copied")
     add_expert_path_flag(parser)
+    add_code_flag(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         expert_paths=paths or None,
         dtype=arguments.dtype,
         verify_experts=not arguments.no_verify_experts,
+        trust_remote_code=arguments.trust_remote_code,
         report=_print,
     )
     print(arguments.output)

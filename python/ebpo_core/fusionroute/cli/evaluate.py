@@ -1,4 +1,4 @@
-"""``fusionroute eval``: a checkpoint on tasks of the lm-evaluation-harness, its own or from a folder of YAML files."""
+"""``fusionroute eval``: a checkpoint on held-out rows of the training formats, or lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ebpo_core.fusionroute.cli.held_out import add_row_flags, check_rows, evaluate_rows
 from ebpo_core.fusionroute.cli.options import (
     add_model_flags,
     add_routing_flags,
@@ -23,32 +24,40 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+_BATCH, _SEED = "8", 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusionroute eval", description=__doc__, allow_abbrev=False)
     add_model_flags(parser)
-    parser.add_argument(
-        "--tasks", nargs="+", required=True, metavar="TASK", help="names, with spaces or commas between"
-    )
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with YAML files of your own tasks")
-    parser.add_argument("--limit", type=float, help="documents per task, or a share of them below 1; for trials only")
-    parser.add_argument("--num-fewshot", type=int, help="examples in the prompt; by default the task's")
-    parser.add_argument("--batch-size", default="8", help="rows in a batch, or auto (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, help="longest input in tokens; by default the router's limit")
-    parser.add_argument("--max-gen-toks", type=int, help="longest answer, instead of the task's; 400 in the paper")
-    parser.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
-    parser.add_argument("--seed", type=int, default=0, help="seed of examples and sampling (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names of tasks, with spaces or commas between")
+    add_row_flags(parser)
+    parser.add_argument("--limit", type=float, help="documents per task, or a share of them below 1; or rows")
+    parser.add_argument("--batch-size", default=_BATCH, help="rows in a batch, or (tasks) auto (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, help="longest input in tokens; by default the models' limit")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--log-samples", action="store_true", help="keep every document and answer in the results")
+    group = parser.add_argument_group("tasks")
+    group.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with YAML files of your own tasks")
+    group.add_argument("--num-fewshot", type=int, help="examples in the prompt; by default the task's")
+    group.add_argument("--max-gen-toks", type=int, help="longest answer, instead of the task's; 400 in the paper")
+    group.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    group.add_argument("--seed", type=int, default=_SEED, help="seed of examples and sampling (default: %(default)s)")
+    group.add_argument("--log-samples", action="store_true", help="keep every document and answer in the results")
     add_routing_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate, print a table, and write the results."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if check_rows(parser, arguments):
+        return evaluate_rows(arguments)
     size = arguments.batch_size
     if not size.startswith("auto") and not (size.isdigit() and int(size) > 0):
         raise ValueError(f"batch-size={size!r}: expected a whole number of at least 1, or auto")
+
+    import lm_eval  # noqa: F401 -- if it is missing, that is said before torch is loaded
 
     from ebpo_core.fusionroute.evaluation import evaluate, task_manager, write_results
 

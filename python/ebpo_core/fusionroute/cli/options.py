@@ -11,11 +11,24 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
-    """``PATH``, ``--device``, ``--dtype`` and ``--expert-path``: the checkpoint, as :func:`load_model` loads it."""
+    """``PATH``, ``--device``, ``--dtype``, ``--expert-path``, ``--trust-remote-code``.
+
+    They say which checkpoint :func:`load_model` loads, and how.
+    """
     parser.add_argument("path", help="directory or hub id of a FusionRoute checkpoint")
     parser.add_argument("--device", help="e.g. cpu or cuda:1; by default the first GPU, else the CPU")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
     add_expert_path_flag(parser)
+    add_code_flag(parser)
+
+
+def add_code_flag(parser: ArgumentParser) -> None:
+    """``--trust-remote-code``: the permission to run code that experts bring along."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code of experts whose folders bring their own model class",
+    )
 
 
 def add_expert_path_flag(parser: ArgumentParser) -> None:
@@ -138,7 +151,9 @@ def load_model(arguments: Namespace) -> Any:
     permitted_rows(config.options().updated(**routing_options(arguments)), names)
     hide_loading_bars()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = FusionRouteForCausalLM.from_pretrained(source, dtype=arguments.dtype, expert_paths=paths or None)
+    model: Any = FusionRouteForCausalLM.from_pretrained(
+        source, dtype=arguments.dtype, expert_paths=paths or None, trust_remote_code=arguments.trust_remote_code
+    )
     return model.to(device).eval()
 
 

@@ -83,6 +83,7 @@ def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tup
     from trl import get_quantization_config  # type: ignore[attr-defined]
 
     from ebpo_core.fusionroute.decoding.routing import RoutingOptions
+    from ebpo_core.fusionroute.experts.remote_code import check_code
     from ebpo_core.fusionroute.model import FusionRouteForCausalLM
     from ebpo_core.models import load_model as load_router
 
@@ -105,12 +106,14 @@ def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tup
             dtype=dtype,
             load_experts=arguments.stage != "cdpo" and config.routing_loss == "normalized",
             expert_paths=arguments.moved_experts(),
+            trust_remote_code=arguments.trust_remote_code,
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     else:
-        router, tokenizer = load_router(name, dtype=dtype, **options)
         experts: Any = arguments.named_experts()
+        check_code(experts, trust_remote_code=arguments.trust_remote_code)
+        router, tokenizer = load_router(name, dtype=dtype, trust_remote_code=False, **options)
         substitutes: Any = arguments.named_substitutes()
         model = FusionRouteForCausalLM.from_experts(
             router,
@@ -119,6 +122,7 @@ def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tup
             substitutes=substitutes,
             renamed_ids=arguments.renamed_ids or (),
             dtype=dtype,
+            trust_remote_code=arguments.trust_remote_code,
         )
     if arguments.alpha is not None:
         model.config.alpha = arguments.alpha

@@ -35,6 +35,7 @@ class Experts(Sequence[Expert]):
         default_dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         verify: bool = True,
+        trust_remote_code: bool = False,
     ) -> Experts:
         """Load experts.
 
@@ -48,6 +49,8 @@ class Experts(Sequence[Expert]):
             device: of experts whose reference has none; None: the CPU.
             verify: compare the weights with the hash in the reference, and take their hash where there is none. False
                 reads no hash: the reference's is dropped, and taken anew when it is asked for.
+            trust_remote_code: run the code that experts' folders bring along, see :mod:`~.remote_code`. Without it an
+                expert that needs its own is refused, before any is loaded.
 
         Raises:
             FileNotFoundError, ImportError, OSError, TypeError, ValueError: with the expert's name and the remedy.
@@ -60,6 +63,7 @@ class Experts(Sequence[Expert]):
                 default_dtype=default_dtype,
                 device=device,
                 verify=verify,
+                trust_remote_code=trust_remote_code,
             )
         )
 

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -21,6 +20,7 @@ from .adapters import merge_adapter
 from .errors import explained
 from .expert import Expert
 from .files import (
+    CODE_PATTERN,
     COMPANIONS,
     WEIGHT_PATTERNS,
     adapter_files,
@@ -33,6 +33,7 @@ from .hashes import FILES, check_sources, sources_hash
 from .loading import load_experts
 from .naming import unused_name
 from .references import EXPERTS_FOLDER, ExpertReference, Source
+from .remote_code import code_hash, config_dict, with_code
 from .tokenizers import TOKENIZER_FILES, load_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -93,7 +94,9 @@ def copy_experts(experts: Iterable[Expert], checkpoint_dir: Path) -> list[Expert
                 bases[source] = unused_name(Path(source.gguf_file or source.path).name.removesuffix(".gguf"), taken)
             with explained(expert.name):
                 folder = local_folder(source)
-                path = add(bases[source], partial(copy_model, folder, weight_files(folder, source.gguf_file)))
+                code = copied.code_hash is not None
+                weights = weight_files(folder, source.gguf_file)
+                path = add(bases[source], partial(copy_model, folder, weights, code=code))
                 copied = replace(copied, path=path, gguf_file=source.gguf_file)
                 if adapter is not None:
                     folder = local_folder(adapter)
@@ -108,9 +111,14 @@ def copy_experts(experts: Iterable[Expert], checkpoint_dir: Path) -> list[Expert
 
 
 def _with_files_hash(copied: ExpertReference, checkpoint_dir: Path) -> ExpertReference:
+    source = copied.source(checkpoint_dir)
+    if (
+        copied.hash is None and copied.code_hash is not None
+    ):  # a saved model brings along those files alone that it needs
+        copied = replace(copied, code_hash=code_hash(local_folder(source)))
     if copied.hash is not None and copied.hash.startswith(FILES):
         return copied
-    return replace(copied, hash=sources_hash(copied.source(checkpoint_dir), copied.adapter_source(checkpoint_dir)))
+    return replace(copied, hash=sources_hash(source, copied.adapter_source(checkpoint_dir)))
 
 
 def needs_conversion(reference: ExpertReference) -> str | None:
@@ -146,6 +154,7 @@ def export_expert(
     dtype: str | None = None,
     default_dtype: str | None = None,
     verify: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[ExpertReference, str]:
     """Write one expert into a folder: weights, config, generation config, tokenizer, licences.
 
@@ -161,6 +170,7 @@ def export_expert(
         dtype: "float32", "bfloat16", ...: of the written weights; None: the reference's, or ``default_dtype``.
         default_dtype: of references without one: the router's.
         verify: compare the weights with the hash in the reference.
+        trust_remote_code: run the code of an expert that brings its own, where it has to be loaded.
 
     Returns:
         A reference to ``folder``, with its hash, and what was done, in a few words.
@@ -178,11 +188,12 @@ def export_expert(
         reference = replace(expert, name=name)
         done = _what_to_do(reference, dtype)
         if done == _COPIED:
-            _copy_files(reference, folder, verify)
+            _copy_files(reference, folder, verify, trust_remote_code)
         else:
-            reference = _convert(reference, folder, dtype, default_dtype, verify)
+            reference = _convert(reference, folder, dtype, default_dtype, verify, trust_remote_code)
     written = sources_hash(Source(str(folder), None, None, "", folder))
     gone: dict[str, Any] = {"adapter": None, "adapter_revision": None, "quantization_config": None, "gguf_file": None}
+    gone |= {"code_hash": None if reference.code_hash is None else code_hash(folder)}
     return replace(reference, path=str(folder), revision=None, subfolder=None, hash=written, **gone), done
 
 
@@ -190,10 +201,7 @@ def _what_to_do(reference: ExpertReference, dtype: str | None) -> str:
     source, stored = reference.source(), None
     if source.gguf_file is None:
         with explained(reference.name, source):
-            config = transformers.AutoConfig.from_pretrained(
-                source.path, revision=source.revision, subfolder=source.subfolder
-            )
-        stored = getattr(config, "quantization_config", None)
+            stored = config_dict(source).get("quantization_config")
     if stored is not None and reference.adapter is not None:
         raise ValueError(
             f"expert {reference.name!r}: the weights of its base {source.path!r} are quantised, and an adapter merged "
@@ -211,19 +219,29 @@ def _what_to_do(reference: ExpertReference, dtype: str | None) -> str:
     return f"saved as {dtype}" if dtype else _COPIED
 
 
-def _copy_files(reference: ExpertReference, folder: Path, verify: bool) -> None:
+def _copy_files(reference: ExpertReference, folder: Path, verify: bool, trust_remote_code: bool) -> None:
     source = reference.source()
     with explained(reference.name, source):
-        origin = fetched_folder(source, *COMPANIONS, *WEIGHT_PATTERNS)  # no pickles
+        code = reference.code_hash is not None
+        if verify:  # of code too, which is not run here
+            with_code(reference, trust_remote_code=True)
+        patterns = [*COMPANIONS, *WEIGHT_PATTERNS, *([CODE_PATTERN] if code else [])]
+        origin = fetched_folder(source, *patterns)  # no pickles
         weights = weight_files(origin)
         compared = not verify or reference.hash is None or check_sources(reference.name, reference.hash, source)
     if not compared:
-        load_experts([replace(reference, device=None, offload=False)])  # of tensors: compared when they are loaded
-    copy_model(origin, weights, folder)
+        # Of tensors: compared when they are loaded.
+        load_experts([replace(reference, device=None, offload=False)], trust_remote_code=trust_remote_code)
+    copy_model(origin, weights, folder, code=code)
 
 
 def _convert(
-    reference: ExpertReference, folder: Path, dtype: str | None, default_dtype: str | None, verify: bool
+    reference: ExpertReference,
+    folder: Path,
+    dtype: str | None,
+    default_dtype: str | None,
+    verify: bool,
+    trust_remote_code: bool,
 ) -> ExpertReference:
     if reference.quantization_config:
         # Not the rounded weights, which the router was trained beside: engines would need them in formats of their own,
@@ -237,7 +255,12 @@ def _convert(
     loading = replace(reference, dtype=dtype, quantization_config=None)
     # Where it runs, and by which attention, is nothing to its weights, and need not be at hand here.
     loading = replace(loading, device=None, offload=False, attn_implementation=None)
-    (expert,) = load_experts([loading], default_dtype=default_dtype, verify=verify and reference.hash is not None)
+    (expert,) = load_experts(
+        [loading],
+        default_dtype=default_dtype,
+        verify=verify and reference.hash is not None,
+        trust_remote_code=trust_remote_code,
+    )
     if expert.adapter is not None:
         merge_adapter(expert.model, expert.name, expert.adapter)
     _save(expert, folder)

@@ -37,6 +37,7 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
+CODE_PATTERN = "*.py"  # of a model that brings its own code
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -81,9 +82,20 @@ def _no_weights(root: Path, wanted: str) -> Exception:
     return FileNotFoundError(f"{str(root)!r} has no {wanted}: restore the folder, or correct the path")
 
 
-def copy_model(folder: Path, weights: Mapping[str, Path], target: Path) -> None:
-    """Copy weight files, by their names in ``target``, and what may stand beside them in ``folder``."""
-    files = dict(weights)
+def code_files(folder: Path) -> dict[str, Path]:
+    """The Python files in a folder and below it, among them all that transformers runs of a model's own code."""
+    found = (file for file in folder.rglob(CODE_PATTERN) if file.is_file())
+    return {file.relative_to(folder).as_posix(): file for file in found}
+
+
+def copy_model(folder: Path, weights: Mapping[str, Path], target: Path, *, code: bool = False) -> None:
+    """Copy weight files, by their names in ``target``, and what may stand beside them in ``folder``.
+
+    Args:
+        folder, weights, target: from where, which, and where to.
+        code: copy Python files too.
+    """
+    files = dict(weights) | (code_files(folder) if code else {})
     for pattern in (*COMPANIONS, "*.safetensors.index.json"):
         files |= {file.name: file for file in folder.glob(pattern) if file.is_file()}
     for name, file in files.items():
@@ -143,4 +155,21 @@ def checkpoint_folder(
         return None
     source = Source(os.fspath(checkpoint), None, revision, "", None)
     # Only what is loaded: no pickles.
-    return fetched_folder(source, *(f"{prefix}*/{pattern}" for pattern in (*COMPANIONS, *WEIGHT_PATTERNS)))
+    code = [CODE_PATTERN] if any(each.code_hash for each in references) else []
+    return fetched_folder(source, *(f"{prefix}*/{pattern}" for pattern in (*COMPANIONS, *WEIGHT_PATTERNS, *code)))
+
+
+def free_folder(output: Path) -> Path:
+    """The folder to write, absolute, after checking that nothing is in the way.
+
+    Raises:
+        FileExistsError: a file, a folder that is not empty, or a mount point.
+    """
+    target = output.expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"output={str(output)!r} is a file: give a folder that does not exist yet")
+    if target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"output={str(output)!r} is not empty: give another folder, or empty it")
+    if target.is_mount():
+        raise FileExistsError(f"output={str(output)!r} is a mount point: give a folder in it that does not exist yet")
+    return target

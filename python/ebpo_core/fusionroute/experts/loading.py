@@ -18,11 +18,20 @@ from ebpo_core.models import load_weights
 from .adapters import AdapterSwitch, load_adapter
 from .errors import check_complete, explained, require
 from .expert import Expert
-from .files import checkpoint_folder, weight_files
+from .files import (
+    CODE_PATTERN,
+    COMPANIONS,
+    WEIGHT_PATTERNS,
+    checkpoint_folder,
+    fetched_folder,
+    local_folder,
+    weight_files,
+)
 from .hashes import FILES, TENSORS, check_hash, check_sources, kind, sources_hash, tensors_hash
 from .naming import parse_experts
 from .offload import OffloadPool, exact_device
-from .references import ExpertReference
+from .references import ExpertReference, Source
+from .remote_code import class_of_code, code_hash, is_code_of_a_folder, with_code
 
 _FSDP_SETTING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -35,6 +44,7 @@ def load_experts(
     default_dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     verify: bool = True,
+    trust_remote_code: bool = False,
 ) -> list[Expert]:
     """Experts in the order given. Arguments and errors are those of :meth:`~.experts.Experts.load`."""
     parsed = parse_experts(experts)
@@ -46,7 +56,8 @@ def load_experts(
         if model is not None:
             loaded[number] = _live(reference, model)
         else:
-            reference = reference.anchored(folder)
+            anchored = reference.anchored(folder)
+            reference = with_code(anchored, trust_remote_code=trust_remote_code, verify=verify)
             recorded = reference.hash if verify else None
             shared.setdefault(_base_of(reference), []).append((number, replace(reference, hash=recorded)))
     pool = OffloadPool()
@@ -70,6 +81,9 @@ def _live(reference: ExpertReference, model: PreTrainedModel) -> Expert:
             f"expert {reference.name!r} is a live model with adapters: pass a dict with path and adapter, or merge the "
             "adapter"
         )
+    if is_code_of_a_folder(model) and reference.path is not None:
+        with explained(reference.name):
+            reference = replace(reference, code_hash=code_hash(local_folder(reference.source())))
     return Expert(reference, model, live=True)
 
 
@@ -113,6 +127,8 @@ def _load_shared(
 def load_base(reference: ExpertReference, *, default_dtype: torch.dtype | str | None, device: torch.device) -> Any:
     """A reference's model without its adapter, on ``device`` (the CPU if it is offloaded).
 
+    Its folder's code is run if the reference has a ``code_hash``, which :func:`~.remote_code.with_code` gave it.
+
     Raises:
         ImportError: a package that the reference needs is missing.
         OSError: no such repository or revision, nor a copy in the local cache (FileNotFoundError: a folder's weights).
@@ -123,6 +139,7 @@ def load_base(reference: ExpertReference, *, default_dtype: torch.dtype | str | 
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     options: dict[str, Any] = {"dtype": dtype, "revision": source.revision, "subfolder": source.subfolder}
+    options["trust_remote_code"] = reference.code_hash is not None  # never None, which asks in the terminal
     if source.gguf_file:
         require("gguf", reference.name, f"gguf_file={source.gguf_file!r}")
     if reference.attn_implementation:
@@ -137,9 +154,20 @@ def load_base(reference: ExpertReference, *, default_dtype: torch.dtype | str | 
     with explained(reference.name, source):
         if source.folder is not None:
             weight_files(source.folder, source.gguf_file)
+        if reference.code_hash is not None and source.folder is None:  # what is run is what was compared
+            folder = fetched_folder(source, *COMPANIONS, *WEIGHT_PATTERNS, CODE_PATTERN)
+            source = Source(str(folder), None, None, "", folder)
+            options |= {"revision": None, "subfolder": ""}
         if source.gguf_file is None:  # a family that cannot be an expert is refused before its weights are read
-            config = AutoConfig.from_pretrained(source.path, revision=source.revision, subfolder=source.subfolder)
+            config = AutoConfig.from_pretrained(
+                source.path,
+                revision=source.revision,
+                subfolder=source.subfolder,
+                trust_remote_code=options["trust_remote_code"],
+            )
             check_config(config, "it")
+            if reference.code_hash is not None:
+                options |= {"model_class": class_of_code(config, source.path), "config": config}
         if reference.quantization_config:
             quantizers: Any = importlib.import_module("transformers.quantizers")
             config = dict(reference.quantization_config)
@@ -163,6 +191,7 @@ def is_where_it_came_from(expert: Expert) -> bool:
         return not expert.touched
     reference = replace(expert.reference, hash=None, device="cpu", offload=False)
     try:
+        reference = with_code(reference, trust_remote_code=expert.reference.code_hash is not None)
         key = (sources_hash(reference.source()), reference.dtype)
         if key not in _known_tensors:
             model = load_base(reference, default_dtype=None, device=torch.device("cpu"))

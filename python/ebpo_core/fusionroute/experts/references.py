@@ -62,6 +62,8 @@ class ExpertReference:
         attn_implementation: as for ``from_pretrained``.
         substitutes: from ids of tokens that the expert lacks to ids that it reads and scores in their place.
         hash: of the weights, see :mod:`~.hashes`; checked when the expert is loaded.
+        code_hash: of the Python files in its folder, for a model that runs them; checked alike. It records what the
+            model needs and allows nothing: that is ``trust_remote_code``, an argument of whatever loads the expert.
         vocab_size: width of the logits.
 
     Raises:
@@ -83,6 +85,7 @@ class ExpertReference:
     attn_implementation: str | None = None
     substitutes: dict[str, int] | None = None
     hash: str | None = None
+    code_hash: str | None = None
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:

@@ -61,12 +61,15 @@ def fingerprint(tokenizer: Any, vocab_size: int | None = None) -> str:
     return f"sha256:tokens:{digest.hexdigest()}"
 
 
-def load_tokenizer(reference: ExpertReference, base_dir: str | os.PathLike[str] | None = None) -> Any:
+def load_tokenizer(
+    reference: ExpertReference, base_dir: str | os.PathLike[str] | None = None, *, trust_remote_code: bool = False
+) -> Any:
     """The tokenizer beside an expert's weights (an adapter's own, if its folder has one), or None.
 
     Args:
         reference: of the expert.
         base_dir: the checkpoint's folder, where relative paths are looked up.
+        trust_remote_code: run the code of a tokenizer that brings its own.
 
     Returns:
         The tokenizer; None if the folder or repository has none, or the model was given live and never saved.
@@ -79,9 +82,9 @@ def load_tokenizer(reference: ExpertReference, base_dir: str | os.PathLike[str] 
         return None
     adapter = reference.adapter_source(base_dir)
     if adapter is not None and _has_tokenizer(reference.name, adapter):
-        return _load(reference.name, adapter)
+        return _load(reference.name, adapter, trust_remote_code)
     source = reference.source(base_dir)
-    return _load(reference.name, source) if _has_tokenizer(reference.name, source) else None
+    return _load(reference.name, source, trust_remote_code) if _has_tokenizer(reference.name, source) else None
 
 
 def _tokens(tokenizer: Any, vocab_size: int | None) -> list[tuple[int, str]]:
@@ -118,10 +121,11 @@ def _in_repository(source: Source, name: str) -> bool | None:
     return True
 
 
-def _load(expert: str, source: Source) -> Any:
+def _load(expert: str, source: Source, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"revision": source.revision, "subfolder": source.subfolder}
+    options["trust_remote_code"] = trust_remote_code
     if source.gguf_file:
         require("gguf", expert, f"gguf_file={source.gguf_file!r}")
         options["gguf_file"] = source.gguf_file

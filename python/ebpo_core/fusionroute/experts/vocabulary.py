@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -22,12 +23,14 @@ def shared_vocabulary(
     vocab_size: int | None = None,
     substitutes: Mapping[Any, Any] | None = None,
     renamed_ids: Iterable[int] = (),
+    trust_remote_code: bool = False,
 ) -> int:
     """V, after the experts have got their substitutes. Arguments and errors are those of ``from_experts``."""
+    load = partial(load_tokenizer, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         where = router.config._name_or_path
-        tokenizer = load_tokenizer(ExpertReference(name="router", path=where)) if where else None
-    tokenizers = {"router": tokenizer, **{expert.name: load_tokenizer(expert.reference) for expert in experts}}
+        tokenizer = load(ExpertReference(name="router", path=where)) if where else None
+    tokenizers = {"router": tokenizer, **{expert.name: load(expert.reference) for expert in experts}}
     tokenizers = {name: found for name, found in tokenizers.items() if found is not None}
     if substitutes:
         _substitute(experts, named_ids(substitutes, tokenizer), tokenizers)

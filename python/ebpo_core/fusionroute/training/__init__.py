@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .config import FusionRouteCDPOConfig, FusionRouteSFTConfig
     from .data import tokenize_pairs, tokenize_samples
     from .expert_cache import ExpertSource, expert_columns
+    from .held_out import evaluate_pairs, evaluate_samples
     from .sequences import PreferencePairs, TokenSequences
     from .sft import FusionRouteSFTTrainer
 
@@ -27,6 +28,8 @@ __all__ = [
     "FusionRouteSFTTrainer",
     "PreferencePairs",
     "TokenSequences",
+    "evaluate_pairs",
+    "evaluate_samples",
     "expert_columns",
     "tokenize_pairs",
     "tokenize_samples",
@@ -40,6 +43,8 @@ _LAZY = {
     "FusionRouteSFTTrainer": "sft",
     "PreferencePairs": "sequences",
     "TokenSequences": "sequences",
+    "evaluate_pairs": "held_out",
+    "evaluate_samples": "held_out",
     "expert_columns": "expert_cache",
     "tokenize_pairs": "data",
     "tokenize_samples": "data",

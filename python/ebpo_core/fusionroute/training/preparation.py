@@ -218,7 +218,8 @@ def expert_sources(model: FusionRouteForCausalLM, device: torch.device) -> list[
             )
 
         def load(reference: ExpertReference = reference) -> Any:
-            return Experts.load([reference], default_dtype=model.dtype, device=device)[0]
+            trust = model.trust_remote_code
+            return Experts.load([reference], default_dtype=model.dtype, device=device, trust_remote_code=trust)[0]
 
         sources.append(ExpertSource(reference.name, _identity(reference, reference.hash), load))
     return sources
@@ -228,4 +229,5 @@ def _identity(reference: ExpertReference, weights: str) -> str:
     """Everything that decides an expert's outputs: its weights, and how they are loaded."""
     quantization = json.dumps(reference.quantization_config, sort_keys=True)
     substitutes = f" substitutes={json.dumps(reference.substitutes, sort_keys=True)}" if reference.substitutes else ""
-    return f"{weights} dtype={reference.dtype} quantization={quantization}{substitutes}"
+    code = f" code={reference.code_hash}" if reference.code_hash else ""
+    return f"{weights} dtype={reference.dtype} quantization={quantization}{substitutes}{code}"

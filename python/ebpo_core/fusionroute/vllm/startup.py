@@ -155,6 +155,8 @@ def _resolved(expert: ExpertReference, verify: bool) -> ExpertReference:
             f"expert {expert.name!r}: {reason}, which vLLM does not load; write a checkpoint that it does load by "
             "`fusionroute convert CHECKPOINT OUTPUT`, and serve OUTPUT"
         )
+    if expert.code_hash is not None:
+        raise ValueError(f"expert {expert.name!r}: its model is Python code of its own folder, which vLLM does not run")
     source = expert.source()
     with explained(expert.name, source):
         folder = fetched_folder(source, "*.json", "*.safetensors")

@@ -27,7 +27,7 @@ class PriorCheckpoint:
     Raises:
         FileNotFoundError: verl is going to resume from a checkpoint without a prior, and
             ``algorithm.ebpo.allow_missing_prior`` is not set.
-        TypeError, ValueError: wrong options under ``algorithm.ebpo``, or a prior written with others.
+        TypeError, ValueError: wrong options under ``algorithm.ebpo``, or a prior that cannot be read.
     """
 
     def __init__(self, config: Any = None) -> None:

@@ -1,0 +1,106 @@
+"""The evidence study: its statistics, its records, its page, and that a run is the same bits again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("trl")
+
+import contrasts
+import ladder
+import training
+from scipy import stats
+
+FIGURES = Path(training.HERE) / "figures.py"
+
+
+def run_of(arm: str, seed: int, score: float, **config: Any) -> dict[str, Any]:
+    """A record with nothing but what contrasts read."""
+    return {
+        "config": {**training.configuration("countdown", "middle", 2, arm, seed, 4e-4), **config},
+        "after": {"pass@1": score},
+        "curves": {"equal": [0.5]},
+    }
+
+
+def test_contrast_is_the_paired_t_test_over_the_seeds_that_both_arms_have() -> None:
+    ours, theirs = [0.44, 0.43, 0.46, 0.40], [0.40, 0.41, 0.39, 0.41, 0.9]
+    records = [run_of("ebpo", seed, value) for seed, value in enumerate(ours)]
+    records += [run_of("grpo", seed, value) for seed, value in enumerate(theirs)]
+    found = contrasts.paired(contrasts.by_cell(records)["countdown", "middle", 2, ""], "ebpo", "grpo")
+    assert found is not None
+    assert (found.seeds, found.wins) == (4, 3)
+    wanted = stats.ttest_rel(ours, theirs[:4])
+    assert found.p == pytest.approx(wanted.pvalue)
+    interval = wanted.confidence_interval()
+    assert (found.low, found.high) == pytest.approx((100 * interval.low, 100 * interval.high))
+    # What the cell can see: power of the noncentral t is near 80 % there.
+    spread = 100 * np.std(np.subtract(ours, theirs[:4]), ddof=1)
+    power = stats.nct.sf(stats.t.ppf(0.975, 3), 3, found.visible / spread * 2)
+    assert power == pytest.approx(0.8, abs=0.1)
+
+
+def test_contrast_needs_two_pairs() -> None:
+    cells = contrasts.by_cell([run_of("ebpo", 0, 0.4), run_of("grpo", 0, 0.4), run_of("ebpo", 1, 0.4)])
+    assert contrasts.paired(cells["countdown", "middle", 2, ""], "ebpo", "grpo") is None
+
+
+def test_holm_gives_the_values_of_a_worked_example() -> None:
+    assert contrasts.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_correction_counts_contrasts_that_have_not_been_run() -> None:
+    rng = np.random.default_rng(0)
+    records = [
+        run_of(arm, seed, shift + rng.normal(0, 0.01))
+        for arm, shift in (("ebpo", 0.45), ("grpo", 0.43))
+        for seed in range(8)
+    ]
+    [(G, contrast, corrected)] = contrasts.main_family(contrasts.by_cell(records))
+    assert G == 2
+    assert corrected == pytest.approx(min(1.0, 16 * contrast.p))
+
+
+def test_cells_are_never_mixed() -> None:
+    records = [
+        run_of("ebpo", 0, 0.4),
+        run_of("ebpo", 0, 0.4, equal_rms=True),
+        run_of("ebpo", 0, 0.4, train_size=512),
+        run_of("ebpo", 0, 0.4, prompts_per_call=1),
+        run_of("ebpo", 0, 0.4, G=4),
+        run_of("ebpo", 1000, 0.4),  # tunes a learning rate
+    ]
+    cells = contrasts.by_cell(records)
+    assert len(cells) == 5
+    assert all(len(arms["ebpo"]) == 1 for arms in cells.values())
+
+
+def test_committed_records_are_whole_and_each_belongs_to_its_configuration() -> None:
+    records = contrasts.read("training")
+    assert records
+    assert len({record["hash"] for record in records}) == len(records)
+    for record in records:
+        assert record["hash"] == training.name_of(record["config"])
+        assert record["commit"]
+        assert 0 <= record["after"]["pass@1"] <= record["after"]["pass@16"] <= 1
+
+
+def test_page_shows_what_the_records_give() -> None:
+    command = [sys.executable, str(FIGURES), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arm", ["ebpo", "dapo"])
+def test_run_is_the_same_bits_again(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "BASES", tmp_path)
+    monkeypatch.setitem(ladder.WARM_UP_STEPS, ("countdown", "low"), 2)
+    config = training.configuration("countdown", "low", 2, arm, 0, 4e-4, prompts_per_call=4)
+    config |= {"steps": 2, "rollouts": 16, "samples": 2}
+    assert training.run(config) == training.run(config)
