@@ -223,7 +223,8 @@ class FusionRouteCache(Cache):
         if len(set(removed)) == 1 and columns == self.columns - removed[0]:
             self.crop(-removed[0])
             return
-        for layer in self.router.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if layer.is_initialized:
                 _realign(layer, removed, columns)
         self._tokens.realign(removed, columns)

@@ -165,7 +165,8 @@ def decode(
         streamer.end()
     layers: list[Any] = cache.layers
     for layer in layers:
-        layer.record_past = False
+        if layer.is_sliding:
+            layer.record_past = False  # of a cache that is returned; what it holds is cut already
     returned = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     if returned and (any(end != past + text.shown - 1 for end in own) or min(text.filled) < text.shown):
         _complete(model, cache, *prompt, text)
@@ -211,17 +212,17 @@ class _Drafter:
 
     def round(self, text: Text) -> list[int]:
         """Let each row write up to as many tokens as it has room for; returns how many there are."""
-        model, cache, V, device = self.model, self.cache, self.model.config.vocab_size, text.tokens.device
+        model, cache, V = self.model, self.cache, self.model.config.vocab_size
         room = text.room()
         k = min(self.length.next(), max(room))
         (_, positions, _), seen = cache.facts
+        device = seen.device  # the model's; prompts, and so texts, may be on the CPU
         # Columns beyond a row's room are padding: no model may read further than the longest text allowed.
         real = torch.arange(k, device=device) < torch.tensor([max(1, n) for n in room], device=device)[:, None]
         positions = positions[:, -1:] + real.cumsum(1)
         mask = torch.cat([seen, real], dim=1)
         masked = self._masked or min(room) < k
-        rows = torch.arange(len(seen), device=device)
-        token = text.tokens[rows, torch.tensor(text.lengths, device=device) - 1][:, None]
+        token = text.last().to(device)
         running = torch.tensor(room, device=device) > 0
         drafts, logits, hidden, over = [], [], [], ~running
         for step in range(k):
@@ -282,10 +283,10 @@ def _complete(model: Any, cache: FusionRouteCache, facts: Tensor, mask: Tensor, 
         facts, mask: of the columns before the first new token.
         text: what was written.
     """
-    new = text.tokens[:, text.prompt : text.shown - 1]
+    new = text.tokens[:, text.prompt : text.shown - 1].to(facts.device)
     N = new.shape[1]
     positions = facts[1, :, -1:] + torch.arange(1, N + 1, device=new.device)
-    routes = text.routes[:, text.prompt + 1 : text.shown]
+    routes = text.routes[:, text.prompt + 1 : text.shown].to(facts.device)
     ids, positions, selected = torch.cat([facts, torch.stack([new, positions, routes])], dim=2)
     real = pad(mask, (0, N), value=True)
     cache.router = DynamicCache(config=model.config.get_text_config())

@@ -52,6 +52,10 @@ class Text:
         rows = zip(self._on, self._ended, self.lengths, strict=True)
         return [self._limit - length if on and not ended else 0 for on, ended, length in rows]
 
+    def last(self) -> Tensor:
+        """Each row's last token, ``[B, 1]``."""
+        return self.tokens.gather(1, torch.tensor(self.lengths, device=self.tokens.device)[:, None] - 1)
+
     @property
     def may_end(self) -> bool:
         """True if there are end tokens."""
@@ -59,7 +63,9 @@ class Text:
 
     def ends_at(self, tokens: Tensor) -> Tensor:
         """Where ``tokens`` are end tokens: bool of their shape."""
-        return torch.zeros_like(tokens, dtype=torch.bool) if self._ends is None else torch.isin(tokens, self._ends)
+        if self._ends is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        return torch.isin(tokens, self._ends.to(tokens.device))
 
     def up_to_the_end(self, tokens: Tensor) -> Tensor:
         """How many of each row's tokens, ``[B, K]``, there are up to and with the first end token; ``[B]`` int64."""
