@@ -7,15 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from fusionroute_ends import After, at_string
 from fusionroute_oracle import VOCAB, fusionroute, padded_prompts, settled
 from fusionroute_tiny import FAMILIES, SLIDING_FAMILIES, tiny_model
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
@@ -217,17 +212,6 @@ def test_draws_follow_the_policy(model: Any, one: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------- ends, streams and traces
 
 
-class After(StoppingCriteria):
-    """Row i ends after ``counts[i]`` new tokens, and says so in that step only; notes the columns it saw."""
-
-    def __init__(self, prompt: int, counts: list[int]) -> None:
-        self.ends, self.seen = torch.tensor([prompt + count for count in counts]), []  # type: ignore[var-annotated]
-
-    def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
-        self.seen.append(input_ids.clone())
-        return self.ends == input_ids.shape[1]
-
-
 class Columns(BaseStreamer):
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
@@ -238,17 +222,6 @@ class Columns(BaseStreamer):
 
     def end(self) -> None:
         self.ended = True
-
-
-def character_tokenizer() -> Any:
-    """One character a token, which transformers' search for stop strings can take apart."""
-    from tokenizers import Tokenizer
-    from tokenizers.decoders import Fuse
-    from tokenizers.models import BPE
-
-    tokenizer = Tokenizer(BPE({chr(0x61 + token): token for token in range(VOCAB)}, []))
-    tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
 ENDS = ["length", "end token", "criterion", "criterion and end token", "string"]
@@ -263,8 +236,7 @@ def ending(kind: str, model: Any, prompts: dict[str, Any]) -> dict[str, Any]:
     if "criterion" in kind:
         found["stopping_criteria"] = StoppingCriteriaList([After(longest, [9, 2, 14])])
     if kind == "string":
-        words = [chr(0x61 + int(free[row, longest + at])) for row, at in ((0, 5), (1, 2), (2, 11))]
-        found |= {"stop_strings": words, "tokenizer": character_tokenizer()}
+        found |= at_string(*(int(free[row, longest + at]) for row, at in ((0, 5), (1, 2), (2, 11))))
     return found
 
 
@@ -316,6 +288,24 @@ def test_a_conversation_goes_on_from_the_cache(router: str, kind: str) -> None:
     assert (held - whole).abs().max() <= 5e-5 * whole.abs().max()
 
 
+def test_a_cache_forgets_what_a_row_wrote_beyond_its_end(model: Any, one: dict[str, Any]) -> None:
+    """Also where that is as much as the other row's text, at the same pace."""
+    ids = one["input_ids"].repeat(2, 1)
+    two = {**one, "input_ids": ids, "attention_mask": torch.ones_like(ids), "alpha": 0.0}
+    unused = next(token for token in range(3, VOCAB) if token not in model.generate(**two))
+    start = ids.shape[1]
+    out = model.generate(
+        **{**two, "eos_token_id": unused},
+        stopping_criteria=StoppingCriteriaList([After(start, [3, 9])]),
+        return_dict_in_generate=True,
+        draft_tokens=8,
+    )
+    assert out.sequences.shape[1] == start + 9
+    assert out.sequences[0, start + 3 :].eq(0).all()
+    assert torch.equal(out[CACHE].history.ids, out.sequences[:, :-1])
+    assert max(state.cache.lengths[0] for state in out[CACHE].states) <= start + 3
+
+
 def test_drafts_go_on_from_a_cache(model: Any, prompts: dict[str, Any]) -> None:
     for drafts in ({}, {"draft_tokens": 3}):
         first = model.generate(**prompts, alpha=SOME, return_dict_in_generate=True, **drafts)
@@ -330,16 +320,30 @@ def test_drafts_go_on_from_a_cache(model: Any, prompts: dict[str, Any]) -> None:
 # -------------------------------------------------------------------------------------------------- forwards per token
 
 
-def test_accepted_drafts_cost_one_expert_forward_a_round(model: Any, one: dict[str, Any]) -> None:
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 1.5}], ids=["greedy", "sampled"])
+def test_accepted_drafts_cost_one_expert_forward_a_round(model: Any, one: dict[str, Any], sampling: Any) -> None:
     """With alpha 0 the router is always right: k of its forwards and one of the expert write k tokens."""
-    arguments = {**one, "alpha": 0.0, "forced_expert": 2}
+    arguments = {**one, "alpha": 0.0, "forced_expert": 2, **sampling}
     with Forwards(model) as plain:
-        expected = model.generate(**arguments)
+        model.generate(**arguments)
     assert plain.counts == [NEW, 0, 0, NEW, 0]  # the prompt gives the first token
     with Forwards(model) as drafted:
-        assert torch.equal(model.generate(**arguments, draft_tokens=4), expected)
+        model.generate(**arguments, draft_tokens=4)
     rounds = -(-(NEW - 1) // 4)
     assert drafted.counts == [NEW, 0, 0, 1 + rounds, 0]  # the last round is as long as the text needs
+
+
+@pytest.mark.parametrize("draft_tokens", [16, "auto"])
+def test_the_router_drafts_nothing_behind_its_end_token(model: Any, prompts: Any, draft_tokens: Any) -> None:
+    """In a batch: until all rows have one."""
+    arguments = {**prompts, "alpha": 0.0}
+    new = model.generate(**arguments)[:, 9:].tolist()
+    ends = [row[at] for row, at in zip(new, (5, 8, 2), strict=True)]
+    longest = max(min(row.index(end) for end in ends if end in row) + 1 for row in new)
+    with Forwards(model) as drafted:
+        out = model.generate(**{**arguments, "eos_token_id": ends}, draft_tokens=draft_tokens)
+    assert out.shape[1] == 9 + longest
+    assert drafted.counts[0] == longest
 
 
 def test_forwards_are_those_of_the_rounds(model: Any, one: dict[str, Any]) -> None:
