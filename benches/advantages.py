@@ -6,6 +6,8 @@ All rows of a size are timed in turn, in short rounds, and the best round counts
 threads, whichever is less: on a shared machine that is what the code costs, the rest is what the neighbours did. Ratios
 are against the NumPy twin of the same run.
 
+Then, of estimators that hold 100,000 and a million keys: an update with 512 of them, their state, and their memory.
+
 PATH of ``--against`` is a folder that holds another build of the package, ``PATH/ebpo_core``, whose rows stand beside
 ours.
 """
@@ -16,12 +18,14 @@ import argparse
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import time
 import uuid
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,9 @@ GOALS = {(64, 8): 25, (512, 8): 15, (4096, 16): 8, (65_536, 16): 20, (1 << 20, 1
 STATEFUL = {(64, 8): 2.0, (512, 8): 1.5, (4096, 16): 1.5}
 """At most so many times the stateless call."""
 STATELESS_ROW, STATEFUL_ROW = "ebpo_core.advantages", "ebpo_core.EBPO (stateful)"
+KEYED_ROW, KEYED = "ebpo_core.EBPO, six keys", 4.0
+"""At most so many times the stateless call, where there is a goal for the stateful one."""
+MANY_KEYS = (100_000, 1_000_000)
 Row = tuple[str, Callable[[], Any]]
 
 
@@ -69,12 +76,19 @@ def peers(r: np.ndarray, against: Any = None) -> list[Row]:
         (STATEFUL_ROW, lambda: stateful(r)),
         ('ebpo_core method="grpo"', lambda: ebpo_core.advantages(r, method="grpo")),
     ]
+    keys = [f"topic {topic}" for topic in range(6)]
+    keys = [keys[topic] for topic in np.random.default_rng(2).integers(6, size=len(r))]
+    keyed = ebpo_core.EBPO()
+    if r.shape in STATEFUL:
+        rows.append((KEYED_ROW, lambda: keyed(r, keys=keys)))
     if against is not None:
-        before = against.EBPO()
+        before, keyed_before = against.EBPO(), against.EBPO()
         rows += [
             (f"{STATELESS_ROW}, before", lambda: against.advantages(r)),
             (f"{STATEFUL_ROW}, before", lambda: before(r)),
         ]
+        if r.shape in STATEFUL:
+            rows.append((f"{KEYED_ROW}, before", lambda: keyed_before(r, keys=keys)))
     if importlib.util.find_spec("torch"):
         import torch
 
@@ -149,6 +163,47 @@ def ragged_peers(rows: int) -> tuple[str, list[Row]]:
     ]
 
 
+def filled(build: Any, count: int, decay: dict[str, Any]) -> Any:
+    """An estimator that holds ``count`` keys."""
+    r = (np.random.default_rng(3).random((512, 8)) < 0.3).astype(np.float32)
+    ebpo = build.EBPO(max_keys=2 * count, **decay)
+    for start in range(0, count, 512):
+        ebpo(r[: count - start], keys=[f"prompt-{i:032x}" for i in range(start, min(start + 512, count))])
+    return ebpo
+
+
+def memory_of(count: int, decay: dict[str, Any]) -> float:
+    """MB by which a process grows that fills an estimator with ``count`` keys."""
+    before = resident()
+    ebpo = filled(ebpo_core, count, decay)
+    return resident() - before if ebpo.key_count == count else 0.0
+
+
+def many_keys(build: Any, count: int, seconds: float, decay: dict[str, Any]) -> dict[str, float]:
+    """Of an estimator that holds ``count`` keys: microseconds of an update with 512 of them, and of its states; MB."""
+    rng = np.random.default_rng(4)
+    r = (rng.random((512, 8)) < 0.3).astype(np.float32)
+    ebpo = filled(build, count, decay)
+    batches = cycle([[f"prompt-{i:032x}" for i in rng.integers(count, size=512)] for _ in range(64)])
+    best = measure([("update with 512 of them", lambda: ebpo(r, keys=next(batches)))], seconds)
+    if count <= MANY_KEYS[0]:
+        best |= measure([("state_dict()", ebpo.state_dict)], 0.0)
+    figures = {name: 1e6 * value for name, value in best.items()}
+    if build is ebpo_core:
+        best = measure([("state_dict(arrays=True)", lambda: ebpo.state_dict(arrays=True))], 0.0)
+        figures |= {name: 1e6 * value for name, value in best.items()}
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process, which has no memory to use again
+            figures["memory, MB"] = pool.apply(memory_of, (count, decay))
+    return figures
+
+
+def resident() -> float:
+    """Resident memory of this process in MB; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
+
+
 def measure(rows: list[Row], seconds: float) -> dict[str, float]:
     """Best seconds per call of each row, over interleaved rounds of a few milliseconds; at least 8 rounds."""
     best = {name: float("inf") for name, _ in rows}
@@ -182,6 +237,9 @@ def report(title: str, best: dict[str, float], goal: float | None = None, statef
             ratio = best[STATEFUL_ROW + suffix] / best[STATELESS_ROW + suffix]
             goal_of_ratio = f" (goal: at most {stateful})" if stateful and not suffix else ""
             print(f"  stateful / stateless{suffix}: {ratio:.2f}{goal_of_ratio}")
+        if KEYED_ROW + suffix in best:
+            ratio = best[KEYED_ROW + suffix] / best[STATELESS_ROW + suffix]
+            print(f"  keyed / stateless{suffix}: {ratio:.2f}" + ("" if suffix else f" (goal: at most {KEYED})"))
     return {"size": title, "microseconds": {name: seconds * 1e6 for name, seconds in best.items()}}
 
 
@@ -214,6 +272,18 @@ def main() -> None:
         results.append(report(f"{M} x {G}, float32", best, GOALS[M, G], STATEFUL.get((M, G))))
     title, rows = ragged_peers(512 if args.smoke else 65_536)
     results.append(report(title, measure(rows, seconds)))
+    for count in (1000,) if args.smoke else MANY_KEYS:
+        for name, build, decay in (
+            ('decay=0.99, decay_by="update"', ebpo_core, {"decay": 0.99}),
+            ('decay=0.99, decay_by="visit"', ebpo_core, {"decay": 0.99, "decay_by": "visit"}),
+            ("decay=0.99, before", against if count == MANY_KEYS[0] else None, {"decay": 0.99}),
+        ):
+            if build is not None:
+                figures = many_keys(build, count, seconds / 4, decay)
+                print(f"\n{count} keys, {name}")
+                for what, value in figures.items():
+                    print(f"  {what:33} {value:12.1f}" + ("" if "MB" in what else " microseconds"))
+                results.append({"size": f"{count} keys, {name}", "figures": figures})
     info = machine()
     print(f"\n{info['cpu']}, {info['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in info["versions"].items()))
     if args.json:

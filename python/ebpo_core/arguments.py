@@ -22,6 +22,15 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def left_out(name: str, value: Any) -> bool | str:
+    """What a baseline leaves out: False, True (or ``"group"``, the same), or ``"row"``; the core knows the names."""
+    if isinstance(value, str):
+        return True if value == "group" else str(value)
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f'{name}={value!r} is of type {type(value).__name__}: expected True, False or "row"')
+    return bool(value)
+
+
 def real(name: str, value: Any) -> float:
     """A real number, as a plain ``float``; strings and booleans are none."""
     if isinstance(value, (str, bytes, bool, np.bool_)):

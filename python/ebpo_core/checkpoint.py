@@ -10,6 +10,8 @@ The prior is one JSON object, ``ebpo_prior.json``, in the checkpoint folder of w
 
 With one prior per reward function there is, in place of ``"ebpo"``,
 ``"ebpo_per_reward": [{"reward": "accuracy", "ebpo": {...}}, ...]``, in the order of the functions.
+
+The keys of an estimator that has more than ``MANY_KEYS`` are in a second file beside it (:mod:`ebpo_core.keyfiles`).
 """
 
 from __future__ import annotations
@@ -20,12 +22,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ebpo_core.estimator import EBPO
 from ebpo_core.files import write_json
+from ebpo_core.keyfiles import is_reference, read_keys, remove_others, write_keys
 
 PRIOR_NAME = "ebpo_prior.json"
 TRAINER_STATE_NAME = "trainer_state.json"
 FORMAT = "ebpo-core/prior"
 VERSION = 1
+MANY_KEYS = 1024
+"""Keys above which an estimator's are written into a file of their own."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Folders of one step, in TRL, verl, SkyRL, NeMo-RL, prime-rl and slime; NeMo-RL writes a checkpoint in `tmp_step_7`.
@@ -36,12 +42,14 @@ _DEPTH = 4  # folders between that of a run and the prior's file, at most
 _Base: Any = object
 
 
-def write_prior(path: str | os.PathLike[str], state: dict[str, Any] | list[dict[str, Any]], **extra: Any) -> Path:
-    """Write ``state`` (``EBPO.state_dict()``): a reader sees the old file or the new one, never half of one.
+def write_prior(path: str | os.PathLike[str], state: Any, **extra: Any) -> Path:
+    """Write ``state``: a reader sees the old files or the new ones, never half of one.
 
     Args:
         path: a folder (made if missing), in which ``ebpo_prior.json`` is written, or a file name ending in ``.json``.
-        state: the estimator's state, or a list of ``{"reward": name, "ebpo": state}`` for one prior per function.
+        state: an estimator (:class:`ebpo_core.EBPO`) or its ``state_dict()``; or a list of ``{"reward": name, "ebpo":
+            one of these}`` for one prior per function. The keys of an estimator with more than ``MANY_KEYS``, and of a
+            ``state_dict(arrays=True)``, go into a file of their own.
         extra: further JSON-safe fields, beside ``format``, ``version`` and ``ebpo``.
 
     Returns:
@@ -51,9 +59,37 @@ def write_prior(path: str | os.PathLike[str], state: dict[str, Any] | list[dict[
     if target.suffix != ".json" or target.is_dir():
         target = target / PRIOR_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
-    states = {"ebpo_per_reward" if isinstance(state, list) else "ebpo": state}
+    if isinstance(state, list):
+        entries = [{**entry, "ebpo": _for_json(target, entry["ebpo"])} for entry in state]
+        states: dict[str, Any] = {"ebpo_per_reward": entries}
+    else:
+        entries = [{"ebpo": _for_json(target, state)}]
+        states = entries[0]
     write_json(target, {"format": FORMAT, "version": VERSION, **states, **extra})
+    remove_others(target, _key_files(entries))
     return target
+
+
+def _for_json(target: Path, state: Any) -> dict[str, Any]:
+    if isinstance(state, EBPO):
+        state = state.state_dict(arrays=state.key_count > MANY_KEYS)
+    keys = state.get("keys")
+    return {**state, "keys": write_keys(target, keys)} if isinstance(keys, dict) else state
+
+
+def _key_files(entries: list[dict[str, Any]]) -> list[str]:
+    references = (entry["ebpo"].get("keys") for entry in entries)
+    return [keys["file"] for keys in references if is_reference(keys)]
+
+
+def prior_files(path: str | os.PathLike[str]) -> list[str]:
+    """Names of the files that make up the prior at ``path``, as :func:`read_prior` takes it, for who copies them.
+
+    Of one that cannot be read it is the name of the JSON file alone.
+    """
+    file = Path(path)
+    file = file / PRIOR_NAME if file.is_dir() else file
+    return [file.name, *_key_files(_entries(_json_object(file) or {}))]
 
 
 def read_prior(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -64,11 +100,19 @@ def read_prior(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not a prior, or was written by a newer version of this package.
+        ValueError: the file is not a prior, is damaged, or was written by a newer version of this package.
     """
     file = Path(path)
     if file.is_dir():
         file = file / PRIOR_NAME
+    content = _read_json(file)
+    for state in _states(content):
+        if is_reference(state.get("keys")):
+            state["keys"] = read_keys(file, state["keys"])
+    return content
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
             f"no EBPO prior at {str(file)!r}: give a checkpoint folder that an EBPO run wrote (it holds {PRIOR_NAME}) "
@@ -219,13 +263,17 @@ class CompleteCheckpoints(_Base):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
 
 
-def _states(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of estimators in a prior's file; empty if it holds none."""
+def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """What holds the states of estimators in a prior's file; empty if nothing does."""
     entries = content.get("ebpo_per_reward", [{"ebpo": content.get("ebpo")}])
     whole = isinstance(entries, list) and all(
         isinstance(entry, dict) and isinstance(entry.get("ebpo"), dict) for entry in entries
     )
-    return [entry["ebpo"] for entry in entries] if whole else []
+    return entries if whole else []
+
+
+def _states(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry["ebpo"] for entry in _entries(content)]
 
 
 def _json_object(file: Path) -> dict[str, Any] | None:

@@ -25,8 +25,9 @@ class Diagnostics:
     """Results of an estimator's last call beside the advantages, for M groups in order of first appearance.
 
     They are computed when they are asked for, out of what the estimator keeps of its last call: of a plain matrix a
-    copy, of any other batch the groups' statistics. After a call with ``process_group`` the vectors are of this rank's
-    groups and the numbers of the whole batch.
+    copy, of any other batch the groups' statistics. In a call with ``turns`` the groups are the cells (prompt, turn),
+    and :attr:`keys` end in the turn. After a call with ``process_group`` the vectors are of this rank's groups and the
+    numbers of the whole batch.
     """
 
     shrinkage: Vector

@@ -17,19 +17,19 @@ has seen no group, so that it starts as its parent)::
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 
 from ebpo_core import _core
-from ebpo_core.arguments import count, flag, real, step_id, text, zero_or_one
+from ebpo_core.arguments import count, flag, left_out, real, step_id, text, zero_or_one
 from ebpo_core.diagnostics import Diagnostics, warn_of_one_prompt
-from ebpo_core.inputs import on_memory, read_batch, read_group, round_to
-from ebpo_core.keys import Key, Keys, key_of, path_of, read_keys
-from ebpo_core.prior import Prior
+from ebpo_core.inputs import Batch, on_memory, read_group, round_to
+from ebpo_core.keys import Key, Keys, key_of, path_of
+from ebpo_core.prior import Prior, prior_of
 from ebpo_core.state import check_options, read_state, write_state
+from ebpo_core.trajectories import read_rows
 
 Rewards = TypeVar("Rewards")
 
@@ -41,8 +41,9 @@ class Options(TypedDict):
     sigma2: Literal["total", "within"]
     tau2: Literal["raw", "debiased"]
     score: Literal["after", "before"]
-    leave_one_out: bool
+    leave_one_out: bool | Literal["row"]
     decay: float
+    decay_by: Literal["update", "visit"]
     eps: float
     ddof: int
     norm_ddof: int
@@ -72,12 +73,18 @@ class EBPO:
             ``max(0, Var1(mu) - sigma2_within * mean(1 / n_m))``, Var1 with n - 1.
         score: ``"after"`` (paper): the batch enters the prior, then is scored. ``"before"``: scored first; an empty
             prior then gives S = 0, the group's own mean.
-        leave_one_out: Score each group against history and batch without that group; S = 0 if nothing is left.
-            Raises with ``score="before"``, where it has no meaning.
+        leave_one_out: True (or ``"group"``): score each group against history and batch without that group; S = 0 if
+            nothing is left. Raises with ``score="before"``, where it has no meaning. ``"row"``: besides, the group's
+            mean that a reward is compared with is that of the group's n - 1 others, and S is that of n - 1 rows; n = 1
+            gives S = 1 (and V = 0 while the prior is empty). Nothing in the baseline then depends on the reward, so the
+            policy gradient is unbiased. For that it needs ``normalize="none"``: the other two divide by a number that
+            the reward is in. (Scored again, by ``update=False`` or an old ``step``, the batch is in the prior already.)
         decay: rho in (0, 1]; before each update every count, M2 and sum is multiplied by it, so that the prior
             remembers about ``1 / (1 - rho)`` batches. 1 (paper) never forgets. A batch without valid rows is no update.
-            All keys are decayed at each update, as the root is, whether the batch holds them or not: a key that is
-            idle becomes young again, and falls back to its parent.
+        decay_by: The updates that count for ``decay``. ``"update"``: every key is discounted at each update, as the
+            root is, whether the batch holds it or not, so a key that is idle becomes young again and falls back to
+            its parent. ``"visit"``: a prior is discounted at the updates that hold a group of it, and at no other.
+            The root and a parent are visited with each of their keys. This is for a key per prompt (a tracker).
         eps: Added to the denominator of ``normalize``; at least 0. With 0 nothing damps rounding where the exact
             advantages are 0 without the rewards being equal.
         ddof: 0 or 1; the variances ``sigma2="total"`` and ``tau2="raw"`` divide by ``count - ddof``.
@@ -98,8 +105,9 @@ class EBPO:
         sigma2: Literal["total", "within"] = "total",
         tau2: Literal["raw", "debiased"] = "raw",
         score: Literal["after", "before"] = "after",
-        leave_one_out: bool = False,
+        leave_one_out: bool | Literal["group", "row"] = False,
         decay: float = 1.0,
+        decay_by: Literal["update", "visit"] = "update",
         eps: float = 1e-6,
         ddof: int = 0,
         norm_ddof: int = 1,
@@ -111,8 +119,9 @@ class EBPO:
             sigma2=text("sigma2", sigma2),
             tau2=text("tau2", tau2),
             score=text("score", score),
-            leave_one_out=flag("leave_one_out", leave_one_out),
+            leave_one_out=left_out("leave_one_out", leave_one_out),  # type: ignore[typeddict-item]
             decay=real("decay", decay),
+            decay_by=text("decay_by", decay_by),
             eps=real("eps", eps),
             ddof=zero_or_one("ddof", ddof),
             norm_ddof=zero_or_one("norm_ddof", norm_ddof),
@@ -122,7 +131,7 @@ class EBPO:
         self._checked = _core.Options(**self._options)
         self._state = _core.State()
         # The last call, its keys, and with process_group where this rank's groups are.
-        self._last: tuple[_core.Call, Keys | None, Any] | None = None
+        self._last: tuple[_core.Call, Keys | list[Key] | None, Any] | None = None
         self._watch_prompts = normalize == "batch"  # until a batch has several prompts, as the next ones will
 
     def __call__(
@@ -134,6 +143,9 @@ class EBPO:
         update: bool = True,
         step: int | None = None,
         keys: Any = None,
+        trajectories: Any = None,
+        turns: Any = None,
+        gamma: float = 1.0,
         process_group: Any = None,
     ) -> Rewards:
         """Score a batch and take it into the prior.
@@ -151,6 +163,19 @@ class EBPO:
                 tuple of them whose prefixes are its parents, or None for the root. The rows of a group have one key.
                 Each group enters the priors of its key, of the key's parents, and the root's, and is shrunk with the
                 blend of them (see the module). Without ``keys`` there is only the root's.
+            trajectories: ``(N,)`` id of each row's trajectory, of any hashable kind, where a completion makes several
+                rows (sub-agents, compaction); it names a trajectory of its group. Such rows share one outcome, count
+                once in every statistic, and each gets the trajectory's advantage. The rewards that ``mask`` keeps must
+                be equal within a trajectory; all NaN is an unknown outcome.
+            turns: ``(N,)`` ints, with ``trajectories``: row (i, k) is turn k of trajectory i, of which there may be any
+                number, and its reward is that turn's. The advantage is ``R_ik - V`` of the return-to-go
+                ``R_ik = sum over l >= k of gamma ** (l - k) * r_il``, V from the cell (prompt, k): the trajectories of
+                the prompt that reached turn k, shrunk toward the prior of key k, a child of the root (or of the row's
+                key, with ``keys``). Diagnostics are by cell; what ``leave_one_out`` leaves out is the whole prompt. A
+                NaN reward makes the returns of its turn and of those before it unknown: they do not count. A row that
+                ``mask`` leaves out is still in the returns of the turns before it. Needs ``normalize="scale"`` or
+                ``"none"``: centring over all turns of a batch would reward the policy for their number.
+            gamma: Discount of ``turns``, in [0, 1].
             process_group: A torch.distributed process group. This batch is then one rank's shard, and every rank must
                 make the call: the shards are scored and taken in as one process would that sees all of them, in the
                 order of the ranks. A group must be whole on one rank; its id need not differ from other ranks'. The
@@ -165,17 +190,18 @@ class EBPO:
             RuntimeError: another rank could not score its shard; no rank's prior changed.
         """
         if process_group is not None:
-            together: Rewards = self._together(rewards, groups, mask, update, step, keys, process_group)
+            rows = rewards, groups, mask, keys, trajectories, turns, gamma
+            together: Rewards = self._together(rows, update, step, process_group)
             return together
         update, step = flag("update", update), step_id(step)
-        if groups is None and mask is None and keys is None:
-            fast: Any = self._matrix(rewards, update, step)
+        plain = groups is None and mask is None and trajectories is None and turns is None and gamma == 1.0
+        if plain and (keys is None or type(keys) is list):
+            fast: Any = self._matrix(rewards, keys, update, step)
             if fast is None:
-                fast = on_memory(rewards, lambda memory: self._matrix(memory, update, step))
+                fast = on_memory(rewards, lambda memory: self._matrix(memory, keys, update, step))
             if fast is not None:
                 return fast  # type: ignore[no-any-return]
-        batch = read_batch(rewards, groups, mask)
-        read = None if keys is None else read_keys(keys, batch.groups, batch.rewards.size)
+        batch, read = self._read(rewards, groups, mask, keys, trajectories, turns, gamma)
         flat, call = self._state.advance(
             self._checked, batch.rewards, batch.groups, batch.mask, update, step, read, False
         )
@@ -185,13 +211,16 @@ class EBPO:
         result: Rewards = batch.restore(flat)
         return result
 
-    def _matrix(self, rewards: Any, update: bool, step: int | None) -> Any:
-        """A call with nothing but a plain matrix, in one call of the core; None where that does not apply."""
-        done = self._state.advance_matrix(self._checked, rewards, update, step)
+    def _matrix(self, rewards: Any, keys: list[Any] | None, update: bool, step: int | None) -> Any:
+        """A call with a plain matrix, and perhaps a string for each row, in one call of the core; else None."""
+        if keys is None:
+            done = self._state.advance_matrix(self._checked, rewards, update, step)
+        else:
+            done = self._state.advance_keyed(self._checked, rewards, keys, update, step)
         if done is None:
             return None
         flat, call = done
-        self._last = call, None, None
+        self._last = call, None if keys is None else keys.copy(), None
         if self._watch_prompts and update:
             self._count_prompts(call)
         return flat
@@ -202,8 +231,9 @@ class EBPO:
         """Score one group as it comes, without a batch: read the prior, score, then take the group into the prior.
 
         ``A = (r - V) / (sqrt(sigma2) + eps)``, with V and ``sigma2`` of the key's blended prior as it was before this
-        group; ``normalize="none"`` gives ``r - V``, and ``score`` and ``leave_one_out`` make no difference. An empty
-        prior gives S = 0, so V is the group's own mean. While ``sigma2`` is 0 (an empty prior, or one that knows a
+        group; ``normalize="none"`` gives ``r - V``, and neither ``score`` nor ``leave_one_out=True`` matters
+        (``"row"`` leaves each reward out of the group's mean here too). An empty prior gives S = 0, so V is the group's
+        own mean. While ``sigma2`` is 0 (an empty prior, or one that knows a
         single value) S is 0 too, and the group's own standard deviation with ``norm_ddof`` stands in for
         ``sqrt(sigma2)``; a group of equal rewards then gets 0, as S = 0 leaves nothing of it. ``decay`` counts groups
         here, not batches.
@@ -227,9 +257,17 @@ class EBPO:
         result: Rewards = batch.restore(flat)
         return result
 
-    def _together(
-        self, rewards: Any, groups: Any, mask: Any, update: bool, step: int | None, keys: Any, process_group: Any
-    ) -> Any:
+    def _read(self, *rows: Any) -> tuple[Batch, Keys | None]:
+        """:func:`ebpo_core.trajectories.read_rows`, and what the options do not allow."""
+        if rows[5] is not None and self._options["normalize"] == "batch":
+            raise ValueError(
+                'turns was given with normalize="batch", which subtracts one mean from every turn: as a trajectory has '
+                "as many turns as the policy chooses, that rewards it for their number. Build the estimator with "
+                'normalize="scale" or "none"'
+            )
+        return read_rows(*rows)
+
+    def _together(self, rows: tuple[Any, ...], update: bool, step: int | None, process_group: Any) -> Any:
         """A call with ``process_group``: as one process would that passes the shards of all ranks."""
         from ebpo_core.shards import Shard, gather
 
@@ -237,22 +275,23 @@ class EBPO:
         shard: Shard | Exception
         try:
             update, step = flag("update", update), step_id(step)
-            batch = read_batch(rewards, groups, mask)
-            own = read_keys(keys, batch.groups, batch.rewards.size)
+            batch, own = self._read(*rows)
             shard = Shard(batch.rewards, batch.groups, batch.mask, own)
             _core.State().advance(self._checked, *shard[:3], False, None, own, False)
         except (TypeError, ValueError) as error:
             shard = error
         common = {
             "arguments update= and step=": ((update, step), "pass the same ones on every rank"),
+            "argument turns=": ("None" if rows[5] is None else "ints", "pass it on every rank, or on none"),
+            "argument gamma=": (rows[6], "pass the same one on every rank"),
             "options": (dict(self._options), "build the estimator alike on every rank"),
             "priors": (
-                hashlib.sha256(repr(self._state.tree()).encode()).hexdigest(),  # repr writes every bit of a float
+                self._state.digest(),
                 "load one state on every rank, and pass process_group= in every call that updates",
             ),
         }
         try:
-            whole, rows, mine = gather(shard, common, process_group)
+            whole, of_rank, mine = gather(shard, common, process_group)
         finally:
             del shard  # an error must not hold this frame, which holds the process group, while the frame holds it
 
@@ -263,7 +302,7 @@ class EBPO:
         if self._watch_prompts and update:
             self._count_prompts(call)
         self._last = call, own, mine
-        return batch.restore(round_to(flat[rows], batch.rewards.dtype))  # float64 where another rank's rewards are
+        return batch.restore(round_to(flat[of_rank], batch.rewards.dtype))  # float64 where another rank's rewards are
 
     def _count_prompts(self, call: _core.Call) -> None:
         prompts = call.prompts()  # of the groups, those that are not all padding
@@ -282,10 +321,8 @@ class EBPO:
         if mine is not None:
             shrinkage, baseline, counts = shrinkage[mine], baseline[mine], counts[mine]
             blended = None if blended is None else (blended[0][mine], blended[1][mine], blended[2][mine])
-        listed = None if keys is None else keys.of_groups()
-        mu_glob, sigma2, tau2, fail, passed, outlier, dead = scalars
-        of_batch = mu_glob, sigma2, tau2, fail, passed, outlier, dead
-        return Diagnostics(shrinkage, baseline, counts, *of_batch, keys=listed, blended=blended)
+        listed = keys.of_groups() if isinstance(keys, Keys) else keys if keys is None else tuple(keys)
+        return Diagnostics(shrinkage, baseline, counts, *scalars, keys=listed, blended=blended)
 
     @property
     def options(self) -> Options:
@@ -295,19 +332,18 @@ class EBPO:
     @property
     def prior(self) -> Prior:
         """A copy of the root's prior, which holds everything; changing it changes nothing here (see :meth:`merge`)."""
-        prior = Prior()
-        prior._state.load(self._state.parts()[0], [], None, 0)
-        return prior
+        return prior_of(self._state.parts()[0])
 
     @property
     def priors(self) -> dict[Key, Prior]:
         """A copy of every key's own prior, not blended, parents first; the root's is under ``()``."""
-        (root, keys), _ = self._state.tree()
-        priors: dict[Key, Prior] = {}
-        for path, parts in [([], root), *keys]:
-            prior = priors[key_of(path)] = Prior()
-            prior._state.load(parts, [], None, 0)
-        return priors
+        own = {key_of(path): prior_of(parts) for path, parts in self._state.priors()}
+        return {(): self.prior, **own}
+
+    @property
+    def key_count(self) -> int:
+        """Number of keys that have a prior, parents included, without the root."""
+        return self._state.key_count()
 
     def shrunken_prior(self, key: Any = None) -> ShrunkenPrior:
         """Mean, sigma2 and tau2 that a group of this key would be shrunk with now: ``theta~``, by the options."""
@@ -330,9 +366,23 @@ class EBPO:
         """Forget everything seen; the options stay."""
         self._state, self._last = _core.State(), None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Options, priors and step as a JSON-safe dict, exact to the bit (see :mod:`ebpo_core.state`)."""
-        return write_state(self._options, self._state)
+    def before_update(self) -> EBPO:
+        """A copy as it was before the last update; as it is now, if there was none since it was made, loaded or merged.
+
+        An update keeps what it overwrites, so this needs no copy to be made before each.
+        """
+        copy = EBPO(**self._options)
+        copy._state = self._state.before_update()
+        return copy
+
+    def state_dict(self, *, arrays: bool = False) -> dict[str, Any]:
+        """Options, priors and step as a dict, exact to the bit (see :mod:`ebpo_core.state`).
+
+        Args:
+            arrays: False gives plain JSON. True gives the keys as a dict of NumPy arrays, which for very many keys
+                takes a tenth of the time and memory.
+        """
+        return write_state(self._options, self._state, flag("arrays", arrays))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace priors and step by those of ``state``; the options stay, and one logged line names those that differ.
@@ -345,7 +395,7 @@ class EBPO:
         self._last = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.state_dict()
+        return self.state_dict(arrays=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["options"])  # type: ignore[misc]
@@ -354,12 +404,12 @@ class EBPO:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EBPO):
             return NotImplemented
-        return self._options == other._options and self._state.tree() == other._state.tree()
+        return self._options == other._options and self._state.same(other._state)
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
         defaults = EBPO.__init__.__kwdefaults__ or {}
         changed = [f"{name}={value!r}" for name, value in self._options.items() if value != defaults.get(name)]
-        keys = len(self._state.tree()[0][1])
+        keys = self.key_count
         return f"EBPO({', '.join(changed)}) with {self.prior!r}" + (f" and {keys} keys" if keys else "")

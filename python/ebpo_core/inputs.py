@@ -191,14 +191,35 @@ def _read_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
     return np.asarray(np.ascontiguousarray(array).reshape(-1) != 0)
 
 
-def group_codes(groups: Any, rows: int) -> tuple[NDArray[np.uint32], int]:
-    """Dense codes, in order of first appearance, of ``rows`` group ids of any hashable kind, and how many there are."""
+def integers(name: str, values: Any, rows: int) -> NDArray[np.int64]:
+    """``rows`` whole numbers, at least 0, as int64 ``(rows,)``."""
+    if is_tensor(values):
+        values = values.detach().cpu().numpy()
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} is not rectangular ({error}): pass one entry per reward") from None
+    if array.shape != (rows,):
+        raise ValueError(f"{name} has shape {array.shape}, rewards ({rows},): pass one entry per reward")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {array.dtype}: expected integers")
+    bad = np.flatnonzero((array < 0) | (array >= 2**31))
+    if bad.size:
+        raise ValueError(f"{name}[{bad[0]}] is {array[bad[0]]}: expected an integer of at least 0 and below 2**31")
+    return array.astype(np.int64)
+
+
+def group_codes(groups: Any, rows: int, name: str = "groups") -> tuple[NDArray[np.uint32], int]:
+    """Dense codes, in order of first appearance, of ``rows`` ids of any hashable kind, and how many there are.
+
+    ``name`` is the argument that they were passed as, for the errors.
+    """
     if is_tensor(groups):
         groups = groups.detach().cpu().numpy()
     ids: Any = groups if isinstance(groups, (np.ndarray, list, tuple)) else np.asarray(groups)
     shape = ids.shape if isinstance(ids, np.ndarray) else (len(ids),)
     if shape != (rows,):
-        raise ValueError(f"groups has shape {shape}, rewards ({rows},): pass one group id per reward")
+        raise ValueError(f"{name} has shape {shape}, rewards ({rows},): pass one {name[:-1]} id per reward")
     kind = ids.dtype.kind if isinstance(ids, np.ndarray) else "O"
     if kind in "iub":
         return _core.codes_of_ints(_flat(ids.astype(np.int64)))  # uint64 wraps around, one to one
@@ -209,4 +230,4 @@ def group_codes(groups: Any, rows: int) -> tuple[NDArray[np.uint32], int]:
     if torch is not None and torch.Tensor in set(map(type, objects)):
         # Tensors hash by identity: each would be a group of its own.
         objects = [one.item() if isinstance(one, torch.Tensor) else one for one in objects]
-    return _core.codes_of_objects(objects)
+    return _core.codes_of_objects(objects, name)

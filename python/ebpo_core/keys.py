@@ -4,31 +4,35 @@ A key is a string or an integer, or a tuple of them, whose prefixes are its pare
 ``"algebra"``, which is under the root ``()``. None stands for the root. A key of one part and its tuple are one key,
 and so are keys that Python calls equal: True is 1.
 
-The core sees a key as a list of strings, one for each part, in JSON: the string ``"3"`` and the number 3 stay apart.
+The core is given the tuple, of plain strings and integers: the string ``"3"`` and the number 3 stay apart.
 """
 
 from __future__ import annotations
 
-import json
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebpo_core import _core
 from ebpo_core.inputs import Groups, is_tensor
 
 Part: TypeAlias = "str | int"
 Key: TypeAlias = "str | int | tuple[str | int, ...]"
-Path: TypeAlias = "list[str]"
+Path: TypeAlias = "tuple[str | int, ...]"
 
 
 class Keys(NamedTuple):
-    """The keys of a batch as the core reads them: the distinct ones, and for each group an index into them."""
+    """The keys of a batch as the core reads them: the distinct ones, and for each group an index into them.
+
+    ``prompts`` holds the prompt of each group where several groups are of one, its turns; else None.
+    """
 
     paths: list[Path]
     of_group: NDArray[np.uint32]
+    prompts: NDArray[np.uint32] | None = None
 
     def of_groups(self) -> tuple[Key, ...]:
         """The key of each group."""
@@ -38,22 +42,23 @@ class Keys(NamedTuple):
 
 def path_of(key: Any, name: str = "key") -> Path:
     """A key as the core reads it; None and ``()`` are the root. Raises TypeError naming the argument."""
+    if type(key) is str:
+        return (key,)
     if key is None:
-        return []
-    return [_segment(part, key, name) for part in (key if isinstance(key, tuple) else (key,))]
+        return ()
+    return tuple(_part(part, key, name) for part in (key if isinstance(key, tuple) else (key,)))
 
 
 def key_of(path: Path) -> Key:
     """The key that a path stands for: ``()`` for the root, the part itself for one part."""
-    parts = tuple(json.loads(segment) for segment in path)
-    return parts[0] if len(parts) == 1 else parts
+    return path[0] if len(path) == 1 else path
 
 
-def _segment(part: Any, key: Any, name: str) -> str:
+def _part(part: Any, key: Any, name: str) -> str | int:
     if isinstance(part, str):
-        return json.dumps(str(part))
+        return str(part)
     try:
-        return str(int(operator.index(part.item() if isinstance(part, np.bool_) else part)))
+        return int(operator.index(part.item() if isinstance(part, np.bool_) else part))
     except TypeError:
         raise TypeError(
             f"{name} is {key!r}, which holds a {type(part).__name__}: expected a string, an int, a bool, a tuple of "
@@ -68,6 +73,24 @@ def read_keys(keys: Any, groups: Groups, rows: int) -> Keys | None:
     """
     if keys is None:
         return None
+    if type(keys) is not list:
+        keys = _list_of(keys)
+    by_group = isinstance(groups, int)
+    expected = rows // groups if isinstance(groups, int) else rows
+    if len(keys) != expected:
+        what = "one per group, which is a row of the matrix" if by_group else "one per reward"
+        raise ValueError(f"keys has length {len(keys)}, expected {expected}: pass {what}")
+    rows_of_first, codes = _core.codes_of_keys(keys)
+    # Different objects may name one key: "algebra" and ("algebra",), a number and a tensor of it.
+    found = [(key,) if type(key := keys[row]) is str else path_of(key, f"keys[{row}]") for row in rows_of_first]
+    paths = dict.fromkeys(found)
+    if len(paths) < len(found):
+        index = {path: place for place, path in enumerate(paths)}
+        codes = np.array([index[path] for path in found], dtype=np.uint32)[codes]
+    return Keys(list(paths), codes if isinstance(groups, int) else _of_group(codes, keys, *groups))
+
+
+def _list_of(keys: Any) -> list[Any]:
     if isinstance(keys, (str, bytes, Mapping)):
         raise TypeError(f"keys={keys!r}: expected one key per reward (or per group of a matrix), as a list or an array")
     if is_tensor(keys):
@@ -76,35 +99,7 @@ def read_keys(keys: Any, groups: Groups, rows: int) -> Keys | None:
         raise ValueError(
             f"keys has shape {keys.shape}: expected one dimension; pass keys of several parts as a list of tuples"
         )
-    listed = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
-    by_group = isinstance(groups, int)
-    expected = rows // groups if isinstance(groups, int) else rows
-    if len(listed) != expected:
-        what = "one per group, which is a row of the matrix" if by_group else "one per reward"
-        raise ValueError(f"keys has length {len(listed)}, expected {expected}: pass {what}")
-    table: dict[Hashable, int] = {}
-    try:
-        codes = np.array([table.setdefault(key, len(table)) for key in listed], dtype=np.uint32)
-    except TypeError:
-        row, key = next((row, key) for row, key in enumerate(listed) if not _hashable(key))
-        raise TypeError(
-            f"keys[{row}] is {key!r}, of type {type(key).__name__}, which is not hashable: pass a string, an int or a "
-            "tuple"
-        ) from None
-    paths: dict[tuple[str, ...], int] = {}
-    # Different objects may name one key: "algebra" and ("algebra",), a number and a tensor of it.
-    same = [paths.setdefault(tuple(path_of(key, f"keys[{listed.index(key)}]")), len(paths)) for key in table]
-    codes = np.array(same, dtype=np.uint32)[codes]
-    of_group = codes if isinstance(groups, int) else _of_group(codes, listed, *groups)
-    return Keys([list(path) for path in paths], of_group)
-
-
-def _hashable(value: object) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+    return keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
 
 
 def _of_group(codes: NDArray[np.uint32], keys: list[Any], groups: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:

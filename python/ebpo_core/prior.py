@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ebpo_core import _core
 from ebpo_core.arguments import real, text, zero_or_one
@@ -92,7 +92,7 @@ class Prior:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the state. Raises ValueError on anything that :meth:`state_dict` cannot have written."""
         check_version(state, "a Prior state", VERSION)
-        self._state.load(parts_of(state), [], self._state.parts()[1], 0)
+        self._state.load(parts_of(state), [], (1.0, 0), self._state.parts()[1], 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.state_dict()
@@ -117,6 +117,13 @@ class Prior:
         )
 
 
+def prior_of(parts: Parts) -> Prior:
+    """A prior of nine numbers that the core gave."""
+    prior = Prior()
+    prior._state.load(parts, [], (1.0, 0), None, 0)
+    return prior
+
+
 def statistics_of(parts: Parts) -> dict[str, Any]:
     """The nine numbers of a prior, named."""
     return {
@@ -131,7 +138,7 @@ def parts_of(state: Mapping[str, Any], where: str = "") -> Parts:
     parts = [_number(state, where, "rewards", name) for name in _MOMENTS]
     parts += [_number(state, where, "group_means", name) for name in _MOMENTS]
     parts += [_number(state, where, name) for name in _SUMS]
-    return cast("Parts", tuple(parts))
+    return parts
 
 
 def check_version(state: Mapping[str, Any], what: str, newest: int) -> None:

@@ -134,8 +134,9 @@ class EBPO:
     sigma2: str = "total"
     tau2: str = "raw"
     score: str = "after"
-    leave_one_out: bool = False
+    leave_one_out: bool | str = False
     decay: float = 1.0
+    decay_by: str = "update"
     eps: float = 1e-6
     ddof: int = 0
     norm_ddof: int = 1
@@ -163,13 +164,21 @@ class EBPO:
         """The priors of the root, of each parent, and of the key; an empty one for those that have seen nothing."""
         return [self.prior] + [self.keys.get(key[:depth], Prior()) for depth in range(1, len(key) + 1)]
 
+    def baselines(self, theta: tuple[float, float, float], group: Array) -> Array:
+        """V of each row of a group: the group's own, or with ``leave_one_out="row"`` that of its others."""
+        if self.leave_one_out != "row":
+            return np.full(group.size, self.baseline(theta, group))
+        return np.array([self.baseline(theta, np.delete(group, i)) for i in range(group.size)])
+
     @staticmethod
     def baseline(theta: tuple[float, float, float], group: Array) -> float:
         """V, the posterior mean of the group's expected reward; taken from mu_m so that S = 0 gives it exactly.
 
-        S is 0 for an empty prior and where all rewards seen are equal.
+        S is 0 for an empty prior and where all rewards seen are equal, and 1 where the group has no row.
         """
         mu_glob, sigma2, tau2 = theta
+        if group.size == 0:
+            return mu_glob
         noise = sigma2 / group.size
         S = noise / (noise + tau2) if noise + tau2 > 0 else 0.0
         return mean(group) + S * (mu_glob - mean(group))
@@ -183,8 +192,12 @@ class EBPO:
         update: bool = True,
         step: int | None = None,
         keys: list[Any] | None = None,
+        prompts: list[Any] | None = None,
     ) -> Array:
-        """Algorithm 1 with the options of §6; ``keys`` holds one key per group of a matrix, or one per reward."""
+        """Algorithm 1 with the options of §6; ``keys`` holds one key per group of a matrix, or one per reward.
+
+        ``prompts`` holds one prompt per group, where ``leave_one_out`` leaves out all the groups of a prompt.
+        """
         r, index, valid = arrange(rewards, groups, mask)
         members = [r[valid & (index == m)] for m in range(index.max() + 1)]
         key_of = [key_tuple(key) for key in ([()] * len(members) if keys is None else keys)]
@@ -192,7 +205,7 @@ class EBPO:
             key_of = [key_of[int(np.flatnonzero(index == m)[0])] for m in range(len(members))]
         if not self.is_new(step):
             update = False  # a retry or a replay: the prior already holds this batch
-        past = self.decayed(any(group.size for group in members))
+        past = self.decayed({key for group, key in zip(members, key_of, strict=True) if group.size})
         after = past.with_batch(members, key_of)
         if update and len(after.keys) > max(self.max_keys, len(self.keys)):
             raise ValueError(f"{len(after.keys)} keys are more than max_keys={self.max_keys}")
@@ -202,10 +215,12 @@ class EBPO:
         for m, group in enumerate(members):
             if group.size == 0:
                 continue
-            if self.leave_one_out and update:
-                scored_with = past.with_batch(members[:m] + members[m + 1 :], key_of[:m] + key_of[m + 1 :])
+            if self.leave_one_out and update and self.score == "after":
+                same = [k == m if prompts is None else prompts[k] == prompts[m] for k in range(len(members))]
+                others = [k for k in range(len(members)) if not same[k]]
+                scored_with = past.with_batch([members[k] for k in others], [key_of[k] for k in others])
             rows = valid & (index == m)
-            raw[rows] = r[rows] - self.baseline(self.theta(scored_with.chain(key_of[m])), group)
+            raw[rows] = r[rows] - self.baselines(self.theta(scored_with.chain(key_of[m])), group)
         if update:
             self.prior, self.keys, self.step = after.prior, after.keys, step if step is not None else self.step
         return normalized(raw, valid, self.normalize, self.norm_ddof, self.eps).reshape(np.shape(rewards))
@@ -229,7 +244,7 @@ class EBPO:
         if x.size:
             theta = self.theta(self.chain(key_tuple(key)))
             spread = np.sqrt(theta[1]) if theta[1] > 0 else np.sqrt(Moments.of(x).variance(self.norm_ddof))
-            raw = x - self.baseline(theta, x)
+            raw = x - self.baselines(theta, x)
             scale = 1.0 if self.normalize == "none" else spread + self.eps
             out[valid] = raw / scale if scale > 0 else 0.0
         self([r], mask=[valid], keys=[key], update=update, step=step)
@@ -239,12 +254,26 @@ class EBPO:
         """True for an update whose id has not been applied yet."""
         return step is None or self.step is None or step > self.step
 
-    def decayed(self, anything: bool) -> EBPO:
-        """The state as it enters an update: all counts times ``decay``; a batch of nothing leaves no trace."""
-        rho = self.decay if anything else 1.0
+    def decayed(self, visited: set[Key]) -> EBPO:
+        """The state as it enters an update with groups of these keys; without any, as it is.
+
+        ``decay_by="update"``: all counts times ``decay``. ``"visit"``: those of the root, these keys and their parents.
+        """
+        if not visited:
+            return self
+        on_the_way = {key[:depth] for key in visited for depth in range(len(key) + 1)}
+        forgets = {key: self.decay_by == "update" or key in on_the_way for key in self.keys}
         return replace(
-            self, prior=self.prior.decay(rho), keys={key: prior.decay(rho) for key, prior in self.keys.items()}
+            self,
+            prior=self.prior.decay(self.decay),
+            keys={key: prior.decay(self.decay) if forgets[key] else prior for key, prior in self.keys.items()},
         )
+
+    def merge(self, other: EBPO) -> None:
+        """Add what another estimator has seen: of each key, and of the root, the sum of both as discounted now."""
+        every = {**self.keys, **other.keys}
+        self.keys = {k: self.keys.get(k, Prior()).merge(other.keys.get(k, Prior())) for k in every}
+        self.prior = self.prior.merge(other.prior)
 
     def with_batch(self, members: list[Array], keys: list[Key]) -> EBPO:
         """The state with these groups added to the root, to their keys, and to all parents of these."""

@@ -101,12 +101,15 @@ def _joined_keys(shards: list[Shard]) -> Keys | None:
     if all(one.keys is None for one in shards):
         return None
     paths: list[Path] = []
-    of_group = []
+    of_group, prompts, before = [], [], 0
     for one in shards:
-        own = Keys([[]], np.zeros(one.group_count, np.uint32)) if one.keys is None else one.keys
+        own = Keys([()], np.zeros(one.group_count, np.uint32)) if one.keys is None else one.keys
         of_group.append(own.of_group + np.uint32(len(paths)))
         paths += own.paths
-    return Keys(paths, np.concatenate(of_group))
+        if own.prompts is not None:
+            prompts.append(own.prompts + np.uint32(before))
+        before += one.group_count
+    return Keys(paths, np.concatenate(of_group), np.concatenate(prompts) if prompts else None)
 
 
 def _all_gather(told: Any, process_group: Any) -> tuple[list[Any], int]:

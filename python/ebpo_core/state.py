@@ -1,27 +1,57 @@
-"""An estimator's state as a JSON-safe dict, and back: options, the root's prior, the prior of each key, the step.
+"""An estimator's state as a dict, and back: options, the root's prior, the prior of each key, the step.
 
 ::
 
-    {"version": 1, "options": {...}, "step": 40,
+    {"version": 2, "options": {...}, "step": 40, "idle_decay": 0.99, "updates": 40,
      "prior": {"rewards": {count, mean, m2}, "group_means": {...}, "ssw": ..., "dof": ..., "inv_n": ...},
-     "keys": [{"key": ["algebra"], ...the same nine numbers}, {"key": ["algebra", 3], ...}]}
+     "keys": [{"key": ["algebra"], ...the same nine numbers, "idle": 0}, {"key": ["algebra", 3], ...}]}
+
+The numbers of a key are those that its last update left, ``idle`` updates ago; since then each update has discounted
+them by ``idle_decay``. (The root takes part in every update.) ``updates`` counts the updates that discount; only
+differences of it matter. Parents come before their keys.
+
+That is plain JSON. For many keys ``"keys"`` may be a dict of arrays instead, one entry per key::
+
+    names       uint8     the last part of each key in UTF-8, one after another: "s" and a string, "i" and an integer,
+                          or "j" and a JSON string (which has lone surrogates)
+    lengths     uintp     (n,) bytes of each
+    parents     intp      (n,) entry of the parent, -1 for the root
+    statistics  float64   (n, 9) rewards.count, .mean, .m2, group_means.count, .mean, .m2, ssw, dof, inv_n
+    idle        int64     (n,)
+
+Version 1 had neither ``idle``, ``idle_decay`` nor the option ``decay_by``; it is read.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ebpo_core import _core
-from ebpo_core.arguments import step_id
-from ebpo_core.keys import key_of, path_of
+from ebpo_core.arguments import count, real, step_id
+from ebpo_core.keys import Path, path_of
 from ebpo_core.prior import check_version, parts_of, statistics_of
+
+if TYPE_CHECKING:
+    from ebpo_core._core import _KeyArrays as KeyArrays
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Version of the state written here; newer ones are refused."""
+
+ARRAYS: dict[str, tuple[Any, int]] = {
+    "names": (np.uint8, 1),
+    "lengths": (np.uintp, 1),
+    "parents": (np.intp, 1),
+    "statistics": (np.float64, 2),
+    "idle": (np.int64, 1),
+}
+"""The arrays of keys: dtype and dimensions of each."""
 
 # The stored sums do not depend on these, and `decay` acts from the next update on: a run may go on with other values.
 _FREE = frozenset(
@@ -32,6 +62,7 @@ _FREE = frozenset(
         "score",
         "leave_one_out",
         "decay",
+        "decay_by",
         "eps",
         "ddof",
         "norm_ddof",
@@ -41,14 +72,22 @@ _FREE = frozenset(
 )
 
 
-def write_state(options: Mapping[str, Any], state: _core.State) -> dict[str, Any]:
+def write_state(options: Mapping[str, Any], state: _core.State, arrays: bool) -> dict[str, Any]:
     """The state of an estimator, exact to the bit."""
-    (root, keys), step = state.tree()  # at once: a step newer than its prior would lose a batch on resume
+    collects = gc.isenabled()
+    gc.disable()  # each of many entries would be walked by many collections, and none of them is in a cycle
+    try:
+        root, keys, (idle_decay, updates), step = state.stored(arrays)
+    finally:
+        if collects:
+            gc.enable()
     return {
         "version": VERSION,
         "options": dict(options),
         "prior": statistics_of(root),
-        "keys": [{"key": _listed(path), **statistics_of(parts)} for path, parts in keys],
+        "keys": keys,
+        "idle_decay": idle_decay,
+        "updates": updates,
         "step": step,
     }
 
@@ -56,19 +95,32 @@ def write_state(options: Mapping[str, Any], state: _core.State) -> dict[str, Any
 def read_state(options: Mapping[str, Any], target: _core.State, state: Mapping[str, Any]) -> None:
     """Check ``state`` and put it into ``target``, which stays as it was where the check fails."""
     check_version(state, "an EBPO state", VERSION)
+    if state["version"] == 1:
+        state = _from_version_1(state)
     stored, prior, keys = state.get("options"), state.get("prior"), state.get("keys")
     if not isinstance(stored, Mapping) or not isinstance(prior, Mapping):
         raise ValueError("state has no fields 'options' and 'prior': pass what EBPO.state_dict() returned")
-    if not isinstance(keys, list):
-        raise ValueError(f"state field 'keys' is {keys!r}: expected a list; pass what EBPO.state_dict() returned")
     changed = check_options(options, stored, "state", _FREE)
-    listed = [(_path(entry, index), parts_of(entry, f"keys[{index}].")) for index, entry in enumerate(keys)]
-    target.load(parts_of(prior, "prior."), listed, step_id(state.get("step")), options["max_keys"])
+    clock = real("state field idle_decay", state.get("idle_decay")), count("state field updates", state.get("updates"))
+    target.load(parts_of(prior, "prior."), _keys(keys), clock, step_id(state.get("step")), options["max_keys"])
     if changed:
         logger.warning(
             "the prior was saved under other options, and this estimator goes on with its own: %s",
             ", ".join(f"{name}={options[name]!r} (saved: {stored[name]!r})" for name in changed),
         )
+
+
+def _from_version_1(state: Mapping[str, Any]) -> dict[str, Any]:
+    options, keys = state.get("options"), state.get("keys")
+    return {
+        **state,
+        "idle_decay": 1.0,
+        "updates": 0,
+        "options": {"decay_by": "update", **options} if isinstance(options, Mapping) else options,
+        "keys": [{**entry, "idle": 0} if isinstance(entry, Mapping) else entry for entry in keys]
+        if isinstance(keys, list)
+        else keys,
+    }
 
 
 def check_options(
@@ -95,12 +147,18 @@ def check_options(
     return changed
 
 
-def _listed(path: list[str]) -> list[str | int]:
-    key = key_of(path)
-    return list(key) if isinstance(key, tuple) else [key]
+def _keys(keys: Any) -> list[tuple[Path, list[float], int]] | KeyArrays:
+    if isinstance(keys, Mapping):
+        return _arrays(keys)
+    if not isinstance(keys, list):
+        raise ValueError(f"state field 'keys' is {keys!r}: expected a list; pass what EBPO.state_dict() returned")
+    return [
+        (_path(entry, index), parts_of(entry, f"keys[{index}]."), _idle(entry, index))
+        for index, entry in enumerate(keys)
+    ]
 
 
-def _path(entry: Any, index: int) -> list[str]:
+def _path(entry: Any, index: int) -> Path:
     key = entry.get("key") if isinstance(entry, Mapping) else None
     if not isinstance(key, list) or not all(
         isinstance(part, (str, int)) and not isinstance(part, bool) for part in key
@@ -110,3 +168,28 @@ def _path(entry: Any, index: int) -> list[str]:
             "pass what EBPO.state_dict() returned"
         )
     return path_of(tuple(key))
+
+
+def _idle(entry: Mapping[str, Any], index: int) -> int:
+    idle = entry.get("idle")
+    if not isinstance(idle, int) or isinstance(idle, bool) or not 0 <= idle < 2**63:
+        raise ValueError(
+            f"state field 'keys[{index}].idle' is {idle!r}: expected a number of updates; "
+            "pass what EBPO.state_dict() returned"
+        )
+    return idle
+
+
+def _arrays(keys: Mapping[str, Any]) -> KeyArrays:
+    """The arrays of keys as the core reads them; a file may hold narrower integers."""
+    read = []
+    for name, (dtype, dimensions) in ARRAYS.items():
+        array = keys.get(name)
+        if not isinstance(array, np.ndarray) or array.ndim != dimensions or not np.can_cast(array.dtype, dtype):
+            what = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else repr(array)
+            raise ValueError(
+                f"state field 'keys.{name}' is {what}: expected {np.dtype(dtype).name} in {dimensions} dimensions; "
+                "pass what EBPO.state_dict(arrays=True) returned"
+            )
+        read.append(np.ascontiguousarray(array, dtype=dtype))
+    return tuple(read)  # type: ignore[return-value]

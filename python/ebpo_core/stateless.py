@@ -8,7 +8,8 @@ from ebpo_core import _core
 from ebpo_core.arguments import count, real, text
 from ebpo_core.decoupled import decoupled
 from ebpo_core.estimator import EBPO
-from ebpo_core.inputs import on_memory, read_batch
+from ebpo_core.inputs import on_memory
+from ebpo_core.trajectories import read_rows
 
 Rewards = TypeVar("Rewards")
 Method = Literal[
@@ -36,6 +37,9 @@ def advantages(
     mask: Any = None,
     method: Method = "ebpo",
     keys: Any = None,
+    trajectories: Any = None,
+    turns: Any = None,
+    gamma: float = 1.0,
     weights: Any = None,
     **options: Any,
 ) -> Rewards:
@@ -61,6 +65,10 @@ def advantages(
             ``"gdpo"``, with ``weights``: ``(x - mean) / (std + eps)`` over the batch, x the weighted sum of the "grpo"
             advantages of each reward (arXiv 2601.05242).
         keys: As in a call of :class:`EBPO`; only with ``method="ebpo"``.
+        trajectories: As in a call of :class:`EBPO`, with every method.
+        turns: As in a call of :class:`EBPO`, with the methods that look at one group alone; "reinforce_pp",
+            "batch_mean" and "james_stein" look at the whole batch, and raise.
+        gamma: As in a call of :class:`EBPO`.
         weights: ``(K,)``, for K rewards of each completion with a scale each. ``rewards`` is then ``(N, K)`` with
             ``groups``, or ``(M, G, K)``; NaN where a completion was not given that reward. Each reward is scored by
             itself, over the completions that have it (with "ebpo" it has a prior of its own), and the result is the
@@ -79,12 +87,13 @@ def advantages(
         TypeError: complex or object rewards, a mask that is not boolean, unhashable group ids.
     """
     if weights is not None:
-        rows = {"mask": mask, "keys": keys}
+        rows = {"mask": mask, "keys": keys, "trajectories": trajectories, "turns": turns, "gamma": gamma}
         return decoupled(advantages, rewards, groups, weights, method, rows, options)  # type: ignore[no-any-return]
     if method == "gdpo":
         raise ValueError('method="gdpo" needs weights, one for each reward of a completion: pass weights=')
     if method == "ebpo":
-        if groups is None and mask is None and keys is None and not options:
+        alone = groups is None and mask is None and keys is None and trajectories is None and turns is None
+        if alone and not options and gamma == 1.0:
             fast: Any = _core.equal_advantages(rewards)
             if fast is None:
                 fast = on_memory(rewards, _core.equal_advantages)
@@ -92,11 +101,17 @@ def advantages(
                 return fast  # type: ignore[no-any-return]
         once = EBPO(**options)
         once._watch_prompts = False  # the warning of batches with one prompt is for those who train with a prior
-        return once(rewards, groups, mask=mask, keys=keys)
+        rows = {"mask": mask, "keys": keys, "trajectories": trajectories, "turns": turns, "gamma": gamma}
+        return once(rewards, groups, **rows)
     if keys is not None:
         options = {"keys": keys, **options}  # refused like any other option
     parameter = _parameter(text("method", method), options)
-    batch = read_batch(rewards, groups, mask)
+    if turns is not None and method in ("reinforce_pp", "batch_mean", "james_stein"):
+        raise ValueError(
+            f"turns was given with method={method!r}, whose baseline holds every turn of the batch, as many as the "
+            'policy chooses: take method="rloo" or "ebpo"'
+        )
+    batch, _ = read_rows(rewards, groups, mask, None, trajectories, turns, gamma)
     flat = _core.baseline_advantages(method, parameter, batch.rewards, batch.groups, batch.mask)
     result: Rewards = batch.restore(flat)
     return result

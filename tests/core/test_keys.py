@@ -43,10 +43,7 @@ def test_sequences_equal_the_twin(opts: dict[str, Any], batches: list[Any], data
             other(case.rewards, case.groups, mask=case.mask, keys=call["keys"])
             twin_other(*case.args, mask=case.mask, keys=call["keys"])
             ours.merge(other)
-            twin.prior = twin.prior.merge(twin_other.prior)
-            every = {**twin.keys, **twin_other.keys}
-            empty = reference.Prior()
-            twin.keys = {k: twin.keys.get(k, empty).merge(twin_other.keys.get(k, empty)) for k in every}
+            twin.merge(twin_other)
         assert_same_state(ours.state_dict(), twin, seen)
 
 
@@ -289,9 +286,15 @@ def test_round_trips_are_exact() -> None:
         (lambda s: s["keys"][0].update(key=[]), "has no parts"),
         (lambda s: s["keys"].append(s["keys"][0]), "twice"),
         (lambda s: s["keys"].append({**s["keys"][0], "key": ["lost", 1]}), "but not its parent"),
-        (lambda s: s["keys"].append({**s["prior"], "key": ["a", "big"]}), "seen more than its parent"),
         (lambda s: s["keys"][1].pop("ssw"), r"no field 'keys\[1\].ssw'"),
         (lambda s: s["keys"][1].update(dof=-1.0), "dof=-1"),
+        (lambda s: s["keys"][1].pop("idle"), r"'keys\[1\].idle' is None: expected a number of updates"),
+        (lambda s: s["keys"][1].update(idle=-1), r"'keys\[1\].idle' is -1"),
+        (lambda s: s["keys"][1].update(idle=1.0), r"'keys\[1\].idle' is 1.0"),
+        (lambda s: s.update(idle_decay=1.5), r"idle_decay=1.5.*\(0, 1\]"),
+        (lambda s: s.update(idle_decay=float("nan")), "idle_decay=NaN"),
+        (lambda s: s.update(updates=-1), "updates=-1"),
+        (lambda s: (s.update(idle_decay=1.0), s["keys"][1].update(idle=3)), "keys.idle=3.*0 where idle_decay is 1"),
     ],
 )
 def test_garbage_is_refused_and_nothing_changes(change: Any, message: str) -> None:

@@ -44,7 +44,7 @@ def test_a_batch_scored_together_is_scored_as_one(ranks: list[dict[str, Any]], o
     logs = [rank["together"][f"{options}{' keyed' * keyed}"] for rank in ranks]
     one = ebpo_core.EBPO(**OPTIONS[options])
     for step in range(STEPS):
-        batch = whole(step, len(ranks), keyed)
+        batch = whole(step, len(ranks), keyed, options == "turns")
         expected = one(**batch, update=step != 6, step=step)
         entries = [next(entry for entry in log if entry["step"] == step) for log in logs]
         assert all(entry["state"] == one.state_dict() for entry in entries)  # to the bit
@@ -102,6 +102,8 @@ def test_the_shards_are_what_they_should_be() -> None:
                     r"ValueError: ranks 0 and 1 have different arguments update= and step= .*same ones on every",
                 ),
                 ("step", r"ValueError: ranks 0 and 1 have different arguments update= and step= \(\(True, 0\)"),
+                ("turns", "ValueError: ranks 0 and 1 have different argument turns= .*on every rank, or on none"),
+                ("gamma", r"ValueError: ranks 0 and 1 have different argument gamma= \(1.0 and 0.75\)"),
                 ("options", "ValueError: ranks 0 and 1 have different options.*0.75.*alike on every rank"),
                 ("max_keys", "ValueError: keys would make 2 priors.*max_keys=1"),
                 ("apart", "ValueError: ranks 0 and 1 have different priors.*load one state on every rank"),

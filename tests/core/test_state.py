@@ -81,7 +81,7 @@ def corrupt(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("version", 2, "version=2.*upgrade"),
+        ("version", 3, "version=3.*upgrade"),
         ("version", "1", "version='1'"),
         ("version", None, "version=None"),
         ("prior.rewards.count", -1.0, "count=-1"),
@@ -124,6 +124,7 @@ OTHERS: dict[str, Any] = {
     "score": "before",
     "leave_one_out": True,
     "decay": 0.5,
+    "decay_by": "visit",
     "eps": 1e-3,
     "ddof": 1,
     "norm_ddof": 0,

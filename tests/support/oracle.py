@@ -77,14 +77,17 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "sigma2": draw(st.sampled_from(["total", "within"])),
         "tau2": draw(st.sampled_from(["raw", "debiased"])),
         "score": draw(st.sampled_from(["after", "before"])),
-        "leave_one_out": draw(st.booleans()),
+        "leave_one_out": draw(st.sampled_from([False, True, "row"])),
         "decay": draw(st.sampled_from([1.0, 0.95, 0.5])),
+        "decay_by": draw(st.sampled_from(["update", "visit"])),
         "eps": draw(st.sampled_from([1e-6, 1e-4, 1.0])),
         "ddof": draw(st.integers(0, 1)),
         "norm_ddof": draw(st.integers(0, 1)),
         "kappa": draw(st.sampled_from([10.0, 1.0, 0.0])),
     }
-    if chosen["score"] == "before":
+    if chosen["leave_one_out"] == "row":
+        chosen["normalize"] = "none"
+    elif chosen["score"] == "before":
         chosen["leave_one_out"] = False
     return chosen
 
@@ -121,8 +124,18 @@ def assert_same_state(state: dict[str, Any], twin: reference.EBPO, seen: list[np
     keyed = {tuple(entry["key"]): entry for entry in state["keys"]}
     assert keyed.keys() == twin.keys.keys()
     for key, entry in keyed.items():
-        assert_same_statistics(entry, twin.keys[key], seen)
+        assert_same_statistics(as_of_now(entry, state["idle_decay"]), twin.keys[key], seen)
     assert state["step"] == twin.step
+
+
+def as_of_now(entry: dict[str, Any], idle_decay: float) -> dict[str, Any]:
+    """The numbers of a key, which are stored as its last update left them, discounted by the updates since then."""
+    weight = idle_decay ** entry["idle"]
+    moments = {name: {**entry[name]} for name in ("rewards", "group_means")}
+    for part in moments.values():
+        part["count"] *= weight
+        part["m2"] *= weight
+    return {**moments, **{name: entry[name] * weight for name in ("ssw", "dof", "inv_n")}}
 
 
 def tolerance(expected: np.ndarray, seen: list[np.ndarray], spread: float) -> float:

@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "decay": {"decay": 0.8},
     "refined": {"sigma2": "within", "tau2": "debiased", "leave_one_out": True, "decay": 0.9, "normalize": "scale"},
     "before": {"score": "before", "kappa": 1.0, "norm_ddof": 0},
+    "turns": {"leave_one_out": "row", "normalize": "none", "decay": 0.9},  # the one whose rows are turns
 }
 
 
@@ -39,41 +40,47 @@ class Shard:
         empty = step % 3 == 1 and rank == step % ranks  # nothing on this rank counts; another has something
         self.mask = np.zeros(len(self.groups), dtype=bool) if empty else rng.random(len(self.groups)) < 0.9
         self.mask[0] |= not empty
+        place = np.array([np.count_nonzero(self.groups[:row] == group) for row, group in enumerate(self.groups)])
+        self.trajectories, self.turns = place // 2, place % 2  # the last one of a group may have one turn
         # Ranks see different keys: each knows half of them, and the first one none at all at times.
         of_group = [KEYS[i] for i in (rng.integers(0, 3, len(sizes)) + rank) % len(KEYS)]
         self.keys = None if rank == 0 and step % 2 else [of_group[group] for group in self.groups]
 
-    def args(self, keyed: bool) -> dict[str, Any]:
-        call = {"rewards": self.rewards, "groups": self.groups, "mask": self.mask}
+    def args(self, keyed: bool, turns: bool) -> dict[str, Any]:
+        call: dict[str, Any] = {"rewards": self.rewards, "groups": self.groups, "mask": self.mask}
+        call |= {"trajectories": self.trajectories, "turns": self.turns, "gamma": 0.5} if turns else {}
         return call | {"keys": self.keys} if keyed else call
 
 
-def whole(step: int, ranks: int, keyed: bool) -> dict[str, Any]:
+def whole(step: int, ranks: int, keyed: bool, turns: bool) -> dict[str, Any]:
     """The batch of which the ranks see shards, as one process would pass it."""
     shards = [Shard(step, rank, ranks) for rank in range(ranks)]
     keys = [key for shard in shards for key in (shard.keys or [None] * len(shard.rewards))]
-    call = {
+    call: dict[str, Any] = {
         "rewards": np.concatenate([shard.rewards for shard in shards]),
         "groups": np.concatenate([100 * rank + shard.groups for rank, shard in enumerate(shards)]),
         "mask": np.concatenate([shard.mask for shard in shards]),
     }
+    if turns:
+        call["trajectories"] = np.concatenate([shard.trajectories for shard in shards])
+        call |= {"turns": np.concatenate([shard.turns for shard in shards]), "gamma": 0.5}
     return call | {"keys": keys} if keyed else call
 
 
-def together(rank: int, ranks: int, options: dict[str, Any], keyed: bool, group: Any) -> list[dict[str, Any]]:
+def together(rank: int, ranks: int, name: str, keyed: bool, group: Any) -> list[dict[str, Any]]:
     """Score with every shard; one step is evaluation, and every other one is retried, which is not counted."""
-    ebpo = ebpo_core.EBPO(**options)
+    ebpo = ebpo_core.EBPO(**OPTIONS[name])
     log = []
     for step in range(STEPS):
-        shard = Shard(step, rank, ranks).args(keyed)
+        shard = Shard(step, rank, ranks).args(keyed, name == "turns")
         advantages = ebpo(**shard, update=step != 6, step=step, process_group=group)
         diagnostics = ebpo.diagnostics
         assert diagnostics is not None
         entry: dict[str, Any] = {"step": step, "advantages": advantages.tolist(), "state": ebpo.state_dict()}
-        for name in ("mu_glob", "sigma2", "tau2", "saturated_fail", "saturated_pass", "outlier", "dead_advantage"):
-            entry[name] = getattr(diagnostics, name)
-        for name in ("shrinkage", "baseline", "count", "prior_mean"):
-            entry[name] = getattr(diagnostics, name).tolist()
+        for number in ("mu_glob", "sigma2", "tau2", "saturated_fail", "saturated_pass", "outlier", "dead_advantage"):
+            entry[number] = getattr(diagnostics, number)
+        for vector in ("shrinkage", "baseline", "count", "prior_mean"):
+            entry[vector] = getattr(diagnostics, vector).tolist()
         log.append(entry)
         if step % 2:
             ebpo(**shard, step=step, process_group=group)
@@ -131,6 +138,12 @@ def refusals(rank: int, group: Any) -> dict[str, Any]:
     apart([[float(rank), 0.0]])
     attempt("apart", apart, lambda e: e([[1.0, 0.0]], process_group=group))
     attempt("update type", seen(), lambda e: e([[1.0, 0.0]], update=1 if rank == 1 else True, process_group=group))
+    rows: dict[str, Any] = {"rewards": [1.0, 0.0], "groups": [0, 0], "trajectories": [0, 0]}
+    turns = [1, 2] if rank == 1 else None
+    rewards = [1.0, 0.0] if rank == 1 else [1.0, 1.0]
+    plain = seen(normalize="none")
+    attempt("turns", plain, lambda e: e(**(rows | {"rewards": rewards}), turns=turns, process_group=group))
+    attempt("gamma", plain, lambda e: e(**rows, turns=[1, 2], gamma=1.0 - rank / 4, process_group=group))
     attempt("keys", seen(), lambda e: e([[1.0, 0.0]], keys=["a"] * (1 + (rank == 1)), process_group=group))
     return log
 
@@ -140,10 +153,10 @@ def run(rank: int, ranks: int, folder: Path) -> None:
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     log: dict[str, Any] = {"together": {}, "mixed": mixed(rank, ranks, dist.group.WORLD)}
-    for name, options in OPTIONS.items():
+    for name in OPTIONS:
         for keyed in (False, True):
             case = f"{name}{' keyed' * keyed}"
-            log["together"][case] = together(rank, ranks, options, keyed, dist.group.WORLD)
+            log["together"][case] = together(rank, ranks, name, keyed, dist.group.WORLD)
     log["refusals"] = refusals(rank, dist.group.WORLD)
     pair = dist.new_group([0, 1])
     if rank < 2:  # a group of its own, with ranks that the others do not wait for

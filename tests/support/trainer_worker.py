@@ -156,6 +156,37 @@ def build(cls: type[Any], args: Any, reward_funcs: Any = third, **settings: Any)
     return cls(**(defaults | settings))
 
 
+AGENT = {
+    "ebpo_turns": True,
+    "ebpo_normalize": "none",
+    "ebpo_leave_one_out": "row",
+    "max_completion_length": 200,
+    "max_tool_calling_iterations": 3,
+    "learning_rate": 1e-4,
+}
+
+
+def agent_trainer(args: Any, turns: list[list[list[float]]]) -> Any:
+    """A trainer of the policy of ``agent_policy``; what the reward function answers goes into ``turns``."""
+    import agent_policy
+
+    def lengths(completions: list[Any], **_: Any) -> list[list[float]]:
+        """For each assistant message the number of its characters."""
+        own = [[message for message in talk if message["role"] == "assistant"] for talk in completions]
+        turns.append([[float(len(str(message.get("content", "")))) - 0.5 for message in talk] for talk in own])
+        return turns[-1]
+
+    tokens = agent_policy.tokenizer()
+    return RecordingEBPO(
+        agent_policy.policy(tokens),
+        lengths,
+        args,
+        train_dataset=agent_policy.prompts(),
+        processing_class=tokens,
+        tools=[agent_policy.look],
+    )
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)  # the signal ends the process before this returns
@@ -172,6 +203,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kill-in-reward", type=int, help="die while the batch after this step is scored")
     parser.add_argument("--keys", nargs="+", help="columns of the dataset that name a prompt's key")
     parser.add_argument("--per-reward", action="store_true", help="two reward functions, a prior for each")
+    parser.add_argument("--turns", action="store_true", help="an agent that calls a tool, with a reward for each turn")
     parser.add_argument("--slow-rank", type=int, help="this rank is late when it saves its random state")
     options = parser.parse_args(arguments)
 
@@ -193,10 +225,15 @@ def main(arguments: list[str]) -> None:
         per_device_train_batch_size=options.batch,
         ebpo_keys=options.keys,
         ebpo_per_reward=options.per_reward,
+        **(AGENT if options.turns else {}),
         reward_weights=[1.0, -0.5] if options.per_reward else None,
     )
     functions = [reward, size] if options.per_reward else reward
-    trainer = build(RecordingEBPO, args, functions, train_dataset=keyed_prompts() if options.keys else prompts())
+    turns: list[list[list[float]]] = []  # rewards of every batch's completions, turn by turn
+    if options.turns:
+        trainer = agent_trainer(args, turns)
+    else:
+        trainer = build(RecordingEBPO, args, functions, train_dataset=keyed_prompts() if options.keys else prompts())
 
     save_rng_state = transformers.Trainer._save_rng_state
 
@@ -215,6 +252,7 @@ def main(arguments: list[str]) -> None:
         "resumed_from": resumed_from,
         "state": [ebpo.state_dict() for ebpo in trainer.ebpos],
         "prompts": trainer.prompts,
+        "turns": turns,
         "rewards": [rewards.T.flatten().tolist() for rewards in trainer.rewards],
         "advantages": [output["advantages"].tolist() for output in trainer.outputs],
         "logged": list(trainer._logs["advantages"]),

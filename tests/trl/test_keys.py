@@ -15,7 +15,9 @@ import trainer_worker as tiny
 
 import ebpo_core
 from ebpo_core import reference
+from ebpo_core.checkpoint import prior_files
 from ebpo_core.trainer import EBPOConfig, read_prior, write_prior
+from ebpo_core.trainer.keys import hash_of_prompt, key_of_example
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +66,54 @@ def test_keys_from_columns(tmp_path: Path, form: str) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert resumed.ebpo.prior.group_count == 10
     assert read_prior(tmp_path / "checkpoint-4")["ebpo"] == trainer.ebpo.state_dict()
+
+
+@pytest.mark.parametrize("columns", [None, ["topic"]])
+def test_a_prior_for_each_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: list[str] | None) -> None:
+    """Discounted at its own visits, as the twin's; with its keys in a file of their own, and after a resume."""
+    monkeypatch.setattr("ebpo_core.checkpoint.MANY_KEYS", 2)
+    settings: dict[str, Any] = {
+        "ebpo_keys": columns,
+        "ebpo_track_prompts": True,
+        "ebpo_decay": 0.5,
+        "ebpo_decay_by": "visit",
+        "ebpo_normalize": "scale",
+        "max_steps": 6,
+    }
+    trainer = build(tmp_path, **settings, save_strategy="steps", save_steps=3)
+    trainer.train()
+    twin = reference.EBPO(**trainer.args.ebpo_options())
+
+    def key_of(prompt: str) -> tuple[Any, ...]:
+        return (*([tiny.key(prompt)[0]] if columns else []), hash_of_prompt(prompt))
+
+    for prompts, rewards, output in zip(trainer.prompts, trainer.rewards, trainer.outputs, strict=True):
+        keys = [key_of(prompt) for prompt in prompts[:: tiny.GROUP]]
+        expected = twin(rewards.double().numpy().reshape(-1, tiny.GROUP), keys=keys).reshape(-1)
+        np.testing.assert_allclose(output["advantages"].numpy(), expected, rtol=1e-6, atol=1e-7)
+    counts = {key if isinstance(key, tuple) else (key,): prior.count for key, prior in trainer.ebpo.priors.items()}
+    assert counts.pop(()) == pytest.approx(twin.prior.rewards.count)
+    assert counts == pytest.approx({key: prior.rewards.count for key, prior in twin.keys.items()})
+    assert len({len(key) for key in counts}) == (2 if columns else 1)
+
+    assert len(prior_files(tmp_path / "checkpoint-3")) == 2
+    resumed = build(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.ebpo == trainer.ebpo
+    with pytest.raises(ValueError, match=r"ebpo_track_prompts=True: the dataset has [68] keys.*ebpo_max_keys=5"):
+        build(tmp_path, **settings, ebpo_max_keys=5)
+
+
+def test_a_prompt_is_hashed_by_its_content(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "1 + 1?"}]
+    assert hash_of_prompt(messages) == hash_of_prompt([{"content": "1 + 1?", "role": "user"}])
+    assert len({hash_of_prompt(prompt) for prompt in ("a", "b", messages, [*messages, *messages], "ö\ud800")}) == 5
+    with pytest.raises(TypeError, match="ebpo_track_prompts=True: a prompt is no text.*name it in ebpo_keys"):
+        hash_of_prompt([{"role": "user", "content": object()}])
+    with pytest.raises(ValueError, match="a row has no 'prompt', only"):
+        key_of_example([], True, {"question": "?"})
+    assert key_of_example(["a"], True, {"a": None, "prompt": "x"}) == (hash_of_prompt("x"),)
+    assert key_of_example(["a"], False, {"a": 1, "prompt": "x"}) == 1
 
 
 def test_evaluation_with_and_without_the_columns(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("cut", "--kill-in-save", "4"),
         job("ranks", "--save-steps", "3", "--batch", "4", "--slow-rank", "1", ranks=2, steps="3"),
         job("keys", "--batch", "4", "--keys", "topic", "level", "--per-reward", ranks=2, steps="3"),
+        job("turns", "--batch", "4", "--turns", ranks=2, steps="2"),
     ]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
@@ -57,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     kill = -signal.SIGKILL
-    assert json.loads(file.with_suffix(".status").read_text()) == [0, kill, kill, 0, kill, 0, 0], done.stderr[-8000:]
+    assert json.loads(file.with_suffix(".status").read_text()) == [0, kill, kill, 0, kill, 0, 0, 0], done.stderr[-8000:]
     return folder
 
 
@@ -120,3 +121,23 @@ def test_two_ranks_gather_the_keys_of_their_prompts(runs: Path) -> None:
     assert len(singles[0].priors) > 3
     saved = read_prior(runs / "keys" / "checkpoint-2")["ebpo_per_reward"]
     assert [entry["reward"] for entry in saved] == ["reward", "size"]
+
+
+def test_two_ranks_gather_the_turns_of_their_completions(runs: Path) -> None:
+    """Each rank sees one prompt a step; the advantages of its turns are those of one process that sees both."""
+    ranks = [result(runs / "turns", rank) for rank in (0, 1)]
+    assert ranks[0]["state"] == ranks[1]["state"]
+    single = ebpo_core.EBPO(normalize="none", leave_one_out="row")
+    for step in range(2):
+        completions = [of_one for rank in ranks for of_one in rank["turns"][step]]
+        names = [name for name, of_one in enumerate(completions) for _ in of_one]
+        turns = [turn for of_one in completions for turn in range(1, len(of_one) + 1)]
+        rewards = np.concatenate(completions)
+        expected = np.float32(single(rewards, [name // 4 for name in names], trajectories=names, turns=turns))
+        for rank in (0, 1):
+            for row in range(4):
+                got = [value for value in ranks[rank]["advantages"][step][row] if value != 0]
+                own = expected[[name == 4 * rank + row for name in names]].tolist()
+                assert list(dict.fromkeys(got)) == [value for value in dict.fromkeys(own) if value != 0]
+    assert [single.state_dict()] == ranks[0]["state"]
+    assert 2 in single.priors

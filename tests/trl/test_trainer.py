@@ -255,6 +255,8 @@ def test_the_mixin_fits_other_grpo_like_trainers(tmp_path: Path) -> None:
     check_against_oracle(trainer)
     with pytest.raises(ValueError, match=r"normalize_advantages=True.*set normalize_advantages=False"):
         tiny.build(Trainer, tiny.config(Config, tmp_path, beta=0.0, normalize_advantages=True))
+    with pytest.raises(ValueError, match=r"ebpo_turns=True.*one advantage a completion; use EBPOTrainer"):
+        tiny.build(Trainer, tiny.config(Config, tmp_path, beta=0.0, ebpo_normalize="none", ebpo_turns=True))
 
 
 def test_default_args_and_wrong_args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ class PriorCheckpoints:
         """AReaL's own, and ``ebpo_prior.json`` in the same folder where the optimizer is saved too."""
         result = super().save(meta)  # type: ignore[misc]
         if meta.with_optim and (not dist.is_initialized() or dist.get_rank() == 0):
-            write_prior(meta.path, self.prior.get().state_dict())
+            write_prior(meta.path, self.prior.get())
         return result
 
     def load(self, meta: Any) -> Any:

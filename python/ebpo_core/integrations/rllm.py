@@ -73,7 +73,7 @@ def running(algorithm_config: Any = None) -> EBPO:
 
 def save(path: Path | str, algorithm_config: Any = None) -> None:
     """Write the prior as ``ebpo_prior.json`` in the folder ``path`` (a checkpoint of rLLM's back end, say)."""
-    write_prior(path, running(algorithm_config).state_dict())
+    write_prior(path, running(algorithm_config))
 
 
 def load(path: Path | str, algorithm_config: Any = None) -> None:

@@ -31,7 +31,7 @@ from skyrl.train.trainer import RayPPOTrainer
 from skyrl.train.utils import initialize_ray
 from skyrl.train.utils.utils import validate_cfg
 
-from ebpo_core.checkpoint import PRIOR_NAME, write_prior
+from ebpo_core.checkpoint import PRIOR_NAME, prior_files, write_prior
 from ebpo_core.estimator import EBPO
 from ebpo_core.integrations import checks, process
 
@@ -122,9 +122,9 @@ class PriorCheckpoints:
         if self._uses_ebpo():
             folder = f"{self.cfg.trainer.ckpt_path}/global_step_{self.global_step}"  # type: ignore[attr-defined]
             with io.local_work_dir(folder) as local:
-                state = running(self.cfg.trainer.algorithm).state_dict()  # type: ignore[attr-defined]
+                ebpo = running(self.cfg.trainer.algorithm)  # type: ignore[attr-defined]
                 step = self.global_step  # type: ignore[attr-defined]
-                write_prior(local, state, global_step=step, written_after=["trainer_state.pt"])
+                write_prior(local, ebpo, global_step=step, written_after=["trainer_state.pt"])
         return super().save_checkpoints()  # type: ignore[misc]
 
     def load_checkpoints(self) -> Any:
@@ -133,6 +133,8 @@ class PriorCheckpoints:
         if folder is not None and self._uses_ebpo():
             running(self.cfg.trainer.algorithm)  # type: ignore[attr-defined]
             with io.local_read_files(folder, [PRIOR_NAME]) as local:
+                names = prior_files(local)
+            with io.local_read_files(folder, names) as local:
                 estimator.restore(local)
         return step, folder
 

@@ -60,9 +60,7 @@ def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[Any], l
     check(args)
     raw = [sample.get_reward_value(args) for sample in samples]
     ebpo = running(args)
-    # `twin[row]` is the first sample of the same rollout with the same reward; that one alone counts.
-    groups, counts, twin = [], [], []
-    first: dict[tuple[Any, ...], int] = {}
+    groups, rollouts = [], []
     for row, (sample, reward) in enumerate(zip(samples, raw, strict=True)):
         if sample.group_index is None:
             raise ValueError(
@@ -70,14 +68,12 @@ def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[Any], l
                 "data source, as slime's RolloutDataSource does"
             )
         groups.append(sample.group_index)
-        cut = (sample.group_index, row if sample.rollout_id is None else ("rollout", sample.rollout_id), reward)
-        twin.append(first.setdefault(cut, row))
-        counts.append(twin[row] == row)
+        # An outcome of a rollout is a trajectory: sub-agents of one may have rewards of their own.
+        rollouts.append((row,) if sample.rollout_id is None else (sample.rollout_id, reward))
     rewards = np.array([np.nan if reward is None else reward for reward in raw], dtype=np.float64)
     columns = estimator.columns
     keys = [key_of_row(columns, sample.metadata, f"{WHERE}: keys") for sample in samples] if columns else None
-    advantages = ebpo(rewards, groups, mask=np.array(counts, dtype=bool), keys=keys)
-    return raw, [float(advantages[row]) for row in twin]
+    return raw, ebpo(rewards, groups, keys=keys, trajectories=rollouts).tolist()
 
 
 def running(args: Any) -> EBPO:
@@ -125,7 +121,7 @@ def _data_source() -> type:
         def save(self, rollout_id: int) -> None:
             """Called by slime after each checkpoint."""
             super().save(rollout_id)
-            write_prior(_folder(self.args.save, rollout_id), running(self.args).state_dict(), global_step=rollout_id)
+            write_prior(_folder(self.args.save, rollout_id), running(self.args), global_step=rollout_id)
 
         def load(self, rollout_id: int | None = None) -> None:
             """Called by slime at the start, with the last rollout trained (-1 or None for a fresh run)."""

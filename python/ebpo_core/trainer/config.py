@@ -40,13 +40,25 @@ class EBPOArguments:
         default="after",
         metadata={"help": "Score a batch 'after' (the paper's) or 'before' the prior has been updated with it."},
     )
-    ebpo_leave_one_out: bool = field(
+    ebpo_leave_one_out: Literal[False, True, "group", "row"] = field(
         default=False,
-        metadata={"help": "Score each group with a prior that leaves that group out."},
+        metadata={
+            "help": "True (or 'group') scores each group with a prior that leaves that group out; 'row' leaves each "
+            "completion out of its group's mean besides, for an unbiased gradient, and needs `ebpo_normalize` 'none'.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     ebpo_decay: float = field(
         default=1.0,
         metadata={"help": "Exponential forgetting of the prior per generation batch, in (0, 1]; 1 never forgets."},
+    )
+    ebpo_decay_by: Literal["update", "visit"] = field(
+        default="update",
+        metadata={
+            "help": "What counts for ebpo_decay: every generation batch ('update'), or for each key the batches that "
+            "hold it ('visit'), as a prior for each prompt wants."
+        },
     )
     ebpo_eps: float = field(
         default=1e-6,
@@ -68,6 +80,14 @@ class EBPOArguments:
             "also hold lists. None in a column ends the key there. Unset: one prior for all."
         },
     )
+    ebpo_track_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "One prior for each prompt, under the key of `ebpo_keys` if there is one: a hash of the prompt is "
+            "the key's last part. For prompts that come back, with `ebpo_decay` below 1, `ebpo_decay_by='visit'` and "
+            "room in `ebpo_max_keys` for all prompts of the dataset."
+        },
+    )
     ebpo_kappa: float = field(
         default=10.0,
         metadata={"help": "Groups that the prior of a key's parent is worth when the two are blended."},
@@ -82,6 +102,19 @@ class EBPOArguments:
             "help": "One prior for each reward function: advantages are computed for each and added up with the "
             "reward weights. Unset: one prior for the weighted sum of the rewards."
         },
+    )
+    ebpo_turns: bool = field(
+        default=False,
+        metadata={
+            "help": "An advantage for each turn of TRL's agent loop (tools, environments): the turn's return-to-go "
+            "less a baseline from the prompt's completions that reached that turn. A reward function may then return a "
+            "list for each completion, with one reward a turn; a number comes with the last turn. Needs "
+            "`ebpo_normalize` 'scale' or 'none'."
+        },
+    )
+    ebpo_gamma: float = field(
+        default=1.0,
+        metadata={"help": "Discount of the return-to-go from one turn to the next, in [0, 1]."},
     )
     ebpo_shadow: bool = field(
         default=False,
@@ -107,7 +140,18 @@ class EBPOArguments:
 
     def ebpo_options(self) -> dict[str, Any]:
         """The keyword arguments of :class:`ebpo_core.EBPO` that these fields stand for."""
-        names = ("normalize", "sigma2", "tau2", "score", "leave_one_out", "decay", "eps", "ddof", "norm_ddof")
+        names = (
+            "normalize",
+            "sigma2",
+            "tau2",
+            "score",
+            "leave_one_out",
+            "decay",
+            "decay_by",
+            "eps",
+            "ddof",
+            "norm_ddof",
+        )
         return {name: getattr(self, f"ebpo_{name}") for name in (*names, "kappa", "max_keys")}
 
     def ebpo_key_columns(self) -> list[str]:
@@ -115,7 +159,25 @@ class EBPOArguments:
         return [self.ebpo_keys] if isinstance(self.ebpo_keys, str) else list(self.ebpo_keys or [])
 
     def check_ebpo_options(self) -> None:
-        """Raise the estimator's own error for an illegal option or combination now, not at the first step."""
+        """Raise the estimator's own error for an illegal option or combination now, not at the first step.
+
+        Raises:
+            TypeError, ValueError: names the option, and the remedy.
+        """
+        if self.ebpo_turns and self.ebpo_normalize == "batch":
+            raise ValueError(
+                "ebpo_turns=True with ebpo_normalize='batch': one mean subtracted from every turn rewards the policy "
+                "for their number; set ebpo_normalize='scale' or 'none'"
+            )
+        if self.ebpo_turns and self.ebpo_shadow:
+            raise ValueError(
+                "ebpo_turns=True with ebpo_shadow=True: TRL has one advantage a completion to compare with; set one of "
+                "them to False"
+            )
+        if not 0.0 <= self.ebpo_gamma <= 1.0:
+            raise ValueError(f"ebpo_gamma={self.ebpo_gamma!r}: expected a number in [0, 1]")
+        if self.ebpo_gamma != 1.0 and not self.ebpo_turns:
+            raise ValueError(f"ebpo_gamma={self.ebpo_gamma!r} discounts turns: set ebpo_turns=True, or leave it out")
         try:
             EBPO(**self.ebpo_options())
         except (TypeError, ValueError) as error:

@@ -26,27 +26,36 @@ class Estimators:
         self.all = [EBPO(**options) for _ in (self.functions or [""])]
 
     def weighted(
-        self, rewards: NDArray[np.float64], weights: NDArray[np.float64], *, update: bool, keys: list[Any] | None
+        self,
+        rewards: NDArray[np.float64],
+        weights: NDArray[np.float64],
+        *,
+        update: bool,
+        keys: list[Any] | None,
+        **rows: Any,
     ) -> NDArray[np.float64]:
         """The weighted sum of every function's advantages; where one fails, no estimator has changed.
 
         Args:
-            rewards: ``(n_funcs, M, G)``, NaN where a function returned None: it then adds nothing to that completion.
+            rewards: ``(n_funcs, M, G)``, or ``(n_funcs, N)`` with ``rows``; NaN where a function returned None: it
+                then adds nothing to that completion.
             weights: ``(n_funcs,)``.
             update: whether the rewards enter the priors.
-            keys: one per group, or None.
+            keys: one per group, or with ``rows`` one per row; or None.
+            rows: further arguments of :meth:`ebpo_core.EBPO.__call__`.
 
         Returns:
-            ``(M, G)``.
+            ``(M, G)`` or ``(N,)``.
         """
-        before = [ebpo.state_dict() for ebpo in self.all] if update else []
         total = np.zeros(rewards.shape[1:])
+        done: list[EBPO] = []
         try:
             for ebpo, own, weight in zip(self.all, rewards, weights, strict=True):
-                total += weight * ebpo(own, update=update, keys=keys)
+                total += weight * ebpo(own, update=update, keys=keys, **rows)
+                done.append(ebpo)
         except (TypeError, ValueError):
-            for ebpo, state in zip(self.all, before, strict=False):
-                ebpo.load_state_dict(state)
+            for ebpo in done if update else []:
+                ebpo.load_state_dict(ebpo.before_update().state_dict(arrays=True))
             raise
         return total
 
@@ -58,12 +67,12 @@ class Estimators:
                 metrics |= ebpo.diagnostics.metrics(f"ebpo/{name}/" if name else "ebpo/")
         return metrics
 
-    def state(self) -> dict[str, Any] | list[dict[str, Any]]:
-        """The states, as :func:`ebpo_core.trainer.write_prior` takes them."""
+    def state(self, *, before_update: bool = False) -> EBPO | list[dict[str, Any]]:
+        """The estimators, or copies from before their last update, for :func:`ebpo_core.trainer.write_prior`."""
+        all_of_them = [ebpo.before_update() for ebpo in self.all] if before_update else self.all
         if self.functions is None:
-            return self.all[0].state_dict()
-        pairs = zip(self.functions, self.all, strict=True)
-        return [{"reward": name, "ebpo": ebpo.state_dict()} for name, ebpo in pairs]
+            return all_of_them[0]
+        return [{"reward": name, "ebpo": ebpo} for name, ebpo in zip(self.functions, all_of_them, strict=True)]
 
     def load(self, content: dict[str, Any]) -> None:
         """Take over the states of a prior's file (:func:`ebpo_core.trainer.read_prior`); all of them, or none."""
@@ -82,7 +91,7 @@ class Estimators:
             again = fresh is not checked[0] and state.get("options") == states[0].get("options")
             fresh.load_state_dict({**state, "options": fresh.options} if again else state)
         for ebpo, fresh in zip(self.all, checked, strict=True):
-            ebpo.load_state_dict(fresh.state_dict())
+            ebpo.load_state_dict(fresh.state_dict(arrays=True))
 
 
 def _described(names: list[Any] | None) -> str:

@@ -39,12 +39,12 @@ from trl import GRPOTrainer  # type: ignore[attr-defined]
 
 from ebpo_core import EBPO
 from ebpo_core.checkpoint import PRIOR_NAME, CompleteCheckpoints, read_prior, write_prior
-from ebpo_core.keys import key_of_row
 
 from .config import EBPOArguments, EBPOConfig
 from .estimators import Estimators
-from .keys import check_dataset, keys_of_groups
+from .keys import check_dataset, key_of_example, keys_of_groups
 from .metrics import distinct, shadow_metrics, weighted_sum
+from .turns import TurnRewards, by_token, policy_mask, rows_of, turn_counts
 
 if TYPE_CHECKING:
     import os
@@ -78,13 +78,19 @@ class EBPOMixin(CompleteCheckpoints):
                         f"advantages with it, which EBPO would not see; set {name}={neutral!r}"
                     )
         self.reward_func_names[:] = distinct(self.reward_func_names)  # TRL would log two of one name as one
-        functions = self.reward_func_names if self.args.ebpo_per_reward else None
-        self._estimators = Estimators(self.args.ebpo_options(), functions)
+        self._ebpo_turn_rewards = TurnRewards()
+        if self.args.ebpo_turns:
+            self._check_turns()
+            functions: list[Any] = self.reward_funcs
+            functions[:] = [self._ebpo_turn_rewards.recorded(i, function) for i, function in enumerate(functions)]
+        names = self.reward_func_names if self.args.ebpo_per_reward else None
+        self._estimators = Estimators(self.args.ebpo_options(), names)
         if self.args.ebpo_prior is not None:
             self._estimators.load(read_prior(self.args.ebpo_prior))
         self._check_keys()
         self._ebpo_rewards: torch.Tensor | None = None  # gathered rewards, from one seam method to the other
-        self._ebpo_before: Any = None  # the estimators' state before the generation batch at hand
+        self._ebpo_completions: Any = None  # this rank's, likewise
+        self._ebpo_has_batch = False  # whether the estimators' last update was with the generation batch at hand
         self._ebpo_generated_at = 0  # `_step` when that batch was generated
         self._ebpo_shift = 0  # `_step + shift` is the micro-batch's place in the data, modulo generate_every
         self._ebpo_sampler: Any = None
@@ -100,13 +106,27 @@ class EBPOMixin(CompleteCheckpoints):
             raise ValueError("ebpo_per_reward=True keeps one estimator per reward function: use trainer.ebpos")
         return self.ebpos[0]
 
+    def _check_turns(self) -> None:
+        if hasattr(self, "reward_clip_range"):
+            raise ValueError(
+                f"ebpo_turns=True: the loss of {type(self).__name__} has one advantage a completion; use EBPOTrainer"
+            )
+        if getattr(self.args, "use_liger_kernel", False):
+            raise ValueError("ebpo_turns=True: Liger's loss has one advantage a completion; set use_liger_kernel=False")
+
     def _check_keys(self) -> None:
         """Refuse what a later batch would be refused for: the first one, or that with one key too many."""
-        columns = self.args.ebpo_key_columns()
-        if not columns:
+        columns, track = self.args.ebpo_key_columns(), self.args.ebpo_track_prompts
+        if not columns and not track:
             return
         known = [key for key in self.ebpos[0].priors if key != ()]
-        check_dataset(columns, self.train_dataset, self.args.ebpo_max_keys, known)
+        # Where TRL's agent loop is not bounded, a turn too many is found out when it is taken.
+        calls = getattr(self.args, "max_tool_calling_iterations", None)
+        turns = 0 if calls is None or not self.args.ebpo_turns else calls + 1
+        limit = self.args.ebpo_max_keys
+        check_dataset(columns, self.train_dataset, limit, known, turns=turns, track_prompts=track)
+        if not columns:
+            return
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for dataset in evaluated.values():
             if columns[0] in (getattr(dataset, "column_names", None) or ()):  # without it, evaluation uses the root
@@ -114,20 +134,22 @@ class EBPOMixin(CompleteCheckpoints):
 
     # ---- the seam -----------------------------------------------------------------------------------------------
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
-        self._ebpo_rewards = rewards
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)
+        self._ebpo_rewards, self._ebpo_completions = rewards, completions
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         # One key per group, gathered, since each rank knows its own prompts alone.
-        columns = self.args.ebpo_key_columns()
+        columns, track = self.args.ebpo_key_columns(), self.args.ebpo_track_prompts
         keys = None
-        if columns and (mode == "train" or columns[0] in inputs[0]):
+        if (columns or track) and (mode == "train" or not columns or columns[0] in inputs[0]):
             # In a list of its own, for gather_object joins the lists of all ranks.
-            own = [key_of_row(columns, row, "ebpo_keys") for row in inputs]
+            own = [key_of_example(columns, track, row) for row in inputs]
             keys = keys_of_groups(gather_object(own), group_size, columns)
 
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -139,10 +161,14 @@ class EBPOMixin(CompleteCheckpoints):
         weights = self.reward_weights.cpu().double().numpy()
         rewards = weighted_sum(rewards_per_func, weights).reshape(-1, group_size)
         # Every rank computes the advantages of all, (M, G), and so keeps the same prior.
-        before = self._estimators.state() if mode == "train" else None
-        advantages = self._ebpo_advantages(rewards, rewards_per_func, weights, keys, update=mode == "train")
+        turns = self._ebpo_turns(output, gathered) if self.args.ebpo_turns else None
+        if turns is None:
+            advantages = self._ebpo_advantages(rewards, rewards_per_func, weights, keys, update=mode == "train")
+        else:
+            turn_advantages = self._ebpo_turn_advantages(turns, group_size, weights, keys, update=mode == "train")
+            advantages = np.array([of_one.mean() for of_one in turn_advantages])  # for the log: one a completion
         if mode == "train":
-            self._ebpo_before, self._ebpo_generated_at = before, self._step
+            self._ebpo_has_batch, self._ebpo_generated_at = True, self._step
         metrics = self._estimators.metrics()
 
         # This rank's slice takes the place of TRL's advantages; in shadow mode both are only logged.
@@ -158,12 +184,45 @@ class EBPOMixin(CompleteCheckpoints):
         else:
             start = self.accelerator.process_index * len(local)  # rank-major, as TRL slices
             output["advantages"] = ours[start : start + len(local)].to(local.device)
+            if turns is not None:
+                of_rank = turn_advantages[start : start + len(local)]
+                output["advantages"] = by_token(of_rank, policy_mask(output), local.dtype)
             for _ in range(min(len(ours), len(logged))):
                 logged.pop()
             logged.extend(ours.tolist())
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         return output
+
+    def _ebpo_turns(self, output: dict[str, Any], gathered: torch.Tensor) -> list[NDArray[np.float64]]:
+        """The rewards ``(n_funcs, K)`` of the turns of each completion of all ranks."""
+        counts = turn_counts(policy_mask(output), self._ebpo_completions)
+        start = self.accelerator.process_index * len(counts)
+        own = self._ebpo_turn_rewards.take(gathered[start : start + len(counts)], counts, self.reward_func_names)
+        return list(gather_object(own))
+
+    def _ebpo_turn_advantages(
+        self,
+        turns: list[NDArray[np.float64]],
+        group_size: int,
+        weights: NDArray[np.float64],
+        keys: list[Any] | None,
+        *,
+        update: bool,
+    ) -> list[NDArray[np.float64]]:
+        """EBPO on the turns of all completions; one array a completion."""
+        rows = rows_of(turns, group_size)
+        call: dict[str, Any] = {
+            "groups": rows.groups,
+            "trajectories": rows.trajectories,
+            "turns": rows.turns,
+            "gamma": self.args.ebpo_gamma,
+            "keys": None if keys is None else [keys[group] for group in rows.groups],
+            "update": update,
+        }
+        if self.args.ebpo_per_reward:
+            return rows.of_completions(self._estimators.weighted(rows.rewards, weights, **call))
+        return rows.of_completions(self.ebpo(rows.weighted(weights), **call))
 
     def _ebpo_advantages(
         self,
@@ -216,13 +275,12 @@ class EBPOMixin(CompleteCheckpoints):
         return int(self.args.steps_per_generation * self.num_iterations)
 
     def _ebpo_finished_state(self) -> Any:
-        """The estimators' state without the batch that a run resumed from here generates again."""
+        """The estimators without the batch that a run resumed from here generates again."""
         every = self._generate_every()
         block = (self._ebpo_generated_at + self._ebpo_shift) // every
         resumed = (self._step + self._ebpo_shift) // every
-        if self._ebpo_before is None or block != resumed or self.args.ignore_data_skip:
-            return self._estimators.state()
-        return self._ebpo_before
+        again = self._ebpo_has_batch and block == resumed and not self.args.ignore_data_skip
+        return self._estimators.state(before_update=again)
 
     def write_first(self, checkpoint: Path) -> None:
         every = self._generate_every()
@@ -264,7 +322,7 @@ class EBPOMixin(CompleteCheckpoints):
         self._ebpo_shift = (0 if self.args.ignore_data_skip else phase) - self._step
         # Left from an earlier train() of this very trainer, these would stand in for the batch to be generated again.
         self._buffered_inputs = None
-        self._ebpo_before = None
+        self._ebpo_has_batch = False
         sampler = self._ebpo_sampler
         if getattr(sampler, "shuffle", False):
             for _ in range(int(self.state.epoch or 0)):

@@ -1,9 +1,11 @@
 //! A batch of rewards with its groups, and the one way advantages are written: an affine map per group.
 
 use core::array;
+use core::hint::black_box;
 
 use pulp::{Arch, NullaryFnOnce};
 
+use crate::equal::by_size;
 use crate::lanes::LANES;
 use crate::{Error, Float};
 
@@ -95,22 +97,12 @@ impl<'a, T: Float> Batch<'a, T> {
 
     /// Largest distance of a counted reward from `centre`; 0 when no row counts.
     pub fn max_distance(&self, centre: f64) -> f64 {
-        let mut lanes = [0.0; LANES];
         if self.mask.is_none() {
-            let (chunks, rest) = self.rewards.as_chunks::<LANES>();
-            // A comparison with NaN is false, so a reward that does not count changes nothing.
-            let farther = |lane: f64, reward: T| {
-                let distance = (reward.widen() - centre).abs();
-                if distance > lane { distance } else { lane }
-            };
-            for chunk in chunks {
-                lanes = array::from_fn(|i| farther(lanes[i], chunk[i]));
-            }
-            lanes[0] = rest.iter().fold(lanes[0], |lane, &reward| farther(lane, reward));
-        } else {
-            self.for_each(|_, value| lanes[0] = lanes[0].max((value - centre).abs()));
+            return Arch::new().dispatch(Farthest { rewards: self.rewards, centre });
         }
-        lanes.into_iter().fold(0.0, f64::max)
+        let mut farthest = 0.0_f64;
+        self.for_each(|_, value| farthest = farthest.max((value - centre).abs()));
+        farthest
     }
 
     /// Refuse a counted reward below 0, which `method` has no meaning for.
@@ -158,7 +150,8 @@ pub fn apply<T: Float>(batch: &Batch<'_, T>, affine: &Affine, out: &mut [T]) {
     assert_eq!(affine.scale.len(), batch.groups());
     match batch.layout {
         Layout::Equal { size } => {
-            Arch::new().dispatch(ApplyEqual { rewards: batch.rewards, size, affine, out: &mut *out });
+            let rewards = batch.rewards;
+            by_size!(size, G => Arch::new().dispatch(ApplyEqual::<T, G> { rewards, size, affine, out: &mut *out }));
             if let Some(mask) = batch.mask {
                 for (out, _) in out.iter_mut().zip(mask).filter(|(_, counts)| !**counts) {
                     *out = T::default();
@@ -186,30 +179,70 @@ fn advantage<T: Float>(reward: T, offset: f64, scale: f64) -> T {
     T::narrow(if value.is_nan() { 0.0 } else { scaled })
 }
 
+/// See [`Batch::max_distance`]: of all rewards, under the widest vectors of the CPU.
+struct Farthest<'a, T> {
+    rewards: &'a [T],
+    centre: f64,
+}
+
+impl<T: Float> NullaryFnOnce for Farthest<'_, T> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn call(self) -> f64 {
+        let (chunks, rest) = self.rewards.as_chunks::<LANES>();
+        // A comparison with NaN is false, so a reward that does not count changes nothing.
+        let farther = |lane: f64, reward: T| {
+            let distance = (reward.widen() - self.centre).abs();
+            if distance > lane { distance } else { lane }
+        };
+        let mut lanes = [0.0; LANES];
+        for chunk in chunks {
+            lanes = array::from_fn(|i| farther(lanes[i], chunk[i]));
+        }
+        lanes[0] = rest.iter().fold(lanes[0], |lane, &reward| farther(lane, reward));
+        lanes.into_iter().fold(0.0, f64::max)
+    }
+}
+
 /// Write consecutive groups, under the widest vectors of the CPU.
-struct ApplyEqual<'a, T> {
+struct ApplyEqual<'a, T, const G: usize> {
     rewards: &'a [T],
     size: usize,
     affine: &'a Affine,
     out: &'a mut [T],
 }
 
-impl<T: Float> NullaryFnOnce for ApplyEqual<'_, T> {
+impl<T: Float, const G: usize> NullaryFnOnce for ApplyEqual<'_, T, G> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
         let maps = self.affine.offset.iter().zip(&self.affine.scale);
-        let rows = self.rewards.chunks_exact(self.size).zip(self.out.chunks_exact_mut(self.size));
-        for ((rewards, out), (&offset, &scale)) in rows.zip(maps) {
-            let (chunks, rest) = rewards.as_chunks::<LANES>();
-            let (out_chunks, out_rest) = out.as_chunks_mut::<LANES>();
-            for (chunk, out) in chunks.iter().zip(out_chunks) {
-                *out = chunk.map(|reward| advantage(reward, offset, scale));
+        if G > 0 {
+            let rows = self.rewards.as_chunks::<G>().0.iter().zip(self.out.as_chunks_mut::<G>().0);
+            for ((rewards, out), (&offset, &scale)) in rows.zip(maps) {
+                write_group(rewards, offset, scale, out);
             }
-            for (&reward, out) in rest.iter().zip(out_rest) {
-                *out = advantage(reward, offset, scale);
+        } else {
+            let rows = self.rewards.chunks_exact(self.size).zip(self.out.chunks_exact_mut(self.size));
+            for ((rewards, out), (&offset, &scale)) in rows.zip(maps) {
+                write_group(rewards, offset, scale, out);
             }
         }
+    }
+}
+
+#[inline(always)]
+fn write_group<T: Float>(rewards: &[T], offset: f64, scale: f64, out: &mut [T]) {
+    // Opaque to the compiler, which would otherwise vectorise across groups: it would shuffle more than it computes.
+    let (offset, scale) = (black_box(offset), black_box(scale));
+    let (chunks, rest) = rewards.as_chunks::<LANES>();
+    let (out_chunks, out_rest) = out.as_chunks_mut::<LANES>();
+    for (chunk, out) in chunks.iter().zip(out_chunks) {
+        *out = chunk.map(|reward| advantage(reward, offset, scale));
+    }
+    for (&reward, out) in rest.iter().zip(out_rest) {
+        *out = advantage(reward, offset, scale);
     }
 }

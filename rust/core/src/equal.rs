@@ -67,6 +67,8 @@ macro_rules! by_size {
     };
 }
 
+pub(crate) use by_size;
+
 impl<'a, T: Float> EqualGroups<'a, T> {
     /// The statistics of a batch with `size` rewards in each group.
     ///

@@ -63,7 +63,7 @@ pub enum Error {
     /// An update would need more priors than the estimator may keep.
     #[error(
         "keys would make {count} priors, parents included, more than max_keys={max_keys}: use coarser keys (topics or \
-         levels, not prompts), or build the estimator with a larger max_keys"
+         levels), or build the estimator with a larger max_keys"
     )]
     TooManyKeys {
         /// Priors that there would be, without the root's.

@@ -9,10 +9,15 @@
 //!
 //! With `b_m = mu_m - V_m = S_m (mu_m - mu_glob)`, the mean and the variance of `raw` follow from the groups' statistics
 //! alone, so rewards are read twice in all: once for the statistics, once to write the advantages.
+//!
+//! Where a row is left out of its group's mean, `mu_m` becomes `mu_m - (r - mu_m) / (n - 1)` and S that of n - 1 rows, the
+//! same for all rows of the group. So this too is a map of the group: `raw = (1 + (1 - S) / (n - 1)) (r - mu_m) + b_m`.
+
+use std::collections::HashMap;
 
 use crate::groups::Group;
-use crate::tree::Members;
-use crate::{Affine, GroupStats, Normalize, Options, Prior, Tree};
+use crate::keys::Visits;
+use crate::{Affine, GroupStats, Keys, LeaveOneOut, Normalize, Options, Prior, Tree};
 
 /// A scored batch.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,7 +26,7 @@ pub struct Scored {
     pub affine: Affine,
     /// S per group; NaN for an empty group.
     pub shrinkage: Vec<f64>,
-    /// V per group; NaN for an empty group.
+    /// V per group, the mean of its rows' where each leaves itself out; NaN for an empty group.
     pub baseline: Vec<f64>,
     /// The root's prior that the batch was scored with (before any leave-one-out).
     pub prior: Prior,
@@ -90,51 +95,88 @@ impl Shrinkage {
         let total = noise + self.tau2;
         if total > 0.0 { noise / total } else { 0.0 }
     }
+
+    /// S and mean for a row of a group of `n`: S of the rows that its group's mean holds, 1 where it holds none.
+    #[inline]
+    pub(crate) fn of_row(&self, n: f64, left_out: LeaveOneOut) -> (f64, f64) {
+        let s = match left_out {
+            LeaveOneOut::Row if n > 1.0 => self.factor(n - 1.0),
+            LeaveOneOut::Row => 1.0,
+            LeaveOneOut::Nothing | LeaveOneOut::Group => self.factor(n),
+        };
+        (s, self.mu)
+    }
 }
 
 /// The numbers each group is shrunk with where every prior on its way from the root holds the history and the batch
-/// without that group.
+/// without that group, and without the other groups of its prompt; `found` are the keys of the visits in the history, as
+/// [`Tree::forget`] left them.
 pub(crate) fn leave_one_out_by_key(
     history: &Tree,
     options: &Options,
     groups: &GroupStats,
-    members: &Members<'_>,
+    visits: &Visits<'_>,
+    found: &[Option<usize>],
+    keys: &Keys<'_>,
 ) -> Vec<Shrinkage> {
-    let at_root = without_each(&history.root, groups.iter());
-    let mut blended: Vec<_> = at_root.map(|rest| Shrinkage::new(&rest, options)).collect();
-    // A path comes after its prefixes, so each group passes through its parents first.
-    for (path, list) in members {
-        let history = history.get(path).copied().unwrap_or_default();
-        let rests = without_each(&history, list.iter().map(|&group| groups.get(group)));
-        for (&group, rest) in list.iter().zip(rests) {
-            blended[group] = Shrinkage::blended(&rest, blended[group], options);
+    let all: Vec<usize> = (0..groups.len()).collect();
+    let at_root = without_prompt_of_each(&history.root, groups, &all, keys);
+    let mut blended: Vec<_> = at_root.iter().map(|rest| Shrinkage::new(rest, options)).collect();
+    // A prefix comes after its parents, so each group passes through these first.
+    for (prefix, &key) in visits.prefixes().iter().zip(found) {
+        let list = visits.groups(prefix);
+        let rests = without_prompt_of_each(&history.at(key), groups, list, keys);
+        for (&group, rest) in list.iter().zip(&rests) {
+            blended[group] = Shrinkage::blended(rest, blended[group], options);
         }
     }
     blended
 }
 
-/// For each group: history and all the groups but that one.
+/// For each group listed: history and those of other prompts. A group is a prompt of its own, unless the keys say more.
+fn without_prompt_of_each(history: &Prior, groups: &GroupStats, list: &[usize], keys: &Keys<'_>) -> Vec<Prior> {
+    let of_group = |group: usize| {
+        let g = groups.get(group);
+        Prior::of_group(g.n, g.mean, g.ssw)
+    };
+    let Some(prompts) = keys.prompts() else {
+        return without_each(history, &list.iter().map(|&group| of_group(group)).collect::<Vec<_>>());
+    };
+    let (mut slots, mut parts) = (HashMap::new(), Vec::new());
+    let slot_of: Vec<usize> = list
+        .iter()
+        .map(|&group| {
+            let slot = *slots.entry(prompts[group]).or_insert(parts.len());
+            if slot == parts.len() {
+                parts.push(Prior::default());
+            }
+            parts[slot].merge(&of_group(group));
+            slot
+        })
+        .collect();
+    let rests = without_each(history, &parts);
+    slot_of.into_iter().map(|slot| rests[slot]).collect()
+}
+
+/// For each part: history and all the parts but that one.
 ///
-/// Prefixes and suffixes are merged rather than the group subtracted from the whole: where one group dominates, the
+/// Prefixes and suffixes are merged rather than the part subtracted from the whole: where one part dominates, the
 /// difference would have no digits left.
-fn without_each<'a>(
-    history: &Prior,
-    groups: impl DoubleEndedIterator<Item = &'a Group> + ExactSizeIterator + Clone,
-) -> impl Iterator<Item = Prior> {
-    let of_group = |g: &Group| Prior::of_group(g.n, g.mean, g.ssw);
-    let mut suffixes = vec![Prior::default(); groups.len()];
+fn without_each(history: &Prior, parts: &[Prior]) -> Vec<Prior> {
+    let mut rests = vec![Prior::default(); parts.len()];
     let mut suffix = Prior::default();
-    for (slot, g) in suffixes.iter_mut().zip(groups.clone()).rev() {
+    for (slot, part) in rests.iter_mut().zip(parts).rev() {
         *slot = suffix;
-        suffix.merge(&of_group(g));
+        suffix.merge(part);
     }
     let mut prefix = *history;
-    groups.zip(suffixes).map(move |(g, suffix)| {
+    for (slot, part) in rests.iter_mut().zip(parts) {
         let mut rest = prefix;
-        rest.merge(&suffix);
-        prefix.merge(&of_group(g));
-        rest
-    })
+        rest.merge(slot);
+        *slot = rest;
+        prefix.merge(part);
+    }
+    rests
 }
 
 /// Steps 4 to 6, given `(S_m, mu_glob)` of each group: the advantages as a map, S and V per group.
@@ -155,10 +197,15 @@ pub(crate) fn finish(options: &Options, groups: &GroupStats, shrunk: &[(f64, f64
     let squares = ssw + counted().map(|(g, b)| g.n * (b - centre) * (b - centre)).sum::<f64>();
     let scale = inverse_scale(options, rows, squares);
     let or_nan = |g: &Group, value: f64| if g.n > 0.0 { value } else { f64::NAN };
+    // What multiplies r - mu_m in raw; then the squares above are not those of raw, and nothing is divided by them.
+    let slope = |g: &Group, s: f64| {
+        if options.leave_one_out == LeaveOneOut::Row && g.n > 1.0 { 1.0 + (1.0 - s) / (g.n - 1.0) } else { 1.0 }
+    };
+    let slopes: Vec<f64> = groups.iter().zip(shrunk).map(|(g, &(s, _))| slope(g, s)).collect();
     let affine = Affine {
         // mu_m - (b_m - centre), not V_m + centre: where every b_m is the same this is exactly mu_m.
-        offset: groups.iter().zip(&biases).map(|(g, b)| g.mean - (b - centre)).collect(),
-        scale: vec![scale; shrunk.len()],
+        offset: groups.iter().zip(&biases).zip(&slopes).map(|((g, b), slope)| g.mean - (b - centre) / slope).collect(),
+        scale: slopes.iter().map(|slope| slope * scale).collect(),
     };
     let shrinkage = groups.iter().zip(shrunk).map(|(g, s)| or_nan(g, s.0)).collect();
     let baseline = groups.iter().zip(&biases).map(|(g, b)| or_nan(g, g.mean - b)).collect();

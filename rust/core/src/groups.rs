@@ -2,7 +2,8 @@
 
 use pulp::{Arch, NullaryFnOnce};
 
-use crate::lanes::mean_and_ssw;
+use crate::equal::by_size;
+use crate::lanes::{LANES, fold, mean_and_squares, mean_and_ssw};
 use crate::{Batch, Error, Float, Layout, MAX_REWARD};
 
 /// Statistics of one group's valid rows; `mean` and `ssw` are 0 where `n` is.
@@ -81,7 +82,7 @@ impl GroupStats {
 
     fn of_equal<T: Float>(rewards: &[T], size: usize) -> Self {
         let mut groups = vec![Group::default(); rewards.len() / size];
-        Arch::new().dispatch(OfEqual { rewards, size, groups: &mut groups });
+        by_size!(size, G => Arch::new().dispatch(OfEqual::<T, G> { rewards, size, groups: &mut groups }));
         Self { groups }
     }
 
@@ -119,22 +120,31 @@ impl GroupStats {
 }
 
 /// Statistics of consecutive groups, under the widest vectors of the CPU.
-struct OfEqual<'a, T> {
+struct OfEqual<'a, T, const G: usize> {
     rewards: &'a [T],
     size: usize,
     groups: &'a mut [Group],
 }
 
-impl<T: Float> NullaryFnOnce for OfEqual<'_, T> {
+impl<T: Float, const G: usize> NullaryFnOnce for OfEqual<'_, T, G> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
         let n = self.size as f64;
         let inv_n = 1.0 / n;
-        for (group, rows) in self.groups.iter_mut().zip(self.rewards.chunks_exact(self.size)) {
-            let (mean, ssw) = mean_and_ssw(rows, inv_n);
-            *group = Group { n, mean, ssw };
+        if G > 0 {
+            for (group, rows) in self.groups.iter_mut().zip(self.rewards.as_chunks::<G>().0) {
+                // Widened once, for both passes.
+                let mut squares = [0.0; LANES];
+                let mean = mean_and_squares(&rows.map(T::widen), T::EXACT_SUM, inv_n, &mut squares);
+                *group = Group { n, mean, ssw: fold(squares) };
+            }
+        } else {
+            for (group, rows) in self.groups.iter_mut().zip(self.rewards.chunks_exact(self.size)) {
+                let (mean, ssw) = mean_and_ssw(rows, inv_n);
+                *group = Group { n, mean, ssw };
+            }
         }
     }
 }

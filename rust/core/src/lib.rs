@@ -21,12 +21,14 @@
 mod baselines;
 mod batch;
 mod codes;
+mod columns;
 mod equal;
 mod error;
 mod estimator;
 mod float;
 mod groups;
 mod james_stein;
+mod keys;
 mod lanes;
 mod moments;
 mod options;
@@ -39,16 +41,18 @@ mod tree;
 pub use baselines::Method;
 pub use batch::{Affine, Batch, Layout, apply};
 pub use codes::Codes;
+pub use columns::Columns;
 pub use equal::{EqualGroups, equal_advantages};
 pub use error::Error;
 pub use estimator::{Scored, Shrinkage};
 pub use float::Float;
 pub use groups::GroupStats;
+pub use keys::{Keys, Path};
 pub use moments::Moments;
-pub use options::{Normalize, Options, Score, Sigma2, Tau2};
+pub use options::{DecayBy, LeaveOneOut, Normalize, Options, Score, Sigma2, Tau2};
 pub use prior::Prior;
 pub use state::State;
-pub use tree::{Keys, Path, Tree};
+pub use tree::Tree;
 
 /// Largest magnitude of a reward: its square, summed over any batch, stays finite in `f64`.
 pub const MAX_REWARD: f64 = 1e140;

@@ -44,6 +44,28 @@ pub enum Score {
     Before,
 }
 
+/// What counts the time in which a prior forgets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DecayBy {
+    /// Every update of the estimator discounts every prior.
+    #[default]
+    Update,
+    /// An update discounts the priors that it has a group for, and no other.
+    Visit,
+}
+
+/// What a row's baseline must not have seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LeaveOneOut {
+    /// The batch is in its own prior, and a row in its group's mean: the paper's.
+    #[default]
+    Nothing,
+    /// The prior leaves the row's group out.
+    Group,
+    /// The same, and the group's mean leaves the row out: the policy gradient is unbiased.
+    Row,
+}
+
 macro_rules! parsed {
     ($type:ident, $option:literal, $expected:literal, $($name:literal => $variant:ident),+) => {
         impl $type {
@@ -66,6 +88,11 @@ parsed!(Normalize, "normalize", "\"batch\", \"scale\" or \"none\"", "batch" => B
 parsed!(Sigma2, "sigma2", "\"total\" or \"within\"", "total" => Total, "within" => Within);
 parsed!(Tau2, "tau2", "\"raw\" or \"debiased\"", "raw" => Raw, "debiased" => Debiased);
 parsed!(Score, "score", "\"after\" or \"before\"", "after" => After, "before" => Before);
+parsed!(DecayBy, "decay_by", "\"update\" or \"visit\"", "update" => Update, "visit" => Visit);
+parsed!(
+    LeaveOneOut, "leave_one_out", "False, True (which is \"group\") or \"row\"",
+    "group" => Group, "row" => Row
+);
 
 /// Every option of the estimator.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -78,10 +105,12 @@ pub struct Options {
     pub tau2: Tau2,
     /// Order of update and score.
     pub score: Score,
-    /// Take each group out of the prior that it is shrunk toward.
-    pub leave_one_out: bool,
+    /// What a row's baseline leaves out.
+    pub leave_one_out: LeaveOneOut,
     /// Weight that the past keeps at each update, in (0, 1].
     pub decay: f64,
+    /// The updates that the past of a prior is discounted at.
+    pub decay_by: DecayBy,
     /// Added to the denominator of step 6.
     pub eps: f64,
     /// Delta degrees of freedom of sigma2 `Total` and tau2 `Raw`: 0 or 1.
@@ -101,8 +130,9 @@ impl Default for Options {
             sigma2: Sigma2::Total,
             tau2: Tau2::Raw,
             score: Score::After,
-            leave_one_out: false,
+            leave_one_out: LeaveOneOut::Nothing,
             decay: 1.0,
+            decay_by: DecayBy::Update,
             eps: 1e-6,
             ddof: 0,
             norm_ddof: 1,
@@ -115,7 +145,7 @@ impl Default for Options {
 impl Options {
     /// True where no one S and centre holds for all groups of one size and key.
     pub fn needs_each_group(&self) -> bool {
-        self.leave_one_out
+        self.leave_one_out != LeaveOneOut::Nothing
     }
 
     /// Refuse values outside their domain and combinations without a meaning.
@@ -133,9 +163,14 @@ impl Options {
         if !(self.kappa.is_finite() && self.kappa >= 0.0) {
             return invalid("kappa", self.kappa.to_string(), "a finite number, at least 0; 0 lets a key stand alone");
         }
-        if self.leave_one_out && self.score == Score::Before {
+        if self.leave_one_out == LeaveOneOut::Group && self.score == Score::Before {
             let expected = "False with score=\"before\": a prior taken before the update does not hold the batch";
             return invalid("leave_one_out", "True".into(), expected);
+        }
+        if self.leave_one_out == LeaveOneOut::Row && self.normalize != Normalize::None {
+            let expected = "normalize=\"none\" beside it: \"batch\" and \"scale\" divide each advantage by a number that its \
+                            own reward is in, and then the gradient is not unbiased";
+            return invalid("leave_one_out", "\"row\"".into(), expected);
         }
         Ok(())
     }

@@ -43,6 +43,19 @@ impl Prior {
         Ok(Self { rewards, means, ssw, dof, inv_n })
     }
 
+    /// A prior of the numbers that [`Prior::parts`] gives.
+    pub fn of_parts(parts: &[f64; 9]) -> Result<Self, Error> {
+        let [n, mean, m2, groups, mean_of_means, m2_of_means, ssw, dof, inv_n] = *parts;
+        let rewards = Moments::from_parts(n, mean, m2)?;
+        Self::from_parts(rewards, Moments::from_parts(groups, mean_of_means, m2_of_means)?, ssw, dof, inv_n)
+    }
+
+    /// count, mean and M2 of the rewards; the same of the group means; `sum SSW_m`, `sum (n_m - 1)`, `sum 1/n_m`.
+    pub fn parts(&self) -> [f64; 9] {
+        let (r, m) = (&self.rewards, &self.means);
+        [r.count(), r.mean(), r.m2(), m.count(), m.mean(), m.m2(), self.ssw, self.dof, self.inv_n]
+    }
+
     #[inline]
     pub(crate) fn new(rewards: Moments, means: Moments, ssw: f64, dof: f64, inv_n: f64) -> Self {
         Self { rewards, means, ssw, dof, inv_n }

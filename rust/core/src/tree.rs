@@ -6,163 +6,397 @@
 //! ```
 //!
 //! A key is a path, its prefixes are its parents, and the empty path is the root, whose `theta~` is its own `theta`.
+//!
+//! An update touches the keys of its batch and no other. Where every update discounts every key
+//! ([`DecayBy::Update`]), a key's statistics stay as its last update left them, with the time of that update, and are
+//! discounted when they are read: by `rho^idle`, `idle` the updates since then.
 
-use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hasher};
 
-use crate::{Error, GroupStats, Options, Prior, Shrinkage};
+use hashbrown::HashTable;
 
-/// The parts of a key, from the root down.
-pub type Path = Vec<String>;
+use crate::keys::{Path, Prefix, Visits};
+use crate::{DecayBy, Error, GroupStats, Options, Prior, Shrinkage};
 
-/// The non-empty groups under each key and under each of its parents, the root left out; parents come first.
-pub(crate) type Members<'a> = BTreeMap<&'a [String], Vec<usize>>;
-
-static ROOT: [Path; 1] = [Vec::new()];
-
-/// The keys of a batch: one path per group.
-#[derive(Clone, Copy, Debug)]
-pub struct Keys<'a> {
-    paths: &'a [Path],
-    /// None where every group has the first path.
-    of_group: Option<&'a [u32]>,
-}
-
-impl Keys<'static> {
-    /// The root for every group of any batch.
-    pub const ROOT: Self = Self { paths: &ROOT, of_group: None };
-}
-
-impl<'a> Keys<'a> {
-    /// Group `m` has the key `paths[of_group[m]]`; lengths and indices are checked here once.
-    pub fn new(paths: &'a [Path], of_group: &'a [u32], groups: usize) -> Result<Self, Error> {
-        if of_group.len() != groups {
-            return Err(Error::LengthMismatch { name: "keys", got: of_group.len(), expected: groups });
-        }
-        if let Some(index) = of_group.iter().position(|&key| key as usize >= paths.len()) {
-            return Err(Error::GroupOutOfRange { index, code: of_group[index], groups: paths.len() });
-        }
-        Ok(Self { paths, of_group: Some(of_group) })
-    }
-
-    /// The distinct paths; several may be equal.
-    pub(crate) fn paths(&self) -> &'a [Path] {
-        self.paths
-    }
-
-    /// True where groups have keys of their own; false for [`Keys::ROOT`].
-    pub fn given(&self) -> bool {
-        self.of_group.is_some()
-    }
-
-    /// The index of a group's path.
-    #[inline]
-    pub fn of_group(&self, group: usize) -> usize {
-        self.of_group.map_or(0, |of_group| of_group[group] as usize)
-    }
-
-    /// See [`Members`].
-    pub(crate) fn members(&self, groups: &GroupStats) -> Members<'a> {
-        let mut members = Members::new();
-        if self.paths.iter().all(Vec::is_empty) {
-            return members; // everything is the root's
-        }
-        for (group, g) in groups.iter().enumerate() {
-            if g.n > 0.0 {
-                let path = &self.paths[self.of_group(group)];
-                for depth in 1..=path.len() {
-                    members.entry(&path[..depth]).or_default().push(group);
-                }
-            }
-        }
-        members
-    }
-}
+/// The parent of a key of one part.
+pub(crate) const AT_ROOT: usize = usize::MAX;
 
 /// A prior for everything, and one for each key that has seen a group.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Tree {
     /// The prior that every group enters, whatever its key.
     pub root: Prior,
-    keys: BTreeMap<Path, Prior>,
+    /// Parents come before their children.
+    nodes: Vec<Node>,
+    /// The parts of all keys, one after another.
+    names: String,
+    index: HashTable<usize>,
+    /// Discount of an idle key at each tick of the clock.
+    rho: f64,
+    clock: i64,
+    /// Sum of the nodes' hashes, kept up from the first time that it is asked for.
+    digest: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Node {
+    /// As it was at `touched` on the clock.
+    prior: Prior,
+    touched: i64,
+    /// Of the whole path.
+    hash: u64,
+    name: usize,
+    length: usize,
+    parent: usize,
+}
+
+/// What an update overwrote, so that it can be taken back.
+#[derive(Clone, Debug)]
+pub(crate) struct Before {
+    root: Prior,
+    rho: f64,
+    clock: i64,
+    nodes: usize,
+    names: usize,
+    touched: Vec<(usize, Prior, i64)>,
+}
+
+impl Default for Tree {
+    fn default() -> Self {
+        Self {
+            root: Prior::default(),
+            nodes: Vec::new(),
+            names: String::new(),
+            index: HashTable::new(),
+            rho: 1.0,
+            clock: 0,
+            digest: None,
+        }
+    }
 }
 
 impl Tree {
-    /// A tree from its parts; refuses what no updates can produce.
-    pub fn from_parts(root: Prior, keys: impl IntoIterator<Item = (Path, Prior)>) -> Result<Self, Error> {
-        let mut tree = Self { root, keys: BTreeMap::new() };
-        for (key, prior) in keys {
-            if key.is_empty() {
-                return Err(Error::InvalidKey { key, problem: "which has no parts and so is the root's" });
-            }
-            if tree.keys.contains_key(&key) {
-                return Err(Error::InvalidKey { key, problem: "twice" });
-            }
-            tree.keys.insert(key, prior);
-        }
-        for (key, prior) in &tree.keys {
-            let refuse = |problem| Err(Error::InvalidKey { key: key.clone(), problem });
-            let Some(parent) = tree.get(&key[..key.len() - 1]) else {
-                return refuse("but not its parent");
-            };
-            let holds = |mine: f64, whole: f64| mine <= whole * (1.0 + 1e-6);
-            if !holds(prior.rewards().count(), parent.rewards().count())
-                || !holds(prior.means().count(), parent.means().count())
-            {
-                return refuse("which has seen more than its parent");
-            }
-        }
-        Ok(tree)
+    /// A tree without keys, in which each tick of the clock, now at `clock`, discounts an idle key by `rho`.
+    pub(crate) fn new(root: Prior, rho: f64, clock: i64) -> Self {
+        Self { root, rho, clock, ..Self::default() }
     }
 
-    /// Statistics of a batch, given the members of each key.
-    pub(crate) fn of(groups: &GroupStats, members: &Members<'_>) -> Self {
-        let prior = |list: &Vec<usize>| Prior::of_groups(list.iter().map(|&group| groups.get(group)));
-        Self {
-            root: Prior::of(groups),
-            keys: members.iter().map(|(path, list)| (path.to_vec(), prior(list))).collect(),
-        }
+    /// Discount of an idle key at each tick of the clock, and the clock.
+    pub fn clock(&self) -> (f64, i64) {
+        (self.rho, self.clock)
+    }
+
+    /// Number of keys, without the root.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// True where no key has seen a group.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
     }
 
     /// The prior of a key, or of the root for the empty path; None for a key that has seen nothing.
-    pub fn get(&self, path: &[String]) -> Option<&Prior> {
-        if path.is_empty() { Some(&self.root) } else { self.keys.get(path) }
+    pub fn get(&self, path: &[String]) -> Option<Prior> {
+        let mut found = AT_ROOT;
+        for part in path {
+            found = self.find(found, part)?;
+        }
+        Some(if found == AT_ROOT { self.root } else { self.read(found) })
     }
 
-    /// Every key but the root, parents first, with its prior.
-    pub fn keys(&self) -> impl ExactSizeIterator<Item = (&Path, &Prior)> {
-        self.keys.iter()
+    /// The prior of every key but the root, discounted up to now.
+    pub fn priors(&self) -> impl ExactSizeIterator<Item = Prior> {
+        (0..self.nodes.len()).map(|node| self.read(node))
+    }
+
+    /// What is stored of every key: part, parent, statistics at the key's last update, ticks of the clock since then.
+    pub(crate) fn stored(&self) -> impl ExactSizeIterator<Item = (&str, usize, &Prior, i64)> {
+        self.nodes.iter().map(|node| (self.part(node), node.parent, &node.prior, self.clock - node.touched))
+    }
+
+    /// The keys of some visits; None for those that have seen nothing.
+    pub(crate) fn find_all(&self, visits: &Visits<'_>) -> Vec<Option<usize>> {
+        let mut found: Vec<Option<usize>> = Vec::with_capacity(visits.prefixes().len());
+        for Prefix { parent, part, .. } in visits.prefixes() {
+            let parent = parent.map_or(Some(AT_ROOT), |parent| found[parent]);
+            found.push(parent.and_then(|parent| self.find(parent, part)));
+        }
+        found
     }
 
     /// Refuse an addition that would make more than `max_keys` priors beside the root's.
-    pub fn check_room(&self, other: &Self, max_keys: usize) -> Result<(), Error> {
-        let new = other.keys.keys().filter(|path| !self.keys.contains_key(*path)).count();
-        let count = self.keys.len() + new;
+    pub(crate) fn check_room(&self, new: usize, max_keys: usize) -> Result<(), Error> {
+        let count = self.nodes.len() + new;
         if new > 0 && count > max_keys { Err(Error::TooManyKeys { count, max_keys }) } else { Ok(()) }
     }
 
-    /// Add everything another tree has seen.
-    pub fn merge(&mut self, other: &Self) {
-        self.root.merge(&other.root);
-        for (path, prior) in &other.keys {
-            if let Some(mine) = self.keys.get_mut(path) {
-                mine.merge(prior);
-            } else {
-                self.keys.insert(path.clone(), *prior);
+    /// What an update of these keys is going to overwrite.
+    pub(crate) fn before(&self, keys: impl Iterator<Item = usize>) -> Before {
+        let saved = |key: usize| (key, self.nodes[key].prior, self.nodes[key].touched);
+        Before {
+            root: self.root,
+            rho: self.rho,
+            clock: self.clock,
+            nodes: self.nodes.len(),
+            names: self.names.len(),
+            touched: keys.map(saved).collect(),
+        }
+    }
+
+    /// Take an update back.
+    pub(crate) fn restore(&mut self, before: &Before) {
+        for node in (before.nodes..self.nodes.len()).rev() {
+            if let Ok(entry) = self.index.find_entry(self.nodes[node].hash, |&other| other == node) {
+                entry.remove();
+            }
+        }
+        self.nodes.truncate(before.nodes);
+        self.names.truncate(before.names);
+        for &(key, prior, touched) in &before.touched {
+            let node = &mut self.nodes[key];
+            (node.prior, node.touched) = (prior, touched);
+        }
+        (self.root, self.rho, self.clock, self.digest) = (before.root, before.rho, before.clock, None);
+    }
+
+    /// Forget, as the options say, at an update of these keys, which are then as of now.
+    pub(crate) fn forget(&mut self, options: &Options, keys: impl Iterator<Item = usize>) {
+        let rho = options.decay;
+        self.root.decay(rho);
+        let by_update = options.decay_by == DecayBy::Update;
+        if by_update && rho < 1.0 {
+            if rho.to_bits() != self.rho.to_bits() {
+                self.settle();
+                self.rho = rho;
+            }
+            self.clock += 1;
+        }
+        for key in keys {
+            let now = self.read(key);
+            if let Some(digest) = self.digest {
+                self.digest = Some(digest.wrapping_sub(self.hash_of(key)));
+            }
+            let node = &mut self.nodes[key];
+            (node.prior, node.touched) = (now, self.clock);
+            if !by_update {
+                node.prior.decay(rho);
             }
         }
     }
 
+    /// Take the groups of a batch into the root and into each of its keys, which [`Tree::forget`] has just passed over.
+    pub(crate) fn take(
+        &mut self,
+        batch: &Prior,
+        groups: &GroupStats,
+        visits: &Visits<'_>,
+        found: &mut [Option<usize>],
+    ) {
+        self.root.merge(batch);
+        for (index, prefix) in visits.prefixes().iter().enumerate() {
+            let list = visits.groups(prefix);
+            if list.is_empty() {
+                continue;
+            }
+            let prior = Prior::of_groups(list.iter().map(|&group| groups.get(group)));
+            let key = if let Some(key) = found[index] {
+                self.nodes[key].prior.merge(&prior);
+                key
+            } else {
+                // The groups of a prefix are its parent's too, so the parent has been found or made.
+                let parent = prefix.parent.map_or(AT_ROOT, |parent| found[parent].unwrap_or(AT_ROOT));
+                self.insert(parent, prefix.part, prior, 0)
+            };
+            found[index] = Some(key);
+            if let Some(digest) = self.digest {
+                self.digest = Some(digest.wrapping_add(self.hash_of(key)));
+            }
+        }
+    }
+
+    /// Statistics of a key as [`Tree::forget`] left them; those of nothing for a key that has seen nothing.
+    pub(crate) fn at(&self, key: Option<usize>) -> Prior {
+        key.map(|key| self.nodes[key].prior).unwrap_or_default()
+    }
+
+    /// Add everything another tree has seen, discounted up to now; its keys come after those that are here.
+    pub(crate) fn merge(&mut self, other: &Self, max_keys: usize) -> Result<(), Error> {
+        let mut found = Vec::with_capacity(other.nodes.len());
+        for node in &other.nodes {
+            let parent = if node.parent == AT_ROOT { Some(AT_ROOT) } else { found[node.parent] };
+            found.push(parent.and_then(|parent| self.find(parent, other.part(node))));
+        }
+        self.check_room(found.iter().filter(|key| key.is_none()).count(), max_keys)?;
+        if self.is_empty() {
+            (self.rho, self.clock) = other.clock();
+        }
+        let same_rate = self.rho.to_bits() == other.rho.to_bits();
+        for (index, node) in (0..).zip(&other.nodes) {
+            if let Some(key) = found[index] {
+                let mut prior = self.read(key);
+                prior.merge(&other.read(index));
+                let mine = &mut self.nodes[key];
+                (mine.prior, mine.touched) = (prior, self.clock);
+                continue;
+            }
+            let parent = if node.parent == AT_ROOT { AT_ROOT } else { found[node.parent].unwrap_or(AT_ROOT) };
+            let (prior, idle) =
+                if same_rate { (node.prior, other.clock - node.touched) } else { (other.read(index), 0) };
+            found[index] = Some(self.insert(parent, other.part(node), prior, idle));
+        }
+        self.root.merge(&other.root);
+        self.digest = None;
+        Ok(())
+    }
+
     /// Multiply every count and sum by `rho`; an idle key thus becomes young again and falls back to its parent.
-    pub fn decay(&mut self, rho: f64) {
+    pub(crate) fn decay(&mut self, rho: f64) {
         self.root.decay(rho);
-        self.keys.values_mut().for_each(|prior| prior.decay(rho));
+        self.settle();
+        self.nodes.iter_mut().for_each(|node| node.prior.decay(rho));
     }
 
     /// `theta~` of a key: its own estimates, blended with its parents' as long as it has seen few groups.
     pub fn shrunken(&self, path: &[String], options: &Options) -> Shrinkage {
+        let mut blended = Shrinkage::new(&self.root, options);
+        let mut found = AT_ROOT;
+        for part in path {
+            let Some(key) = self.find(found, part) else { break };
+            blended = Shrinkage::blended(&self.read(key), blended, options);
+            found = key;
+        }
+        blended
+    }
+
+    /// `theta~` of every prefix of some visits, given their keys.
+    pub(crate) fn all_shrunken(
+        &self,
+        visits: &Visits<'_>,
+        found: &[Option<usize>],
+        options: &Options,
+    ) -> (Shrinkage, Vec<Shrinkage>) {
         let root = Shrinkage::new(&self.root, options);
-        (1..=path.len())
-            .filter_map(|depth| self.keys.get(&path[..depth]))
-            .fold(root, |parent, prior| Shrinkage::blended(prior, parent, options))
+        let mut blended: Vec<Shrinkage> = Vec::with_capacity(found.len());
+        for (prefix, key) in visits.prefixes().iter().zip(found) {
+            let parent = prefix.parent.map_or(root, |parent| blended[parent]);
+            blended.push(key.map_or(parent, |key| Shrinkage::blended(&self.read(key), parent, options)));
+        }
+        (root, blended)
+    }
+
+    /// A number that equal trees have in common, and other trees hardly ever; at an update it costs no walk.
+    pub(crate) fn digest(&mut self) -> u64 {
+        let of_nodes = self
+            .digest
+            .unwrap_or_else(|| (0..self.nodes.len()).fold(0_u64, |sum, node| sum.wrapping_add(self.hash_of(node))));
+        self.digest = Some(of_nodes);
+        let mut hasher = DefaultHasher::new();
+        hash_prior(&mut hasher, &self.root);
+        for word in [of_nodes, self.nodes.len() as u64, self.rho.to_bits(), self.clock.cast_unsigned()] {
+            hasher.write_u64(word);
+        }
+        hasher.finish()
+    }
+
+    /// A key under a parent that is here already, with statistics as of `idle` ticks ago.
+    pub(crate) fn insert(&mut self, parent: usize, part: &str, prior: Prior, idle: i64) -> usize {
+        let (node, hash) = (self.nodes.len(), self.hash_under(parent, part));
+        let (name, length) = (self.names.len(), part.len());
+        self.names.push_str(part);
+        self.nodes.push(Node { prior, touched: self.clock - idle, hash, name, length, parent });
+        let nodes = &self.nodes;
+        self.index.insert_unique(hash, node, |&other| nodes[other].hash);
+        node
+    }
+
+    /// The child of a key, or of the root.
+    pub(crate) fn find(&self, parent: usize, part: &str) -> Option<usize> {
+        let hash = self.hash_under(parent, part);
+        let same = |&key: &usize| {
+            let node = &self.nodes[key];
+            node.hash == hash && node.parent == parent && self.part(node) == part
+        };
+        self.index.find(hash, same).copied()
+    }
+
+    /// The whole path of a key.
+    pub(crate) fn path(&self, key: usize) -> Path {
+        let mut path = Path::new();
+        let mut next = key;
+        while next != AT_ROOT {
+            let node = &self.nodes[next];
+            path.push(self.part(node).to_owned());
+            next = node.parent;
+        }
+        path.reverse();
+        path
+    }
+
+    fn part(&self, node: &Node) -> &str {
+        &self.names[node.name..node.name + node.length]
+    }
+
+    fn read(&self, key: usize) -> Prior {
+        let node = &self.nodes[key];
+        let mut prior = node.prior;
+        let idle = self.clock - node.touched;
+        if idle > 0 {
+            prior.decay(self.rho.powf(idle as f64));
+        }
+        prior
+    }
+
+    /// Discount every key up to now, before the rate changes.
+    fn settle(&mut self) {
+        for node in 0..self.nodes.len() {
+            let prior = self.read(node);
+            let node = &mut self.nodes[node];
+            (node.prior, node.touched) = (prior, self.clock);
+        }
+        self.digest = None;
+    }
+
+    fn hash_under(&self, parent: usize, part: &str) -> u64 {
+        let mut hasher = DefaultHasher::new(); // the same in every process, which digests are compared between
+        if parent != AT_ROOT {
+            hasher.write_u64(self.nodes[parent].hash);
+        }
+        hasher.write(part.as_bytes());
+        hasher.finish()
+    }
+
+    fn hash_of(&self, key: usize) -> u64 {
+        let node = &self.nodes[key];
+        let mut hasher = DefaultHasher::new();
+        hasher.write_u64(node.hash);
+        hasher.write_i64(node.touched);
+        hash_prior(&mut hasher, &node.prior);
+        hasher.finish()
+    }
+}
+
+fn hash_prior(hasher: &mut DefaultHasher, prior: &Prior) {
+    prior.parts().iter().for_each(|value| hasher.write_u64(value.to_bits()));
+}
+
+/// Two trees are equal where they hold the same keys with the same statistics, in whatever order.
+impl PartialEq for Tree {
+    fn eq(&self, other: &Self) -> bool {
+        if self.root != other.root || self.nodes.len() != other.nodes.len() {
+            return false;
+        }
+        let mut found = Vec::with_capacity(self.nodes.len());
+        for node in &other.nodes {
+            let parent = if node.parent == AT_ROOT { AT_ROOT } else { found[node.parent] };
+            let Some(key) = self.find(parent, other.part(node)) else { return false };
+            let mine = &self.nodes[key];
+            let (idle, others) = (self.clock - mine.touched, other.clock - node.touched);
+            if mine.prior != node.prior || idle != others || (idle > 0 && self.rho != other.rho) {
+                return false;
+            }
+            found.push(key);
+        }
+        true
     }
 }

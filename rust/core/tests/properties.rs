@@ -1,8 +1,8 @@
 //! Properties of the core against plain formulas, without Python.
 
 use ebpo_core::{
-    Affine, Batch, Codes, Error, GroupStats, Keys, Layout, Method, Moments, Normalize, Options, Prior, Score, Sigma2,
-    State, Tau2, apply, equal_advantages,
+    Affine, Batch, Codes, Error, GroupStats, Keys, Layout, LeaveOneOut, Method, Moments, Normalize, Options, Prior,
+    Score, Sigma2, State, Tau2, apply, equal_advantages,
 };
 use proptest::prelude::*;
 
@@ -155,7 +155,7 @@ proptest! {
         let layout = Layout::Equal { size };
         let all = stats(&rewards, layout);
         let pick = pick % all.len();
-        let options = Options { leave_one_out: true, ..Options::default() };
+        let options = Options { leave_one_out: LeaveOneOut::Group, ..Options::default() };
         let scored = State::default().advance(&options, &all, &Keys::ROOT, true, None).unwrap();
         let mut rest = rewards.clone();
         rest.drain(pick * size..(pick + 1) * size);
@@ -265,7 +265,9 @@ fn options_outside_their_domain_are_refused() {
         Options { decay: f64::NAN, ..Options::default() },
         Options { eps: -1.0, ..Options::default() },
         Options { ddof: 2, ..Options::default() },
-        Options { leave_one_out: true, score: Score::Before, ..Options::default() },
+        Options { leave_one_out: LeaveOneOut::Group, score: Score::Before, ..Options::default() },
+        Options { leave_one_out: LeaveOneOut::Row, ..Options::default() },
+        Options { leave_one_out: LeaveOneOut::Row, normalize: Normalize::Scale, ..Options::default() },
     ];
     assert!(bad.iter().all(|options| options.validate().is_err()));
     assert_eq!(Options::default().validate(), Ok(()));

@@ -1,7 +1,8 @@
 //! Priors by key and one group at a time, against plain formulas.
 
 use ebpo_core::{
-    Batch, Error, GroupStats, Keys, Layout, Normalize, Options, Path, Prior, Score, Shrinkage, State, Tree, apply,
+    Batch, Columns, Error, GroupStats, Keys, Layout, LeaveOneOut, Normalize, Options, Path, Prior, Score, Shrinkage,
+    State, apply,
 };
 use proptest::prelude::*;
 
@@ -63,7 +64,7 @@ proptest! {
                 .flat_map(|(rows, _)| rows.to_vec())
                 .collect();
             match state.tree().get(&prefix) {
-                Some(prior) => prop_assert!(same_prior(prior, &Prior::of(&stats(&under)))),
+                Some(prior) => prop_assert!(same_prior(&prior, &Prior::of(&stats(&under)))),
                 None => prop_assert!(under.is_empty()),
             }
         }
@@ -71,7 +72,7 @@ proptest! {
 
     #[test]
     fn keys_at_the_root_change_nothing((rewards, _) in keyed(), options in options(), leave_one_out: bool) {
-        let options = Options { leave_one_out: leave_one_out && options.score == Score::After, ..options };
+        let options = Options { leave_one_out: if leave_one_out && options.score == Score::After { LeaveOneOut::Group } else { LeaveOneOut::Nothing }, ..options };
         let (all, root) = (stats(&rewards), [Vec::new()]);
         let (zeros, mut plain, mut rooted) = (vec![0; all.len()], State::default(), State::default());
         let keys = Keys::new(&root, &zeros, all.len()).unwrap();
@@ -97,7 +98,7 @@ proptest! {
                 prop_assert_eq!(blended, parent);
                 continue;
             };
-            let own = Shrinkage::new(prior, &options);
+            let own = Shrinkage::new(&prior, &options);
             for (value, a, b) in [
                 (blended.mu, own.mu, parent.mu),
                 (blended.sigma2, own.sigma2, parent.sigma2),
@@ -114,7 +115,7 @@ proptest! {
     fn leaving_one_out_is_having_never_seen_it((rewards, of_group) in keyed(), pick in 0_usize..9, options in options()) {
         let (all, paths) = (stats(&rewards), paths());
         let pick = pick % all.len();
-        let options = Options { leave_one_out: true, score: Score::After, ..options };
+        let options = Options { leave_one_out: LeaveOneOut::Group, score: Score::After, ..options };
         let keys = Keys::new(&paths, &of_group, all.len()).unwrap();
         let scored = State::default().advance(&options, &all, &keys, true, None).unwrap();
         let (mut rest, mut keys_of_rest) = (rewards.clone(), of_group.clone());
@@ -122,11 +123,59 @@ proptest! {
         let key = [keys_of_rest.remove(pick)];
         let mut without = State::default();
         let others = stats(&rest);
-        let plain = Options { leave_one_out: false, ..options };
+        let plain = Options { leave_one_out: LeaveOneOut::Nothing, ..options };
         without.advance(&plain, &others, &Keys::new(&paths, &keys_of_rest, others.len()).unwrap(), true, None).unwrap();
         let group = stats(&own);
         let frozen = without.advance(&plain, &group, &Keys::new(&paths, &key, 1).unwrap(), false, None).unwrap();
         prop_assert!(close(scored.baseline[pick], frozen.baseline[0]), "{:?} {:?}", scored, frozen);
+    }
+
+    #[test]
+    fn a_row_left_out_is_scored_by_the_others((rewards, of_group) in keyed(), pick in 0_usize..9, options in options()) {
+        let (all, paths) = (stats(&rewards), paths());
+        let pick = pick % all.len();
+        let options = Options { leave_one_out: LeaveOneOut::Row, normalize: Normalize::None, score: Score::After, ..options };
+        let scored =
+            State::default().advance(&options, &all, &Keys::new(&paths, &of_group, all.len()).unwrap(), true, None).unwrap();
+        let batch = Batch::new(&rewards, Layout::Equal { size: SIZE }, None).unwrap();
+        let mut advantages = vec![0.0; rewards.len()];
+        apply(&batch, &scored.affine, &mut advantages);
+        // The other groups are the prior, the group's other two rows the mean.
+        let (mut rest, mut keys_of_rest) = (rewards.clone(), of_group.clone());
+        let own: Vec<f64> = rest.drain(pick * SIZE..(pick + 1) * SIZE).collect();
+        let key = [keys_of_rest.remove(pick)];
+        let plain = Options { leave_one_out: LeaveOneOut::Nothing, ..options };
+        let (mut without, others) = (State::default(), stats(&rest));
+        without.advance(&plain, &others, &Keys::new(&paths, &keys_of_rest, others.len()).unwrap(), true, None).unwrap();
+        for row in 0..SIZE {
+            let mut two = own.clone();
+            two.remove(row);
+            let two = GroupStats::collect(&Batch::new(&two, Layout::Equal { size: 2 }, None).unwrap()).unwrap();
+            let frozen = without.advance(&plain, &two, &Keys::new(&paths, &key, 1).unwrap(), false, None).unwrap();
+            let (got, expected) = (advantages[pick * SIZE + row], own[row] - frozen.baseline[0]);
+            prop_assert!(close(got, expected), "{} {}", got, expected);
+        }
+    }
+
+    #[test]
+    fn a_prompt_is_left_out_with_all_its_groups((rewards, of_group) in keyed(), pick in 0_usize..9, options in options()) {
+        let (all, paths) = (stats(&rewards), paths());
+        let prompts: Vec<u32> = (0_u32..).map(|group| group / 2).take(all.len()).collect();
+        let pick = pick % all.len();
+        let options = Options { leave_one_out: LeaveOneOut::Group, score: Score::After, ..options };
+        let keys = Keys::new(&paths, &of_group, all.len()).unwrap().with_prompts(&prompts, all.len()).unwrap();
+        let scored = State::default().advance(&options, &all, &keys, true, None).unwrap();
+        let of_others = |group: &usize| prompts[*group] != prompts[pick];
+        let kept: Vec<usize> = (0..all.len()).filter(of_others).collect();
+        let rest: Vec<f64> = kept.iter().flat_map(|g| rewards[g * SIZE..(g + 1) * SIZE].to_vec()).collect();
+        let keys_of_rest: Vec<u32> = kept.iter().map(|g| of_group[*g]).collect();
+        let plain = Options { leave_one_out: LeaveOneOut::Nothing, ..options };
+        let (mut without, others) = (State::default(), stats(&rest));
+        without.advance(&plain, &others, &Keys::new(&paths, &keys_of_rest, others.len()).unwrap(), true, None).unwrap();
+        let (group, key) = (stats(&rewards[pick * SIZE..(pick + 1) * SIZE]), [of_group[pick]]);
+        let frozen = without.advance(&plain, &group, &Keys::new(&paths, &key, 1).unwrap(), false, None).unwrap();
+        prop_assert!(close(scored.baseline[pick], frozen.baseline[0]), "{:?} {:?}", scored, frozen);
+        prop_assert!(Keys::new(&paths, &of_group, all.len()).unwrap().with_prompts(&prompts[1..], all.len()).is_err());
     }
 
     #[test]
@@ -210,14 +259,21 @@ fn what_stands_in_for_a_spread_of_zero() {
 fn impossible_trees_and_keys_are_refused() {
     let prior = Prior::of(&stats(&[0.0, 1.0, 1.0]));
     let twice = Prior::of(&stats(&[0.0, 1.0, 1.0, 0.0, 0.0, 1.0]));
-    assert!(Tree::from_parts(twice, [(path(&["a"]), prior), (path(&["a", "b"]), prior)]).is_ok());
-    for keys in [
-        vec![(path(&[]), prior)],
-        vec![(path(&["a", "b"]), prior)],
-        vec![(path(&["a"]), prior), (path(&["a"]), prior)],
-        vec![(path(&["a"]), prior), (path(&["a", "b"]), twice)],
-    ] {
-        assert!(matches!(Tree::from_parts(twice, keys.clone()), Err(Error::InvalidKey { .. })), "{keys:?}");
+    let tree = |keys: &[(&str, isize, Prior)]| {
+        let mut columns = Columns::default();
+        for (part, parent, prior) in keys {
+            columns.names.push_str(part);
+            columns.lengths.push(part.len());
+            columns.parents.push(*parent);
+            columns.statistics.extend(prior.parts());
+            columns.idle.push(0);
+        }
+        columns.into_tree(twice, 1.0, 0)
+    };
+    assert!(tree(&[("a", -1, prior), ("b", 0, prior)]).is_ok());
+    assert!(matches!(tree(&[("a", -1, prior), ("a", -1, prior)]), Err(Error::InvalidKey { .. })));
+    for keys in [vec![("", -1, prior)], vec![("a", 0, prior)], vec![("a", 1, prior), ("b", -1, prior)]] {
+        assert!(matches!(tree(&keys), Err(Error::InvalidState { .. })), "{keys:?}");
     }
     let paths = paths();
     assert!(matches!(Keys::new(&paths, &[0, 1], 3), Err(Error::LengthMismatch { .. })));

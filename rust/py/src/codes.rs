@@ -36,10 +36,10 @@ pub(crate) fn codes_of_bytes<'py>(py: Python<'py>, ids: PyReadonlyArray2<'py, u8
     Ok(coded(py, Codes::of(bytes.chunks_exact(width))?))
 }
 
-/// Codes of a list of hashable objects.
+/// Codes of a list of hashable objects, passed as the argument `name`.
 #[pyfunction]
-#[pyo3(signature = (ids, /))]
-pub(crate) fn codes_of_objects<'py>(py: Python<'py>, ids: Vec<Bound<'py, PyAny>>) -> Result<Coded<'py>> {
+#[pyo3(signature = (ids, name, /))]
+pub(crate) fn codes_of_objects<'py>(py: Python<'py>, ids: Vec<Bound<'py, PyAny>>, name: &str) -> Result<Coded<'py>> {
     let mut codes = Codes::with_capacity(ids.len());
     // Strings are what frameworks pass (uuids); they are hashed here, without a call into the interpreter.
     let mut strings: HashMap<&str, u32> = HashMap::with_capacity(ids.len() / 4);
@@ -52,24 +52,24 @@ pub(crate) fn codes_of_objects<'py>(py: Python<'py>, ids: Vec<Bound<'py, PyAny>>
         let next = codes.groups();
         let code = match id.cast::<PyString>().map(|id| id.to_str()) {
             Ok(Ok(text)) => *strings.entry(text).or_insert(next),
-            _ => code_of_object(&others, row, id, next)?,
+            _ => code_of_object(&others, name, row, id, next)?,
         };
         codes.push(code)?;
     }
     Ok(coded(py, codes))
 }
 
-fn code_of_object(seen: &Bound<'_, PyDict>, row: usize, id: &Bound<'_, PyAny>, next: u32) -> Result<u32> {
+fn code_of_object(seen: &Bound<'_, PyDict>, name: &str, row: usize, id: &Bound<'_, PyAny>, next: u32) -> Result<u32> {
     // NaN, NaT and the like are not equal to themselves; NA refuses to say.
     let missing = id.is_none() || id.ne(id).unwrap_or(true);
     if missing {
-        let message = format!("groups[{row}] is {id}, which names no group: give every reward the id of its prompt");
+        let message = format!("{name}[{row}] is {id}, which names none: give every reward the id of one of the {name}");
         return Err(PyValueError::new_err(message).into());
     }
     let unhashable = |_| {
         let kind = id.get_type();
         PyTypeError::new_err(format!(
-            "groups[{row}] is of type {kind}, which is not hashable: pass ints, strings or uuids"
+            "{name}[{row}] is of type {kind}, which is not hashable: pass ints, strings or uuids"
         ))
     };
     if let Some(code) = seen.get_item(id).map_err(unhashable)? {

@@ -15,6 +15,7 @@ mod arrays;
 mod call;
 mod codes;
 mod error;
+mod keys;
 mod options;
 mod parts;
 mod state;
@@ -28,6 +29,8 @@ mod _core {
     use super::call::PyCall;
     #[pymodule_export]
     use super::codes::{codes_of_bytes, codes_of_ints, codes_of_objects};
+    #[pymodule_export]
+    use super::keys::codes_of_keys;
     #[pymodule_export]
     use super::options::PyOptions;
     #[pymodule_export]

@@ -3,19 +3,24 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ebpo_core::{
-    EqualGroups, Float, GroupStats, Keys, Options, Path, Prior, Scored, Shrinkage, Sigma2, State, Tau2, Tree, apply,
+    Batch, Columns, EqualGroups, Error, Float, GroupStats, Keys, Layout, Options, Path, Prior, Scored, Shrinkage,
+    Sigma2, State, Tau2, apply,
 };
 use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use pyo3::types::{PyList, PyTuple};
 
 use crate::arrays::{Groups, Mask, Rewards, batch_of, detached, is_plain, new_like, slice, threads};
 use crate::call::{Kept, PyCall, Values};
 use crate::error::{BindingError, Result};
+use crate::keys::{KeyPath, paths_of_strings};
 use crate::options::PyOptions;
-use crate::parts::{Parts, TreeParts, parts_of, tree_of, tree_parts};
+use crate::parts::{Parts, StoredKeys, arrays, columns_of, entries, readable, tuples};
 
-/// The distinct keys of a batch, and each group's index into them.
-type BatchKeys<'py> = Option<(Vec<Path>, PyReadonlyArray1<'py, u32>)>;
+/// The distinct keys of a batch, each group's index into them, and the prompt of each group where several are of one.
+type BatchKeys<'py> = Option<(Vec<KeyPath>, PyReadonlyArray1<'py, u32>, Option<PyReadonlyArray1<'py, u32>>)>;
+/// The root's prior, the keys, their discount at each update and the updates so far, and the step.
+type Stored<'py> = (Parts, Bound<'py, PyAny>, (f64, i64), Option<i64>);
 type Advanced<'py> = (Bound<'py, PyAny>, PyCall);
 
 /// The priors and the id of the last update applied.
@@ -31,6 +36,34 @@ impl PyState {
 
     fn root(&self) -> Prior {
         self.lock().tree().root
+    }
+
+    fn advance_keyed_as<'py, T: Float + Element>(
+        &self,
+        py: Python<'py>,
+        options: &PyOptions,
+        rewards: &Bound<'py, PyArray2<T>>,
+        keys: &Bound<'py, PyList>,
+        update: bool,
+        step: Option<i64>,
+    ) -> Result<Option<Advanced<'py>>> {
+        let (groups, size) = (rewards.dims()[0], rewards.dims()[1]);
+        if !is_plain(rewards) || rewards.is_empty() || keys.len() != groups {
+            return Ok(None);
+        }
+        let Some((paths, of_group)) = paths_of_strings(py, keys)? else { return Ok(None) };
+        let readable = rewards.try_readonly()?;
+        let values = readable.as_slice().map_err(|_| BindingError::NotContiguous)?;
+        let batch = Batch::new(values, Layout::Equal { size }, None)?;
+        let out = new_like(rewards)?;
+        let mut writable = out.try_readwrite()?;
+        let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
+        let call = finish(py, &options.0, &batch, slots, |stats| {
+            let keys = Keys::new(&paths, &of_group, stats.len())?;
+            Ok((self.lock().advance(&options.0, stats, &keys, update, step)?, keys))
+        })?;
+        drop(writable);
+        Ok(Some((out.into_any(), call)))
     }
 }
 
@@ -56,10 +89,17 @@ impl PyState {
         keys: BatchKeys<'py>,
         stream: bool,
     ) -> Result<Advanced<'py>> {
+        let keys = keys.map(|(paths, of_group, prompts)| {
+            let paths: Vec<Path> = paths.into_iter().map(|KeyPath(path)| path).collect();
+            (paths, of_group, prompts)
+        });
         let score = |stats: &GroupStats| {
             let keys = match &keys {
                 None => Keys::ROOT,
-                Some((paths, of_group)) => Keys::new(paths, slice(of_group)?, stats.len())?,
+                Some((paths, of_group, None)) => Keys::new(paths, slice(of_group)?, stats.len())?,
+                Some((paths, of_group, Some(prompts))) => {
+                    Keys::new(paths, slice(of_group)?, stats.len())?.with_prompts(slice(prompts)?, stats.len())?
+                }
             };
             let mut state = self.lock();
             let scored = if stream {
@@ -96,6 +136,29 @@ impl PyState {
         }
     }
 
+    /// The same for an `(M, G)` matrix with a string as the key of each row, and no mask.
+    ///
+    /// Returns None, with nothing changed, for whatever [`PyState::advance`] must look at: another type, dtype or order, no
+    /// rows, another number of keys, any other key.
+    #[pyo3(signature = (options, rewards, keys, update, step, /))]
+    fn advance_keyed<'py>(
+        &self,
+        py: Python<'py>,
+        options: &PyOptions,
+        rewards: &Bound<'py, PyAny>,
+        keys: &Bound<'py, PyList>,
+        update: bool,
+        step: Option<i64>,
+    ) -> Result<Option<Advanced<'py>>> {
+        if let Ok(rewards) = rewards.cast_exact::<PyArray2<f32>>() {
+            self.advance_keyed_as(py, options, rewards, keys, update, step)
+        } else if let Ok(rewards) = rewards.cast_exact::<PyArray2<f64>>() {
+            self.advance_keyed_as(py, options, rewards, keys, update, step)
+        } else {
+            Ok(None)
+        }
+    }
+
     /// Take flat rewards into the prior.
     fn observe<'py>(&self, py: Python<'py>, rewards: Rewards<'py>, groups: Groups<'py>, mask: Mask<'py>) -> Result<()> {
         let stats = match rewards {
@@ -124,26 +187,76 @@ impl PyState {
     /// The root's prior as nine numbers, and the step.
     fn parts(&self) -> (Parts, Option<i64>) {
         let state = self.lock();
-        (parts_of(&state.tree().root), state.step())
+        (state.tree().root.parts(), state.step())
     }
 
-    /// The root's prior, every key's, and the step.
-    fn tree(&self) -> (TreeParts, Option<i64>) {
-        let state = self.lock();
-        (tree_parts(state.tree()), state.step())
+    /// The whole state as it is stored, the keys as a list of JSON-safe entries or as a dict of arrays.
+    fn stored<'py>(&self, py: Python<'py>, as_arrays: bool) -> Result<Stored<'py>> {
+        let (root, columns, clock, step) = {
+            let state = self.lock(); // at once: a step newer than its prior would lose a batch on resume
+            let tree = state.tree();
+            (tree.root.parts(), Columns::of(tree), tree.clock(), state.step())
+        };
+        let keys = if as_arrays { arrays(py, columns)? } else { entries(py, &columns)? };
+        Ok((root, keys, clock, step))
     }
 
-    /// Replace everything by parts of that form, which are checked first.
-    fn load(&self, root: Parts, keys: Vec<(Path, Parts)>, step: Option<i64>, max_keys: usize) -> Result<()> {
-        let tree = tree_of((root, keys))?;
-        Tree::default().check_room(&tree, max_keys)?;
+    /// The number of keys, the root left out.
+    fn key_count(&self) -> usize {
+        self.lock().tree().len()
+    }
+
+    /// Every key with its prior, discounted up to now.
+    fn priors<'py>(&self, py: Python<'py>) -> Result<Vec<(Bound<'py, PyTuple>, Parts)>> {
+        let (columns, priors) = {
+            let state = self.lock();
+            (Columns::of(state.tree()), state.tree().priors().collect::<Vec<_>>())
+        };
+        Ok(tuples(py, &columns)?.into_iter().zip(priors.iter().map(Prior::parts)).collect())
+    }
+
+    /// Replace everything by what [`PyState::stored`] returned, which is checked first.
+    #[allow(clippy::too_many_arguments)] // the fields of a stored state
+    fn load(
+        &self,
+        py: Python<'_>,
+        root: Parts,
+        keys: StoredKeys<'_>,
+        clock: (f64, i64),
+        step: Option<i64>,
+        max_keys: usize,
+    ) -> Result<()> {
+        let columns = columns_of(py, keys)?;
+        if columns.len() > max_keys {
+            return Err(Error::TooManyKeys { count: columns.len(), max_keys }.into());
+        }
+        let tree = columns.into_tree(Prior::of_parts(&root)?, clock.0, clock.1).map_err(readable)?;
         *self.lock() = State::new(tree, step);
         Ok(())
     }
 
+    /// The state as it was before its last update.
+    fn before_update(&self) -> Self {
+        Self(Mutex::new(self.lock().before_update()))
+    }
+
+    /// True where both hold the same priors and the same step.
+    fn same(&self, other: &Self) -> bool {
+        if std::ptr::eq(self, other) {
+            return true;
+        }
+        let other = other.lock().clone(); // copied out first: no thread holds two locks
+        *self.lock() == other
+    }
+
+    /// A number that equal states have in common.
+    fn digest(&self) -> u64 {
+        self.lock().digest()
+    }
+
     /// Mean, sigma2 and tau2 of a key, blended with its parents'.
-    fn shrunken(&self, options: &PyOptions, path: Path) -> (f64, f64, f64) {
-        let Shrinkage { mu, sigma2, tau2 } = self.lock().tree().shrunken(&path, &options.0);
+    fn shrunken(&self, options: &PyOptions, path: KeyPath) -> (f64, f64, f64) {
+        let Shrinkage { mu, sigma2, tau2 } = self.lock().tree().shrunken(&path.0, &options.0);
         (mu, sigma2, tau2)
     }
 
@@ -173,16 +286,28 @@ fn advance_as<'py, 'k, T: Float + Element>(
     let out = PyArray1::<T>::zeros(py, rewards.len(), false);
     let mut writable = out.try_readwrite()?;
     let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
-    let stats = detached(py, rewards.len(), || GroupStats::collect(&batch))?;
+    let call = finish(py, options, &batch, slots, score)?;
+    drop(writable);
+    Ok((out.into_any(), call))
+}
+
+/// Score a batch, and write its advantages.
+fn finish<'k, T: Float>(
+    py: Python<'_>,
+    options: &Options,
+    batch: &Batch<'_, T>,
+    slots: &mut [T],
+    score: impl FnOnce(&GroupStats) -> Result<(Scored, Keys<'k>)>,
+) -> Result<PyCall> {
+    let rows = slots.len();
+    let stats = detached(py, rows, || GroupStats::collect(batch))?;
     let (scored, keys) = score(&stats)?;
-    let farthest = detached(py, rewards.len(), || {
-        apply(&batch, &scored.affine, slots);
+    let farthest = detached(py, rows, || {
+        apply(batch, &scored.affine, slots);
         batch.max_distance(scored.before.rewards().mean())
     });
-    drop(writable);
     let key_of_group = keys.given().then(|| (0..stats.len()).map(|group| keys.of_group(group)).collect());
-    let kept = Kept::Groups { scored, stats, farthest, key_of_group };
-    Ok((out.into_any(), PyCall::new(options, kept)))
+    Ok(PyCall::new(options, Kept::Groups { scored, stats, farthest, key_of_group }))
 }
 
 fn advance_equal<'py, T: Float + Element>(

@@ -139,7 +139,7 @@ def _saving(original: Any) -> Any:
         folder = original(self, step, training_info, run_config)
         config = getattr(getattr(run_config, "grpo", None), "adv_estimator", None)
         if getattr(config, "name", None) == NAME:
-            write_prior(folder, EBPOAdvantageEstimator(config).ebpo.state_dict(), global_step=step)
+            write_prior(folder, EBPOAdvantageEstimator(config).ebpo, global_step=step)
         return folder
 
     return init_tmp_checkpoint

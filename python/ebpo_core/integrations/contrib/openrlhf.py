@@ -154,7 +154,7 @@ class EBPOTrainer(_PPOTrainer):  # type: ignore[misc]
     def _write_prior(self, tag: str, global_step: int) -> None:
         folder = self._checkpoints() / tag
         if folder.is_dir():  # there is none where OpenRLHF saves weights alone
-            write_prior(folder, estimator.get().state_dict(), global_step=global_step)
+            write_prior(folder, estimator.get(), global_step=global_step)
 
 
 def install() -> None:

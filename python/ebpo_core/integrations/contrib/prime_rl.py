@@ -84,8 +84,7 @@ def _saving(original: Any) -> Any:
     @functools.wraps(original)
     def save(self: Any, progress: Any, train_source: Any, step: int) -> None:
         # First: prime-rl takes a folder with progress.pt in it for a checkpoint.
-        state = estimator.get().state_dict()
-        write_prior(self.get_ckpt_path(step), state, global_step=step, written_after=["progress.pt"])
+        write_prior(self.get_ckpt_path(step), estimator.get(), global_step=step, written_after=["progress.pt"])
         original(self, progress, train_source, step)
 
     return save

@@ -53,7 +53,7 @@ class PriorCheckpoint:
     def on_save(self, *, global_step: int, checkpoint_dir: str, **_: Any) -> None:
         """Write the prior into ``checkpoint_dir``; verl calls this after each checkpoint, with keywords."""
         if self.active:
-            write_prior(checkpoint_dir, running(self.config.algorithm).state_dict(), global_step=global_step)
+            write_prior(checkpoint_dir, running(self.config.algorithm), global_step=global_step)
 
 
 def resume_folder(trainer: Any) -> Path | None:

@@ -89,8 +89,8 @@ def score(
         token_level_rewards: ``(B, T)`` float.
         response_mask: ``(B, T)``, nonzero where a token is part of the response.
         index: ``(B,)`` uid of each row's prompt; rows of a prompt may stand anywhere.
-        last: ``(B,)`` position of the last output of the session that each row belongs to. Only last outputs count;
-            the others get their session's advantage. None: every row is a session.
+        last: ``(B,)`` position of the last output of the session that each row belongs to, which has the session's
+            reward: a session counts once, and all its outputs get its advantage. None: every row is a session.
         keys: ``(B,)`` key of each row's prior, as in :meth:`ebpo_core.EBPO.__call__`.
 
     Returns:
@@ -105,17 +105,16 @@ def score(
             f"token_level_rewards has shape {tuple(token_level_rewards.shape)}, response_mask "
             f"{tuple(response_mask.shape)} and index {len(index)} uids: expected (B, T), (B, T) and B"
         )
-    # Which rows count, (B,): those with a response token, no padding, and of a session its last output alone.
+    # Which rows count, (B,): those with a response token and no padding, of a session whose last output is one.
     uids = [str(uid) for uid in index]
     answered = response_mask.detach().ne(0).any(-1).cpu().numpy()
     real = answered & np.array([not is_padding(uid) for uid in uids], dtype=bool)
-    counts = real if last is None else real & (last == np.arange(rows))
     # Token rewards (B, T) to one reward a row, (B,).
     rewards = np.where(real, token_level_rewards.detach().sum(-1, dtype=torch.float64).cpu().numpy(), 0.0)
     checks.check_finite(rewards, uids)
-    advantages = ebpo(rewards, uids, mask=counts, keys=None if keys is None else list(keys))
     if last is not None:
-        advantages = np.where(real, advantages[last], 0.0)
+        rewards, real = rewards[last], real & real[last]
+    advantages = ebpo(rewards, uids, mask=real, keys=None if keys is None else list(keys), trajectories=last)
     # Back to (B, T): the row's advantage at every response token.
     dtype = token_level_rewards.dtype
     limit = torch.finfo(dtype)
