@@ -215,6 +215,7 @@ def rules_of(cell: dict[str, Any]) -> dict[str, Any]:
     rules = {name: make for name, make in RULES.items() if name not in left_out}
     if cell["study"] == "gradient":
         return rules
+    del rules["tracker"]  # here a prompt is another one in each batch
     return {**rules, **{f"{name} (unscaled)": make for name, make in UNSCALED.items()}}
 
 

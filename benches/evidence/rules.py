@@ -26,6 +26,16 @@ OPTIONS: dict[str, Any] = {
 }
 """What the guide recommends to try."""
 
+TRACKER: dict[str, Any] = {
+    "decay": 0.9,
+    "decay_by": "visit",
+    "sigma2": "within",
+    "tau2": "debiased",
+    "normalize": "scale",
+    "max_keys": 1 << 20,
+}
+"""A discounted prior for each prompt."""
+
 
 def _method(name: str) -> Callable[[], Rule]:
     def make() -> Rule:
@@ -47,6 +57,12 @@ def _mix(share: float) -> Callable[[], Rule]:
     return lambda: rule
 
 
+def _tracker() -> Rule:
+    """A prior for each prompt (the id of its group), discounted when the prompt comes again."""
+    ebpo = ebpo_core.EBPO(**TRACKER)
+    return lambda rewards, groups, _topics=None: ebpo(rewards, groups, keys=groups.tolist())
+
+
 def _ebpo(topics: bool = False, **options: Any) -> Callable[[], Rule]:
     def make() -> Rule:
         ebpo = ebpo_core.EBPO(**options)
@@ -59,11 +75,13 @@ RULES: dict[str, Callable[[], Rule]] = {
     **{name: _method(name) for name in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "batch_mean", "constant", "maxrl")},
     "james_stein": _method("james_stein"),
     "grpo_again": _method("grpo"),
-    "dapo": _method("grpo"),  # the trainer leaves the rows out that get 0: see `average`
+    "dapo": _method("grpo"),  # the runner averages the loss over the groups that are left
     **{f"mix_{round(100 * share)}": _mix(share) for share in (0.0, 0.25, 0.5, 0.75)},
     "ebpo": _ebpo(),
     "ebpo_options": _ebpo(**OPTIONS),
     "ebpo_topic": _ebpo(topics=True),
+    "ebpo_row": _ebpo(normalize="none", leave_one_out="row"),
+    "tracker": _tracker,
 }
 
 UNSCALED: dict[str, Callable[[], Rule]] = {
@@ -73,5 +91,6 @@ UNSCALED: dict[str, Callable[[], Rule]] = {
     "ebpo_within": _ebpo(normalize="none", sigma2="within", tau2="debiased"),
     "ebpo_decay": _ebpo(normalize="none", decay=0.95),
     "ebpo_topic": _ebpo(topics=True, normalize="none"),
+    "ebpo_row": _ebpo(normalize="none", leave_one_out="row"),
 }
 """Rules whose advantage is reward less baseline, so that ``r - A`` is the baseline."""

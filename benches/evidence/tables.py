@@ -12,7 +12,10 @@ OUTCOMES = ("pass@1", "pass@16", "maj@16", "distinct", "entropy", "kl", "grad_no
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
+    body = list(rows)
+    if not body:
+        return "*No records yet.*\n"
+    lines = [" | ".join(row) for row in (head, ["---"] * len(head), *body)]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 

@@ -166,3 +166,11 @@ def test_row_order_does_not_matter(case: Case, data: st.DataObject) -> None:
     shuffled = ebpo_core.advantages(r[p], index[p], mask=None if mask is None else mask[p])
     spread = raw_spread(reference.EBPO(), Case(r, index, mask))
     np.testing.assert_allclose(shuffled, straight[p], rtol=0, atol=tolerance(straight, [case.counted], spread))
+
+
+@given(history=st.lists(st.floats(-10, 10), min_size=1, max_size=6), value=st.floats(-10, 10), groups=st.integers(2, 9))
+def test_equal_groups_without_themselves_get_exactly_nothing(history: list[float], value: float, groups: int) -> None:
+    """By algebra every baseline is the same; rounding must not show through the division by a spread of nothing."""
+    ebpo = ebpo_core.EBPO(leave_one_out=True)
+    ebpo([[reward, reward + 1.0] for reward in history])
+    assert np.all(np.asarray(ebpo([[value]] * groups)) == 0.0)

@@ -161,7 +161,8 @@ fn without_prompt_of_each(history: &Prior, groups: &GroupStats, list: &[usize], 
 /// For each part: history and all the parts but that one.
 ///
 /// Prefixes and suffixes are merged rather than the part subtracted from the whole: where one part dominates, the
-/// difference would have no digits left.
+/// difference would have no digits left. Parts equal to the first leave exactly what it leaves: in a batch of equal groups
+/// every difference is then exactly zero, as it is by algebra, and not the rounding of another order of merging.
 fn without_each(history: &Prior, parts: &[Prior]) -> Vec<Prior> {
     let mut rests = vec![Prior::default(); parts.len()];
     let mut suffix = Prior::default();
@@ -175,6 +176,11 @@ fn without_each(history: &Prior, parts: &[Prior]) -> Vec<Prior> {
         rest.merge(slot);
         *slot = rest;
         prefix.merge(part);
+    }
+    for at in 1..parts.len() {
+        if parts[at] == parts[0] {
+            rests[at] = rests[0];
+        }
     }
     rests
 }
