@@ -13,6 +13,10 @@ Decode time is from the first new token to the last, with the prompt read before
 (``expert_prefill="eager"``). "call" is the ratio of whole calls, prompts included, with ``expert_prefill="lazy"``.
 The bound is (time of run-all) / (time of the router and the distinct experts selected in each step), from the forwards'
 own times within run-all: what laziness could reach if catching up were free. Rounds are interleaved; the median counts.
+
+"drafts" is lazy decoding with ``draft_tokens``. "forwards" are calls of the router and of experts while decoding, per
+token of a row. What drafts save is a property of the router: one that has learned nothing is never right alone, and its
+drafts only cost. ``benches/drafts.py`` measures a trained one.
 """
 
 from __future__ import annotations
@@ -58,17 +62,40 @@ class Times(NamedTuple):
 
 
 class ScheduledHead(nn.Linear):
-    """Stands in for the route head: one-hot weights from a table, one row of it per forward."""
+    """Stands in for the route head: one-hot weights from a table, by the place of each token in its row."""
 
-    def __init__(self, width: int, schedule: list[list[int]]) -> None:
+    def __init__(self, width: int, schedule: list[list[int]], prompt: int) -> None:
         super().__init__(width, NUM_EXPERTS, bias=False)
-        self.schedule = schedule
-        self.step = 0
+        self.schedule, self.prompt = torch.tensor(schedule), prompt
+        self.read: list[int] = []  # tokens of each row before those of the forward
 
-    def forward(self, hidden: Tensor) -> Tensor:  # noqa: ARG002 -- nn.Linear's
-        ids = torch.tensor(self.schedule[self.step])
-        self.step += 1
-        return nn.functional.one_hot(ids, NUM_EXPERTS)[:, None].float()
+    def forward(self, hidden: Tensor) -> Tensor:
+        places = torch.tensor(self.read)[:, None] + torch.arange(hidden.shape[1]) + 1 - self.prompt
+        # Drafts that are not accepted may go beyond the table.
+        places = places.clamp(0, len(self.schedule) - 1)
+        return nn.functional.one_hot(self.schedule.T.gather(1, places), NUM_EXPERTS).float()
+
+
+class Forwards:
+    """Counts calls of the router and of the experts."""
+
+    def __init__(self, model: FusionRouteForCausalLM) -> None:
+        self.router = self.experts = 0
+        self._handles = [model.router.register_forward_pre_hook(self._of_router)]
+        self._handles += [expert.model.register_forward_pre_hook(self._of_expert) for expert in model.experts]
+
+    def _of_router(self, *_: Any) -> None:
+        self.router += 1
+
+    def _of_expert(self, *_: Any) -> None:
+        self.experts += 1
+
+    def __enter__(self) -> Forwards:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 class Clock:
@@ -119,20 +146,35 @@ def run_all(model: FusionRouteForCausalLM, ids: Tensor, schedule: list[list[int]
     return Times(first - begin, time.perf_counter() - first, forwards, tokens)
 
 
-def lazy(model: FusionRouteForCausalLM, ids: Tensor, schedule: list[list[int]], prefill: str) -> tuple[Times, Any]:
-    model.route_head = ScheduledHead(model.route_head.in_features, schedule)
+def lazy(
+    model: FusionRouteForCausalLM, ids: Tensor, schedule: list[list[int]], prefill: str, draft_tokens: Any = None
+) -> tuple[Times, Any]:
+    head = model.route_head = ScheduledHead(model.route_head.in_features, schedule, ids.shape[1])
+    select = type(model)._select
+
+    def noted(hidden: Tensor, new: Any, keep: Any, state: Any, *rest: Any) -> Any:
+        kept = 1 if keep is not None else hidden.shape[1]
+        held = [0] * len(hidden) if state.history is None else state.history.lengths
+        head.read = [length + hidden.shape[1] - kept for length in held]
+        return select(model, hidden, new, keep, state, *rest)
+
+    model._select = noted  # type: ignore[method-assign]
     clock = Clock()
     begin = time.perf_counter()
-    out = model.generate(
-        ids,
-        max_new_tokens=len(schedule),
-        eos_token_id=None,
-        pad_token_id=0,
-        do_sample=False,
-        expert_prefill=prefill,
-        streamer=clock,
-        return_dict_in_generate=True,
-    )
+    try:
+        out = model.generate(
+            ids,
+            max_new_tokens=len(schedule),
+            eos_token_id=None,
+            pad_token_id=0,
+            do_sample=False,
+            expert_prefill=prefill,
+            draft_tokens=draft_tokens,
+            streamer=clock,
+            return_dict_in_generate=True,
+        )
+    finally:
+        del model._select
     first = clock.seen[1]  # the prompt is put first
     return Times(first - begin, time.perf_counter() - first, [], out.sequences), out[CACHE]
 
@@ -160,17 +202,25 @@ def check_tokens(
 # ------------------------------------------------------------------------------------------------------------- measure
 
 
-def measure(model: FusionRouteForCausalLM, case: Case, prompt: int, steps: int, rounds: int) -> dict[str, Any]:
+def measure(
+    model: FusionRouteForCausalLM, case: Case, prompt: int, steps: int, rounds: int, draft_tokens: Any
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (case.rows, prompt), generator=generator)
     schedule = make_schedule(case, steps)
-    agreed = check_tokens(
-        model, run_all(model, ids, schedule).tokens, lazy(model, ids, schedule, "eager")[0].tokens, prompt, schedule
-    )
-    ratios, calls, bounds, ours, theirs = [], [], [], [], []
+    expected = run_all(model, ids, schedule).tokens
+    counts = []
+    for drafts in (None, draft_tokens):
+        with Forwards(model) as forwards:
+            tokens = lazy(model, ids, schedule, "eager", drafts)[0].tokens
+        agreed = check_tokens(model, expected, tokens, prompt, schedule)
+        # Without the prompt's, which every model reads.
+        counts.append((forwards.router + forwards.experts - 1 - NUM_EXPERTS) / (steps - 1))
+    ratios, calls, bounds, ours, theirs, drafted = [], [], [], [], [], []
     for _ in range(rounds):
         all_times = run_all(model, ids, schedule)
         eager_times, cache = lazy(model, ids, schedule, "eager")
+        draft_times, _ = lazy(model, ids, schedule, "eager", draft_tokens)
         lazy_times, lazy_cache = lazy(model, ids, schedule, "lazy")
         router, *experts = all_times.forwards
         rest = all_times.decode - sum(all_times.forwards)
@@ -186,6 +236,7 @@ def measure(model: FusionRouteForCausalLM, case: Case, prompt: int, steps: int, 
         ratios.append(all_times.decode / eager_times.decode)
         calls.append((all_times.prompt + all_times.decode) / (lazy_times.prompt + lazy_times.decode))
         ours.append(case.rows * (steps - 1) / eager_times.decode)
+        drafted.append(case.rows * (steps - 1) / draft_times.decode)
         theirs.append(case.rows * (steps - 1) / all_times.decode)
     runs = [state.runs[1:] for state in cache.states]  # without the prompt
     lengths = sorted(length for lengths in runs for length in lengths)
@@ -196,6 +247,9 @@ def measure(model: FusionRouteForCausalLM, case: Case, prompt: int, steps: int, 
         "rows_switch": "together" if case.together else "each",
         "run_all_tokens_per_s": statistics.median(theirs),
         "lazy_tokens_per_s": statistics.median(ours),
+        "drafts_tokens_per_s": statistics.median(drafted),
+        "lazy_forwards": counts[0],
+        "drafts_forwards": counts[1],
         "ratio": ratio,
         "bound": bound,
         "of_bound": ratio / bound,
@@ -246,8 +300,19 @@ def smollm2() -> FusionRouteForCausalLM:
 
 
 def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
-    columns = ["models", "rows", "switching", "run-all tok/s", "lazy tok/s", "ratio", "bound", "of bound", "call"]
-    columns += ["chunk p50/p90/max", "forwarded"]
+    columns = [
+        "models",
+        "rows",
+        "switching",
+        "run-all tok/s",
+        "lazy tok/s",
+        "drafts tok/s",
+        "ratio",
+        "bound",
+        "of bound",
+        "call",
+    ]
+    columns += ["chunk p50/p90/max", "forwarded", "forwards lazy / drafts"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, rows in results.items():
         for r in rows:
@@ -256,8 +321,9 @@ def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
             lines.append(
                 f"| {name} | {r['rows']} | {switching} "
                 f"| {r['run_all_tokens_per_s']:.1f} | {r['lazy_tokens_per_s']:.1f} "
+                f"| {r['drafts_tokens_per_s']:.1f} "
                 f"| {r['ratio']:.2f} | {r['bound']:.2f} | {r['of_bound']:.0%} | {r['call_ratio']:.2f} | {chunk} "
-                f"| {r['tokens_forwarded']:.0%} |"
+                f"| {r['tokens_forwarded']:.0%} | {r['lazy_forwards']:.2f} / {r['drafts_forwards']:.2f} |"
             )
     return "\n".join(lines)
 
@@ -270,6 +336,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--draft-tokens", type=int, default=4, help="of the drafts' column")
     parser.add_argument("--threads", type=int, help="of torch")
     args = parser.parse_args()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -286,7 +353,7 @@ def main() -> None:
         model = synthetic(args.smoke) if name == "synthetic" else smollm2()
         results[name] = []
         for case in cases:
-            results[name].append(measure(model, case, prompt, steps, rounds))
+            results[name].append(measure(model, case, prompt, steps, rounds, args.draft_tokens))
             r = results[name][-1]
             print(f"{name} {case}: {r['ratio']:.2f}x of {r['bound']:.2f}x, {r['of_bound']:.0%}", flush=True)
         del model

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ebpo_core.kernels import select_add_argmax, select_add_sample
 
 from .compat import CACHE
 from .decoding.cache import FusionRouteCache
+from .decoding.drafts import check_croppable, check_draft_tokens, check_drafts, decode
 from .decoding.recorder import RoutingRecorder
 from .decoding.routing import OPTION_NAMES, RoutingOptions, permitted_rows
 from .families import check_cached
@@ -46,6 +47,7 @@ class _Call:
     model: Any
     options: RoutingOptions
     recorder: RoutingRecorder | None
+    draft_tokens: int | Literal["auto"] | None = None
     past: int = 0  # columns of a cache that are not among the prompt's
 
 
@@ -61,7 +63,14 @@ def current_call(model: Any) -> _Call | None:
 class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
     """The parts of :class:`~.model.FusionRouteForCausalLM` that ``generate`` needs."""
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, output_routing: bool = False, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        output_routing: bool = False,
+        draft_tokens: int | Literal["auto"] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' ``generate`` with all its modes and arguments, and these:
 
         Args:
@@ -71,11 +80,20 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
             output_routing: return a ``ModelOutput`` whose ``routing`` holds one
                 :class:`~.traces.trace.RoutingTrace` per returned sequence: which expert wrote each token, its weight,
                 whether the token is not its own argmax.
+            draft_tokens: the router writes so many tokens ahead, and each expert that it selected among them verifies
+                them in one chunk: the same tokens in fewer forwards of the experts, where the router often agrees with
+                the sum. "auto" adapts the number to what is accepted. None, or 1: no drafts. For greedy decoding and
+                sampling with a cache and no processor but temperature, top-k, top-p and min-p; see
+                :mod:`~.decoding.drafts`.
 
         Greedy decoding and sampling (temperature, top-k, top-p, min-p) take their tokens from
         :mod:`ebpo_core.kernels` when nothing needs the logits themselves; the fused logits are not written then.
         Greedy tokens are the same either way, draws are equal in distribution but not token for token.
+
+        Raises:
+            ValueError: options that are no options, or that do not go together; before anything has run.
         """
+        check_draft_tokens(draft_tokens, kwargs)
         given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
         options = self.config.options().updated(**given)
         permitted_rows(options, self.experts.names)  # wrong names are found before the router reads the prompt
@@ -85,7 +103,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         if prompt is not None:
             self._check_readable(prompt)
             past = max(0, _columns(prompt, kwargs) - prompt.shape[1])
-        token = _calls.set((*_calls.get(), _Call(self, options, recorder, past)))
+        token = _calls.set((*_calls.get(), _Call(self, options, recorder, draft_tokens, past)))
         try:
             result = super().generate(inputs, *args, **kwargs)
         finally:
@@ -144,11 +162,16 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
             if tokens is not None:
                 self._check_readable(tokens)
         given = model_kwargs.get(CACHE)
+        drafts = None if call is None else call.draft_tokens
+        if drafts is not None:
+            check_drafts(drafts, args[0], generation_config, model_kwargs)
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
         if given is None and isinstance(cache, Cache):
             check_cached(self.router, self.experts)
             model_kwargs[CACHE] = FusionRouteCache(cache, self.experts)
+        if drafts is not None:
+            check_croppable(drafts, model_kwargs[CACHE], self.experts)
         options = _options_of(self)
         if cache is None and options.hysteresis and options.route == "sample":
             raise ValueError(
@@ -174,6 +197,17 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         call = current_call(self)
         if call is not None and call.recorder is not None:
             stopping_criteria = call.recorder.watching(stopping_criteria)
+        if call is not None and call.draft_tokens is not None:
+            draws = _filters_of(logits_processor)
+            if synced_gpus or isinstance(draws, type):
+                what = f"a {draws.__name__}" if isinstance(draws, type) else "synced_gpus=True"
+                raise ValueError(
+                    f"draft_tokens={call.draft_tokens!r} with {what}: drafts take temperature, top_k, top_p and min_p, "
+                    "one process for a model; leave draft_tokens out"
+                )
+            return decode(
+                self, input_ids, draws, stopping_criteria, generation_config, call, streamer=streamer, **model_kwargs
+            )
         filters = None if synced_gpus else self._kernel_filters(logits_processor, generation_config, model_kwargs)
         if filters is None:
             return super()._sample(
@@ -240,17 +274,8 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
             or (mask is not None and not bool(mask[:, -1].all()))  # no expert where a prompt ends in padding
         ):
             return None
-        filters: dict[str, Any] = {}
-        order = list(_FILTERS)
-        for processor in processors:
-            kind = type(processor)
-            # The kernels filter in transformers' own order, and always keep one token, not more.
-            if kind not in order or getattr(processor, "min_tokens_to_keep", 1) != 1:
-                return None
-            order = order[order.index(kind) + 1 :]
-            name, value = _FILTERS[kind](processor)
-            filters[name] = value
-        return filters
+        filters = _filters_of(processors)
+        return None if isinstance(filters, type) else filters
 
 
 _FILTERS: dict[type, Callable[[Any], tuple[str, Any]]] = {
@@ -259,6 +284,21 @@ _FILTERS: dict[type, Callable[[Any], tuple[str, Any]]] = {
     TopPLogitsWarper: lambda warper: ("top_p", float(warper.top_p)),
     MinPLogitsWarper: lambda warper: ("min_p", float(warper.min_p)),
 }
+
+
+def _filters_of(processors: LogitsProcessorList) -> dict[str, Any] | type:
+    """The kernels' arguments that stand for the processors, or the class of one that none stands for."""
+    filters: dict[str, Any] = {}
+    order = list(_FILTERS)
+    for processor in processors:
+        kind = type(processor)
+        # The kernels filter in transformers' own order, and always keep one token, not more.
+        if kind not in order or getattr(processor, "min_tokens_to_keep", 1) != 1:
+            return kind
+        order = order[order.index(kind) + 1 :]
+        name, value = _FILTERS[kind](processor)
+        filters[name] = value
+    return filters
 
 
 def _next_tokens(

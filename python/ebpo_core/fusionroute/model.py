@@ -20,8 +20,8 @@ from .config import FusionRouteConfig
 from .context import check_length
 from .decoding.cache import FusionRouteCache
 from .decoding.fusing import ExpertLogits, full_logits, lazy_logits
-from .decoding.history import new_tokens
-from .decoding.routing import OPTION_NAMES, permitted, select, selected_share
+from .decoding.history import NewTokens, new_tokens
+from .decoding.routing import OPTION_NAMES, RoutingOptions, permitted, select, selected_share
 from .experts.experts import Experts
 from .families import check_cached, check_router, keeps_cache
 from .generation import FusionRouteGenerationMixin, current_call
@@ -283,28 +283,15 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             result |= {"routing_weights": weights, "logits": router_logits[..., :V]}
             return FusionRouteOutput(**result, expert_ids=weights.detach().argmax(-1))
 
-        # 2. The route: an expert for each of the K positions, [B, K]. With hysteresis it depends on those before it.
-        routed = None if options.hysteresis else keep
-        previous = state.last_selected(new.seen) if options.hysteresis and state is not None else None
-        weights = self._routing_weights(_at(routed, hidden))
-        selected = select(weights, options, allowed, previous, _at(routed, new.real))
-        ids, runs = selected, _at(keep, new.real)
-        if routed is not keep:
-            weights, ids = _at(keep, weights), _at(keep, selected)
-        if active_rows is not None:
-            runs = runs & active_rows[:, None].to(runs.device)
-        ids = torch.where(runs, ids, -1)
+        # 2. The route: an expert for each of the K positions, [B, K].
+        weights, selected, ids = self._select(hidden, new, keep, state, options, allowed, active_rows)
         result |= {"routing_weights": weights, "expert_ids": ids}
 
         # 3. The experts, each for the rows and positions that selected it.
         if state is None:
             expert_logits = full_logits(self.experts, ids, new, attention_mask, logits_to_keep)
         else:
-            wanted = state.append(new, selected, ids)
-            state.budget = options.expert_cache_budget
-            if options.expert_prefill == "eager" and not new.seen.shape[1]:
-                state.read_with_the_others(wanted)
-            expert_logits = lazy_logits(self.experts, state, wanted, ids.device)
+            expert_logits = self._run_experts(state, new, selected, ids, options)
         if call is not None and call.recorder is not None:
             share = selected_share(weights, ids.clamp(min=0), allowed)
             call.recorder.add(new.mask.shape[1], ids, share, expert_logits.argmax(ids, V))
@@ -333,6 +320,44 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             raise ValueError(
                 "no experts are loaded (load_experts=False): load the model with its experts, or pass router_only=True"
             )
+
+    def _select(
+        self,
+        hidden: Tensor,
+        new: NewTokens,
+        keep: slice | Tensor | None,
+        state: FusionRouteCache | None,
+        options: RoutingOptions,
+        allowed: Tensor | None,
+        active_rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The route from the hidden states ``[B, S, D]`` of new columns.
+
+        Returns:
+            The routing weights at the positions ``keep``, ``[B, K, n]``. The experts selected there, ``[B, K]``; with
+            hysteresis, where each depends on those before it, at all positions, ``[B, S]``. Those that run at the
+            positions ``keep``, ``[B, K]``, -1 at padding and in rows that are not active.
+        """
+        routed = None if options.hysteresis else keep
+        previous = state.last_selected(new.seen) if options.hysteresis and state is not None else None
+        weights = self._routing_weights(_at(routed, hidden))
+        selected = select(weights, options, allowed, previous, _at(routed, new.real))
+        ids, runs = selected, _at(keep, new.real)
+        if routed is not keep:
+            weights, ids = _at(keep, weights), _at(keep, selected)
+        if active_rows is not None:
+            runs = runs & active_rows[:, None].to(runs.device)
+        return weights, selected, torch.where(runs, ids, -1)
+
+    def _run_experts(
+        self, state: FusionRouteCache, new: NewTokens, selected: Tensor, ids: Tensor, options: RoutingOptions
+    ) -> ExpertLogits:
+        """The experts ``ids`` of the last K columns, through the cache, which takes the new columns in."""
+        wanted = state.append(new, selected, ids)
+        state.budget = options.expert_cache_budget
+        if options.expert_prefill == "eager" and not new.seen.shape[1]:
+            state.read_with_the_others(wanted)
+        return lazy_logits(self.experts, state, wanted, ids.device)
 
     def _run_router(self, keep: slice | Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor, Any]:
         """Run the router, its LM head on the positions ``keep`` alone.

@@ -196,6 +196,8 @@ def test_generate_prints_the_answer_and_saves_its_routing(
         (["--alpha", "0.25"], {"alpha": 0.25}),
         (["--routing-only"], {"complementary": False}),
         (["--hysteresis", "5"], {"hysteresis": 5.0}),
+        (["--draft-tokens", "3"], {"draft_tokens": 3}),
+        (["--draft-tokens", "auto"], {"draft_tokens": "auto"}),
     ],
 )
 def test_generate_passes_the_routing_flags_on(
@@ -257,6 +259,8 @@ def test_generate_reads_the_prompt_and_fills_the_chat_template(
         (["--expert-path", "math"], "expert-path='math'"),
         (["--expert-path", "maths=x"], "['maths']"),
         (["--hysteresis", "-1"], "hysteresis"),
+        (["--draft-tokens", "0"], "draft_tokens is 0"),
+        (["--draft-tokens", "some"], "draft_tokens is 'some'"),
     ],
 )
 def test_generate_with_wrong_input_is_one_line(

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from fusionroute_ends import After, at_string
 from fusionroute_oracle import fusionroute, padded_prompts
-from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 
@@ -23,26 +24,6 @@ LOOPS: dict[str, dict[str, Any]] = {
 }
 
 
-def character(token: int) -> str:
-    return chr(0x61 + token)
-
-
-def at_string(stop: int) -> dict[str, Any]:
-    """Arguments that end a row at a token."""
-    return {"stop_strings": [character(stop)], "tokenizer": character_tokenizer()}
-
-
-def character_tokenizer() -> Any:
-    """One character a token, which transformers' search for stop strings can take apart."""
-    from tokenizers import Tokenizer
-    from tokenizers.decoders import Fuse
-    from tokenizers.models import BPE
-
-    tokenizer = Tokenizer(BPE({character(token): token for token in range(200)}, []))
-    tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
-
-
 @pytest.fixture(scope="module")
 def model() -> FusionRouteForCausalLM:
     return fusionroute(["llama", "qwen2"])
@@ -52,16 +33,6 @@ def model() -> FusionRouteForCausalLM:
 def prompts() -> dict[str, Any]:
     ids, mask = padded_prompts([4, 9, 6], seed=1)
     return {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW, "eos_token_id": EOS, "pad_token_id": 0}
-
-
-class After(StoppingCriteria):
-    """Row i ends after ``counts[i]`` new tokens; like many criteria it says so in that step only."""
-
-    def __init__(self, prompt: int, counts: list[int]) -> None:
-        self.ends = torch.tensor([prompt + count for count in counts])
-
-    def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
-        return self.ends[: len(input_ids)] == input_ids.shape[1]
 
 
 def check(out: Any, prompt: int, counts: list[int]) -> None:

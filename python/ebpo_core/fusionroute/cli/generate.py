@@ -33,6 +33,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     add_sampling_flags(parser)
     add_routing_flags(parser)
+    parser.add_argument(
+        "--draft-tokens",
+        metavar="N",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        help="let the router write so many tokens ahead of the experts, or 'auto'; the answer is the same",
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--stream", action="store_true", help="print the text as it is generated")
     group.add_argument("--show", action="store_true", help="print the answer with its tokens coloured by expert")
@@ -85,6 +91,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, encoded: Any, arguments: arg
             generation_config=_generation_config(model, tokenizer, arguments),
             streamer=_streamer(tokenizer) if arguments.stream else None,
             output_routing=True,
+            draft_tokens=arguments.draft_tokens,
             **routing_options(arguments),
         )
     trace: RoutingTrace = dataclasses.replace(output.routing[0], prompt=prompt)

@@ -80,6 +80,11 @@ class FusionRouteCache(Cache):
         return None if self.history is None or not self.history.columns else self.history.last_selected(mask)
 
     @property
+    def facts(self) -> tuple[Tensor, Tensor]:
+        """Ids, positions and selected experts of the columns held, ``[3, B, T]`` int64, and their mask, ``[B, T]``."""
+        return self._tokens.facts, self._tokens.mask
+
+    @property
     def columns(self) -> int:
         """Columns held, padding included."""
         return 0 if self.history is None else self.history.columns
@@ -205,7 +210,50 @@ class FusionRouteCache(Cache):
         for state in self.states:
             state.shorten(self.history)
 
+    def realign(self, removed: Sequence[int], columns: int) -> None:
+        """Remove the last columns of each row, from some more than from others.
+
+        Rows stay aligned at the right end, as a batch padded on the left: no row has a hole among its tokens, which a
+        window that counts columns would count too.
+
+        Args:
+            removed: how many columns each row loses.
+            columns: T afterwards, padding included: as many as the longest row needs, or more.
+        """
+        if len(set(removed)) == 1 and columns == self.columns - removed[0]:
+            self.crop(-removed[0])
+            return
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if layer.is_initialized:
+                _realign(layer, removed, columns)
+        self._tokens.realign(removed, columns)
+        for state in self.states:
+            state.shorten(self._tokens)
+
+    def rewrite(self, new: NewTokens, selected: Tensor, kept: Sequence[int]) -> None:
+        """Let the columns be ``new``, all of them, of which row b's first ``kept[b]`` tokens are held already."""
+        for state in self.states:
+            state.keep(kept)
+        self.history = TokenHistory(len(new.ids), new.ids.device)
+        self.history.append(new, selected, new.real.sum(1).tolist())
+
     def reset(self) -> None:
         """Empty, for a new prompt."""
         self.router.reset()
         self.states, self.history = [], None
+
+
+def _realign(layer: Any, removed: Sequence[int], columns: int) -> None:
+    """:meth:`FusionRouteCache.realign` for a layer of a ``DynamicCache``, which then keeps its window and no more."""
+    keep = min(columns, layer.sliding_window - 1) if layer.is_sliding else columns
+    held = layer.keys.shape[2]
+    counts = torch.tensor(list(removed), device=layer.keys.device)[:, None]
+    # What stands left of a row's first token is masked; it only has to be finite.
+    places = (torch.arange(held - keep, held, device=layer.keys.device) - counts).clamp(min=0)[:, None, :, None]
+    layer.keys, layer.values = (
+        states.gather(2, places.expand(-1, states.shape[1], -1, states.shape[3]))
+        for states in (layer.keys, layer.values)
+    )
+    if layer.is_sliding:
+        layer.cumulative_length = columns

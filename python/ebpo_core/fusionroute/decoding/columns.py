@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 _FIRST_COLUMNS = 64  # smallest allocation
-_ROLLBACK = 64  # columns a windowed layer keeps beyond its window, so that rejected drafts can be cropped
+ROLLBACK = 64  # columns a windowed layer keeps beyond its window, so that rejected drafts can be cropped
 
 
 class Chunk(NamedTuple):
@@ -61,7 +61,7 @@ class Columns:
         """After a chunk much longer than the window (a prompt), keep the window and free the rest."""
         if self.window is None:
             return
-        small = _FIRST_COLUMNS + 2 * (self.window + _ROLLBACK)
+        small = _FIRST_COLUMNS + 2 * (self.window + ROLLBACK)
         if self.capacity < 2 * small:
             return
         self._drop(layers, live)
@@ -75,7 +75,7 @@ class Columns:
         """Move what a later query may look at (and some for rollback) to each slot's first columns."""
         if self.window is None:
             return
-        keep = self.window - 1 + _ROLLBACK
+        keep = self.window - 1 + ROLLBACK
         shifts = [max(0, live.get(slot, 0) - base - keep) for slot, base in enumerate(self.bases)]
         if any(shifts):
             self.bases = [base + shift for base, shift in zip(self.bases, shifts, strict=True)]

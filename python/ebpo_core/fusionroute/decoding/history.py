@@ -72,6 +72,11 @@ class TokenHistory:
         return self.mask.shape[1]
 
     @property
+    def facts(self) -> Tensor:
+        """Ids, rotary positions and selected experts as the router saw them, ``[3, B, T]`` int64."""
+        return self._columns
+
+    @property
     def ids(self) -> Tensor:
         """Token ids as the router saw them, ``[B, T]``."""
         return self._columns[0]
@@ -158,3 +163,13 @@ class TokenHistory:
         removed = self.mask[:, -columns:].sum(1).tolist()
         self.lengths = [length - count for length, count in zip(self.lengths, removed, strict=True)]
         self._columns, self.mask = self._columns[..., :-columns], self.mask[:, :-columns]
+
+    def realign(self, removed: Sequence[int], columns: int) -> None:
+        """Remove the last ``removed[b]`` columns of row b; what is left stands at the right end of ``columns``."""
+        counts = torch.tensor(list(removed), device=self.mask.device)[:, None]
+        T = self.columns
+        gone = self.mask & (torch.arange(T, device=self.mask.device) >= T - counts)
+        self.lengths = [length - count for length, count in zip(self.lengths, gone.sum(1).tolist(), strict=True)]
+        places = torch.arange(T - columns, T, device=self.mask.device) - counts
+        self.mask = self.mask.gather(1, places.clamp(min=0)) & (places >= 0)
+        self._columns = self._columns.gather(2, places.clamp(min=0).expand(3, -1, -1))
