@@ -194,8 +194,8 @@ class EBPO:
             together: Rewards = self._together(rows, update, step, process_group)
             return together
         update, step = flag("update", update), step_id(step)
-        plain = groups is None and mask is None and trajectories is None and turns is None and gamma == 1.0
-        if plain and (keys is None or type(keys) is list):
+        plain = groups is None and mask is None and trajectories is None and turns is None
+        if plain and type(gamma) is float and gamma == 1.0 and (keys is None or type(keys) is list):
             fast: Any = self._matrix(rewards, keys, update, step)
             if fast is None:
                 fast = on_memory(rewards, lambda memory: self._matrix(memory, keys, update, step))
