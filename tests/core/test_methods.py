@@ -123,3 +123,14 @@ def test_an_eps_without_a_finite_reciprocal_makes_no_nan(eps: float) -> None:
     tiny = [[1e-320, 0.0], [5e-324, 0.0]]
     assert ebpo_core.advantages(tiny, method="maxrl", eps=min(eps, 1e-320)) == [[0.0, 0.0], [0.0, 0.0]]
     np.testing.assert_array_equal(reference.baseline_advantages("maxrl", tiny, eps=min(eps, 1e-320)), np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("method", ["rloo", "dr_grpo", "batch_mean", "james_stein", "pass_at_k"])
+def test_what_float32_cannot_hold_saturates(method: Any) -> None:
+    top = float(np.finfo(np.float32).max)
+    rewards = np.float32([[top, -top, -top], [-top, -top, -top]])
+    options = {"k": 2} if method == "pass_at_k" else {}
+    got = ebpo_core.advantages(rewards, method=method, **options)
+    wide = ebpo_core.advantages(rewards.astype(np.float64), method=method, **options)
+    np.testing.assert_array_equal(got, np.clip(wide, -top, top).astype(np.float32))
+    assert np.abs(wide).max() > 1.3 * top
