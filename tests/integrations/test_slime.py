@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ebpo_core import reference
 from ebpo_core.integrations import checks, slime
@@ -90,6 +91,18 @@ def test_samples_cut_from_one_rollout_count_once() -> None:
     _, advantages = slime.reward_post_process(arguments(), cut)
     assert advantages == [expected[0], expected[0], *expected[1:], expected[0]]
     assert slime.estimator.get().state_dict() == seen
+
+
+def test_a_rollout_counts_once_whatever_kind_of_number_its_reward_is() -> None:
+    rewards, rollouts = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1, 2, 3]
+    groups = [0, 0, 0, 0, 1, 1]
+    results = []
+    for kind in (float, np.float32, torch.tensor):
+        slime.estimator.reset()
+        samples = [Sample(g, kind(r), rollout) for g, r, rollout in zip(groups, rewards, rollouts, strict=True)]
+        results.append(slime.reward_post_process(arguments(), samples)[1])
+        assert slime.running(arguments()).prior.count == 4
+    assert results[0] == results[1] == results[2]
 
 
 def test_equal_rewards_of_different_rollouts_all_count() -> None:
