@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from ebpo_core import reference
 from ebpo_core.integrations import checks, slime
@@ -94,6 +93,7 @@ def test_samples_cut_from_one_rollout_count_once() -> None:
 
 
 def test_a_rollout_counts_once_whatever_kind_of_number_its_reward_is() -> None:
+    torch = pytest.importorskip("torch")
     rewards, rollouts = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1, 2, 3]
     groups = [0, 0, 0, 0, 1, 1]
     results = []
