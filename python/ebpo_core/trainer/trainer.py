@@ -82,7 +82,7 @@ class EBPOMixin(CompleteCheckpoints):
         if self.args.ebpo_turns:
             self._check_turns()
             record = self._ebpo_turn_rewards.recorded  # in a list of our own: TRL's is the caller's
-            self.reward_funcs = [record(i, function) for i, function in enumerate(self.reward_funcs)]
+            self.reward_funcs: list[Any] = [record(i, function) for i, function in enumerate(self.reward_funcs)]
         names = self.reward_func_names if self.args.ebpo_per_reward else None
         self._estimators = Estimators(self.args.ebpo_options(), names)
         if self.args.ebpo_prior is not None:
