@@ -12,7 +12,7 @@ def text(name: str, value: Any) -> Any:
     """A string, as a plain ``str``."""
     if not isinstance(value, str):
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: expected a string")
-    return str(value)
+    return str.__str__(value)  # its characters: str() of an enumeration's member is its name
 
 
 def flag(name: str, value: Any) -> bool:
@@ -25,7 +25,7 @@ def flag(name: str, value: Any) -> bool:
 def left_out(name: str, value: Any) -> bool | str:
     """What a baseline leaves out: False, True (or ``"group"``, the same), or ``"row"``; the core knows the names."""
     if isinstance(value, str):
-        return True if value == "group" else str(value)
+        return True if value == "group" else text(name, value)
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f'{name}={value!r} is of type {type(value).__name__}: expected True, False or "row"')
     return bool(value)

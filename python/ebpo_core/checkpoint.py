@@ -106,10 +106,18 @@ def read_prior(path: str | os.PathLike[str]) -> dict[str, Any]:
     if file.is_dir():
         file = file / PRIOR_NAME
     content = _read_json(file)
-    for state in _states(content):
-        if is_reference(state.get("keys")):
-            state["keys"] = read_keys(file, state["keys"])
-    return content
+    while True:
+        names = _key_files(_entries(content))
+        try:
+            for state in _states(content):
+                if is_reference(state.get("keys")):
+                    state["keys"] = read_keys(file, state["keys"])
+        except ValueError:  # it may have been written over since: then the keys that it named are gone
+            content = _read_json(file)
+            if _key_files(_entries(content)) == names:
+                raise
+        else:
+            return content
 
 
 def _read_json(file: Path) -> dict[str, Any]:

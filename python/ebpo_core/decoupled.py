@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebpo_core.inputs import is_tensor, read_batch, read_rewards
+from ebpo_core.trajectories import MAX_RETURN
 
 Array = NDArray[np.float64]
 
@@ -61,9 +62,15 @@ def decoupled(
             own = np.ascontiguousarray(values[..., kind], dtype=np.float64)
             total += weight * advantages(own, groups, method=rule, **rows, **options)
     except ValueError as error:
-        error.add_note(f"The rewards are those of kind {kind}: rewards[..., {kind}].")
-        raise
+        raise ValueError(f"{error}; these rewards are those of kind {kind}, rewards[..., {kind}]") from None
     if method == "gdpo":
+        large = float(np.abs(total).max())
+        if large > MAX_RETURN:
+            raise ValueError(
+                f"weights={kinds.tolist()} make a sum of advantages of magnitude {large:g}, which is to be "
+                "standardised: it must be at most 1e140; divide all weights by one number, which changes the result by "
+                "eps alone"
+            )
         total[np.isnan(values).all(axis=-1)] = np.nan
         total = advantages(total, groups, method="reinforce_pp", **rows, **options)
     limit = np.finfo(values.dtype).max

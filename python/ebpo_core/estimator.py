@@ -194,17 +194,15 @@ class EBPO:
             together: Rewards = self._together(rows, update, step, process_group)
             return together
         update, step = flag("update", update), step_id(step)
-        plain = groups is None and mask is None and trajectories is None and turns is None and gamma == 1.0
-        if plain and (keys is None or type(keys) is list):
+        plain = groups is None and mask is None and trajectories is None and turns is None
+        if plain and type(gamma) is float and gamma == 1.0 and (keys is None or type(keys) is list):
             fast: Any = self._matrix(rewards, keys, update, step)
             if fast is None:
                 fast = on_memory(rewards, lambda memory: self._matrix(memory, keys, update, step))
             if fast is not None:
                 return fast  # type: ignore[no-any-return]
         batch, read = self._read(rewards, groups, mask, keys, trajectories, turns, gamma)
-        flat, call = self._state.advance(
-            self._checked, batch.rewards, batch.groups, batch.mask, update, step, read, False
-        )
+        flat, call = self._advance((batch.rewards, batch.groups, batch.mask, read), update, step)
         self._last = call, read, None  # one assignment, so that threads never see a mixture of two calls
         if self._watch_prompts and update:
             self._count_prompts(call)
@@ -224,6 +222,18 @@ class EBPO:
         if self._watch_prompts and update:
             self._count_prompts(call)
         return flat
+
+    def _advance(self, rows: tuple[Any, ...], update: bool, step: int | None) -> tuple[Any, _core.Call]:
+        """The core's call with rewards, groups, mask and keys as it reads them.
+
+        A plain matrix goes the way of :meth:`_matrix` here too, whatever it came in: the two ways round differently.
+        """
+        rewards, groups, mask, keys = rows
+        if isinstance(groups, int) and mask is None and keys is None:
+            done = self._state.advance_matrix(self._checked, rewards.reshape(-1, groups), update, step)
+            if done is not None:
+                return done[0].reshape(-1), done[1]
+        return self._state.advance(self._checked, rewards, groups, mask, update, step, keys, False)
 
     def group(
         self, rewards: Rewards, key: Any = None, *, mask: Any = None, update: bool = True, step: int | None = None
@@ -296,9 +306,7 @@ class EBPO:
             del shard  # an error must not hold this frame, which holds the process group, while the frame holds it
 
         # The batch of all ranks, and this rank's slice of what came out.
-        flat, call = self._state.advance(
-            self._checked, whole.rewards, whole.groups, whole.mask, update, step, whole.keys, False
-        )
+        flat, call = self._advance(whole, update, step)
         if self._watch_prompts and update:
             self._count_prompts(call)
         self._last = call, own, mine

@@ -153,8 +153,11 @@ def _read_tensor(rewards: torch.Tensor) -> tuple[NDArray[Any], Callable[[NDArray
     on_device = None if rewards.is_cpu else torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
 
     def restore(flat: NDArray[Any]) -> Any:
-        narrow = dtype not in (torch.float32, torch.float64)
-        values = torch.from_numpy(_round_to_torch(flat, dtype) if narrow else flat).reshape(rewards.shape).to(dtype)
+        if dtype not in (torch.float32, torch.float64):
+            flat = _round_to_torch(flat, dtype)
+        elif dtype == torch.float32 and flat.dtype != np.float32:
+            flat = round_to(flat, np.dtype(np.float32))  # torch itself would make infinities
+        values = torch.from_numpy(flat).reshape(rewards.shape).to(dtype)
         return values if on_device is None else on_device.copy_(values)
 
     return array, restore
@@ -219,7 +222,7 @@ def group_codes(groups: Any, rows: int, name: str = "groups") -> tuple[NDArray[n
     ids: Any = groups if isinstance(groups, (np.ndarray, list, tuple)) else np.asarray(groups)
     shape = ids.shape if isinstance(ids, np.ndarray) else (len(ids),)
     if shape != (rows,):
-        raise ValueError(f"{name} has shape {shape}, rewards ({rows},): pass one {name[:-1]} id per reward")
+        raise ValueError(f"{name} has shape {shape}, rewards ({rows},): pass one id per reward")
     kind = ids.dtype.kind if isinstance(ids, np.ndarray) else "O"
     if kind in "iub":
         return _core.codes_of_ints(_flat(ids.astype(np.int64)))  # uint64 wraps around, one to one

@@ -56,7 +56,7 @@ def key_of(path: Path) -> Key:
 
 def _part(part: Any, key: Any, name: str) -> str | int:
     if isinstance(part, str):
-        return str(part)
+        return str.__str__(part)  # its characters: str() of an enumeration's member is its name
     try:
         return int(operator.index(part.item() if isinstance(part, np.bool_) else part))
     except TypeError:

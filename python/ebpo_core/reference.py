@@ -351,7 +351,8 @@ def baseline_advantages(
         elif method == "rloo":
             out[rows] = centred * n / (n - 1) if n > 1 else 0.0
         elif method == "maxrl":
-            out[rows] = centred / (mean(g) + eps) if mean(g) > 0 else 0.0
+            invertible = mean(g) > 0 and mean(g) + eps > 1 / np.finfo(np.float64).max
+            out[rows] = centred / (mean(g) + eps) if invertible else 0.0
         elif method == "pass_at_k":
             out[rows] = pass_at_k_group(g, k)
         elif method == "james_stein":

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ebpo_core import _core
-from ebpo_core.arguments import count, real, step_id
+from ebpo_core.arguments import real, step_id
 from ebpo_core.keys import Path, path_of
 from ebpo_core.prior import check_version, parts_of, statistics_of
 
@@ -101,7 +101,7 @@ def read_state(options: Mapping[str, Any], target: _core.State, state: Mapping[s
     if not isinstance(stored, Mapping) or not isinstance(prior, Mapping):
         raise ValueError("state has no fields 'options' and 'prior': pass what EBPO.state_dict() returned")
     changed = check_options(options, stored, "state", _FREE)
-    clock = real("state field idle_decay", state.get("idle_decay")), count("state field updates", state.get("updates"))
+    clock = real("state field idle_decay", state.get("idle_decay")), _updates(state.get("updates"), "updates")
     target.load(parts_of(prior, "prior."), _keys(keys), clock, step_id(state.get("step")), options["max_keys"])
     if changed:
         logger.warning(
@@ -153,7 +153,7 @@ def _keys(keys: Any) -> list[tuple[Path, list[float], int]] | KeyArrays:
     if not isinstance(keys, list):
         raise ValueError(f"state field 'keys' is {keys!r}: expected a list; pass what EBPO.state_dict() returned")
     return [
-        (_path(entry, index), parts_of(entry, f"keys[{index}]."), _idle(entry, index))
+        (_path(entry, index), parts_of(entry, f"keys[{index}]."), _updates(entry.get("idle"), f"keys[{index}].idle"))
         for index, entry in enumerate(keys)
     ]
 
@@ -170,14 +170,12 @@ def _path(entry: Any, index: int) -> Path:
     return path_of(tuple(key))
 
 
-def _idle(entry: Mapping[str, Any], index: int) -> int:
-    idle = entry.get("idle")
-    if not isinstance(idle, int) or isinstance(idle, bool) or not 0 <= idle < 2**63:
+def _updates(value: Any, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 2**62:
         raise ValueError(
-            f"state field 'keys[{index}].idle' is {idle!r}: expected a number of updates; "
-            "pass what EBPO.state_dict() returned"
+            f"state field {name!r} is {value!r}: expected a number of updates; pass what EBPO.state_dict() returned"
         )
-    return idle
+    return value
 
 
 def _arrays(keys: Mapping[str, Any]) -> KeyArrays:

@@ -27,6 +27,7 @@ Method = Literal[
 ]
 
 _PARAMETERS = {"grpo": "eps", "reinforce_pp": "eps", "maxrl": "eps", "gdpo": "eps", "constant": "c", "pass_at_k": "k"}
+_OF_THE_WHOLE_BATCH = ("reinforce_pp", "batch_mean", "james_stein", "gdpo")
 _DEFAULTS = {"eps": 1e-6, "c": 0.5}
 
 
@@ -58,7 +59,8 @@ def advantages(
             ``(r - mean) / (std + eps)`` over the batch, std with n - 1; ``"james_stein"``: two-level leave-one-out
             James-Stein baseline (arXiv 2511.03710); ``"constant"``: ``r - c``, c = 1/2 unless given (with 0/1 rewards
             half the sign advantage of arXiv 2605.07689); ``"batch_mean"``: ``r - mean`` over the batch, not scaled;
-            ``"maxrl"``: ``(r - mu) / (mu + eps)`` for rewards of at least 0, 0 where mu = 0 (arXiv 2602.02710);
+            ``"maxrl"``: ``(r - mu) / (mu + eps)`` for rewards of at least 0, 0 where mu = 0 or ``1 / (mu + eps)`` is
+            infinite (arXiv 2602.02710);
             ``"pass_at_k"``: the unbiased weights of the gradient of pass@k (0/1 rewards) or max@k (graded) with their
             leave-one-out baseline (arXiv 2505.15201): ``k E max(r_i, J) - k E max(L)``, J any k - 1 and L any k of the
             group's other rewards (its k - 1 others where n = k). ``k=`` is needed; ``k=1`` is ``"rloo"``;
@@ -67,7 +69,7 @@ def advantages(
         keys: As in a call of :class:`EBPO`; only with ``method="ebpo"``.
         trajectories: As in a call of :class:`EBPO`, with every method.
         turns: As in a call of :class:`EBPO`, with the methods that look at one group alone; "reinforce_pp",
-            "batch_mean" and "james_stein" look at the whole batch, and raise.
+            "batch_mean", "james_stein" and "gdpo" look at the whole batch, and raise.
         gamma: As in a call of :class:`EBPO`.
         weights: ``(K,)``, for K rewards of each completion with a scale each. ``rewards`` is then ``(N, K)`` with
             ``groups``, or ``(M, G, K)``; NaN where a completion was not given that reward. Each reward is scored by
@@ -86,14 +88,24 @@ def advantages(
         ValueError: infinite or too large rewards, wrong shapes or lengths, empty input, an option out of its domain.
         TypeError: complex or object rewards, a mask that is not boolean, unhashable group ids.
     """
+    if method == "gdpo" and weights is None:
+        raise ValueError('method="gdpo" needs weights, one for each reward of a completion: pass weights=')
+    parameter = 0.0
+    if method != "ebpo":
+        parameter = _parameter(text("method", method), options if keys is None else {"keys": keys, **options})
+        if turns is not None and method in _OF_THE_WHOLE_BATCH:
+            raise ValueError(
+                f"turns was given with method={method!r}, whose baseline holds every turn of the batch, as many as the "
+                'policy chooses: take method="rloo" or "ebpo"'
+            )
     if weights is not None:
+        if method == "ebpo":
+            EBPO(**options)  # refuses a wrong option before any reward is looked at
         rows = {"mask": mask, "keys": keys, "trajectories": trajectories, "turns": turns, "gamma": gamma}
         return decoupled(advantages, rewards, groups, weights, method, rows, options)  # type: ignore[no-any-return]
-    if method == "gdpo":
-        raise ValueError('method="gdpo" needs weights, one for each reward of a completion: pass weights=')
     if method == "ebpo":
         alone = groups is None and mask is None and keys is None and trajectories is None and turns is None
-        if alone and not options and gamma == 1.0:
+        if alone and not options and type(gamma) is float and gamma == 1.0:
             fast: Any = _core.equal_advantages(rewards)
             if fast is None:
                 fast = on_memory(rewards, _core.equal_advantages)
@@ -103,14 +115,6 @@ def advantages(
         once._watch_prompts = False  # the warning of batches with one prompt is for those who train with a prior
         rows = {"mask": mask, "keys": keys, "trajectories": trajectories, "turns": turns, "gamma": gamma}
         return once(rewards, groups, **rows)
-    if keys is not None:
-        options = {"keys": keys, **options}  # refused like any other option
-    parameter = _parameter(text("method", method), options)
-    if turns is not None and method in ("reinforce_pp", "batch_mean", "james_stein"):
-        raise ValueError(
-            f"turns was given with method={method!r}, whose baseline holds every turn of the batch, as many as the "
-            'policy chooses: take method="rloo" or "ebpo"'
-        )
     batch, _ = read_rows(rewards, groups, mask, None, trajectories, turns, gamma)
     flat = _core.baseline_advantages(method, parameter, batch.rewards, batch.groups, batch.mask)
     result: Rewards = batch.restore(flat)

@@ -37,8 +37,6 @@ def read_rows(
     """
     batch = read_batch(rewards, groups, mask)
     read = read_keys(keys, batch.groups, batch.rewards.size)
-    if trajectories is None and turns is None and gamma == 1.0:
-        return batch, read
     gamma = real("gamma", gamma)
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma={gamma!r}: expected a number in [0, 1]")

@@ -106,6 +106,8 @@ def test_containers_and_dtypes() -> None:
     np.testing.assert_array_equal(huge, np.finfo(np.float32).max * np.array([[1, -1]], np.float32))
     huge = ebpo_core.advantages(torch.tensor([[[1.0], [0.0]]]), weights=[1e100], method="dr_grpo")
     assert torch.isfinite(huge).all()
+    huge = ebpo_core.advantages(torch.tensor([[[1], [0]]]), weights=[1e100], method="dr_grpo")
+    assert huge.tolist() == [[torch.finfo(torch.float32).max, torch.finfo(torch.float32).min]]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,19 @@ def test_containers_and_dtypes() -> None:
         ({"rewards": [[[1.0]]], "weights": [np.nan]}, ValueError, r"weights\[0\] is nan"),
         ({"rewards": [[[1.0, 1.0]]], "weights": [1.0, -np.inf]}, ValueError, r"weights\[1\] is -inf"),
         ({"rewards": [[[1.0, np.inf]]], "weights": [1.0, 1.0]}, ValueError, "inf"),
-        ({"rewards": [[[1.0]]], "weights": [1.0], "method": "gdpo", "c": 1.0}, ValueError, "c=1.0"),
+        ({"rewards": [[[1.0]]], "weights": [1.0], "method": "gdpo", "c": 1.0}, ValueError, "c=1.0 .*method=.gdpo."),
+        ({"rewards": [[[1.0]]], "weights": [1.0], "decay": 0.0}, ValueError, "^decay=0: .* forgets$"),
+        (
+            {"rewards": [[1.0], [0.0]], "groups": [0, 0], "weights": [1.0], "method": "gdpo"}
+            | {"trajectories": [0, 1], "turns": [0, 0]},
+            ValueError,
+            "turns was given with method='gdpo'",
+        ),
+        (
+            {"rewards": [[[1.0, 1.0], [0.0, 0.0]]], "weights": [1e140, 1e140], "method": "gdpo"},
+            ValueError,
+            r"weights=\[1e\+140, 1e\+140\] make a sum .* divide all weights",
+        ),
         ({"rewards": [[[1.0]]], "weights": [1.0], "method": "gdpo", "keys": ["a"]}, ValueError, "keys"),
         ({"rewards": [[[None]]], "weights": [1.0]}, TypeError, "dtype object"),
         ({"rewards": [[[1.0], []]], "weights": [1.0]}, ValueError, "not rectangular"),
@@ -136,4 +150,4 @@ def test_wrong_arguments_are_named(call: dict[str, Any], error: type[Exception],
 def test_an_error_names_the_reward() -> None:
     with pytest.raises(ValueError, match=r"rewards\[2\]") as caught:
         ebpo_core.advantages([[[0.0, 1.0], [0.0, 0.0], [0.0, np.inf]]], weights=[1.0, 1.0])
-    assert caught.value.__notes__ == ["The rewards are those of kind 1: rewards[..., 1]."]
+    assert str(caught.value).endswith("; these rewards are those of kind 1, rewards[..., 1]")

@@ -303,3 +303,18 @@ def test_any_floats_give_finite_advantages_or_an_error(values: list[float]) -> N
     else:
         with pytest.raises(ValueError, match="1e140"):
             ebpo_core.advantages([values])
+
+
+@pytest.mark.parametrize("normalize", ["batch", "scale", "none"])
+def test_a_matrix_gives_the_same_bits_in_any_container(normalize: Any) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    for rewards in [rng.random((int(rng.integers(1, 40)), int(rng.integers(1, 20)))) for _ in range(50)]:
+        expected = ebpo_core.EBPO(normalize=normalize)
+        expected(rewards)
+        for form in (rewards.tolist(), torch.tensor(rewards), np.asfortranarray(rewards), rewards.astype(">f8")):
+            ebpo = ebpo_core.EBPO(normalize=normalize)
+            got = ebpo(form)
+            assert ebpo == expected
+            np.testing.assert_array_equal(got, ebpo_core.EBPO(normalize=normalize)(rewards))
+            np.testing.assert_array_equal(ebpo_core.advantages(form), ebpo_core.advantages(rewards))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ebpo_core
+from ebpo_core import checkpoint
 from ebpo_core.checkpoint import MANY_KEYS, PRIOR_NAME, prior_files, read_prior, write_prior
 
 
@@ -140,3 +141,24 @@ def test_a_file_of_another_kind_with_the_right_checksum_is_refused(tmp_path: Pat
         (tmp_path / PRIOR_NAME).write_text(json.dumps(content))
         with pytest.raises(ValueError, match="damaged|keys.lengths' is None"):
             ebpo_core.EBPO(decay=0.9, max_keys=10_000).load_state_dict(read_prior(tmp_path)["ebpo"])
+
+
+def test_a_reader_sees_the_new_files_where_the_old_ones_went_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tracker(seed=0), tracker(seed=1)
+    write_prior(tmp_path, old)
+    read_json = checkpoint._read_json
+    writes = iter([new])
+
+    def overtaken(file: Path) -> dict[str, Any]:
+        content = read_json(file)
+        for ebpo in writes:  # once: between the two files of a reader comes a writer
+            write_prior(tmp_path, ebpo)
+        return content
+
+    monkeypatch.setattr(checkpoint, "_read_json", overtaken)
+    assert loaded(tmp_path) == new
+    (tmp_path / prior_files(tmp_path)[1]).unlink()
+    with pytest.raises(ValueError, match="copy both files"):
+        read_prior(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from enum import Enum, IntEnum
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,18 @@ from oracle import assert_same_state, cases, keys, options, raw_spread, toleranc
 
 R = np.array([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
 KEYS = ["a", ("a", 3), None]
+
+
+class Topic(str, Enum):
+    """Members are equal to their strings, and print as something else."""
+
+    THREE = "3"
+    BATCH = "batch"
+    GROUP = "group"
+
+
+class Level(IntEnum):
+    ONE = 1
 
 
 @settings(max_examples=200)
@@ -185,6 +198,8 @@ def test_forms_of_one_key() -> None:
     for form in (
         [True, "3", (1,)],
         [np.int64(1), np.str_("3"), np.bool_(True)],
+        [Level.ONE, Topic.THREE, (Level.ONE,)],
+        [1, (Topic.THREE,), Level.ONE],
         [torch.tensor(1), "3", torch.tensor(1)],
         np.array([1, "3", 1], dtype=object),
         ((1,), ("3",), 1),
@@ -193,6 +208,14 @@ def test_forms_of_one_key() -> None:
         ebpo(R, keys=form)
         assert ebpo == expected
     assert set(expected.priors) == {(), 1, "3"}
+    assert expected.shrunken_prior(Topic.THREE) == expected.shrunken_prior("3")
+    for either in (["3", Topic.THREE, None], [Topic.THREE, "3", None]):  # whichever comes first
+        ebpo = ebpo_core.EBPO()
+        ebpo(R, keys=either)
+        assert [(type(key), key) for key in ebpo.priors] == [(tuple, ()), (str, "3")]
+    named = ebpo_core.EBPO(normalize=Topic.BATCH, leave_one_out=Topic.GROUP)  # type: ignore[arg-type]
+    assert named.options == ebpo_core.EBPO(leave_one_out=True).options
+    assert "Topic" not in repr(named)
     for numbers in (np.array([5, 5, 7]), torch.tensor([5, 5, 7]), np.array([5, 5, 7], dtype=np.uint8)):
         ebpo = ebpo_core.EBPO()
         ebpo(R, keys=numbers)
@@ -293,7 +316,7 @@ def test_round_trips_are_exact() -> None:
         (lambda s: s["keys"][1].update(idle=1.0), r"'keys\[1\].idle' is 1.0"),
         (lambda s: s.update(idle_decay=1.5), r"idle_decay=1.5.*\(0, 1\]"),
         (lambda s: s.update(idle_decay=float("nan")), "idle_decay=NaN"),
-        (lambda s: s.update(updates=-1), "updates=-1"),
+        (lambda s: s.update(updates=-1), "updates. is -1"),
         (lambda s: (s.update(idle_decay=1.0), s["keys"][1].update(idle=3)), "keys.idle=3.*0 where idle_decay is 1"),
     ],
 )

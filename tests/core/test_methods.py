@@ -109,3 +109,28 @@ def test_maxrl_refuses_negative_rewards() -> None:
     with pytest.raises(ValueError, match='rewards holds -1, and method="maxrl" needs rewards of at least 0'):
         ebpo_core.advantages([[1.0, -1.0]], method="maxrl")
     ebpo_core.advantages([[1.0, -1.0]], method="maxrl", mask=[[True, False]])
+
+
+@pytest.mark.parametrize("eps", [5e-324, 1e-320, 1e-309])
+def test_an_eps_without_a_finite_reciprocal_makes_no_nan(eps: float) -> None:
+    for rewards in ([[1.0, 1.0], [1.0, 1.0]], np.ones((2, 2)), np.ones((2, 2), np.float32)):
+        for normalize in ("batch", "scale"):
+            ebpo = ebpo_core.EBPO(normalize=normalize, eps=eps)
+            np.testing.assert_array_equal(ebpo(rewards), np.zeros((2, 2)))
+        np.testing.assert_array_equal(ebpo_core.advantages(rewards, eps=eps), np.zeros((2, 2)))
+        np.testing.assert_array_equal(ebpo_core.advantages(rewards, method="reinforce_pp", eps=eps), np.zeros((2, 2)))
+    assert ebpo_core.EBPO(eps=eps).group([1.0, 1.0]) == [0.0, 0.0]
+    tiny = [[1e-320, 0.0], [5e-324, 0.0]]
+    assert ebpo_core.advantages(tiny, method="maxrl", eps=min(eps, 1e-320)) == [[0.0, 0.0], [0.0, 0.0]]
+    np.testing.assert_array_equal(reference.baseline_advantages("maxrl", tiny, eps=min(eps, 1e-320)), np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("method", ["rloo", "dr_grpo", "batch_mean", "james_stein", "pass_at_k"])
+def test_what_float32_cannot_hold_saturates(method: Any) -> None:
+    top = float(np.finfo(np.float32).max)
+    rewards = np.float32([[top, -top, -top], [-top, -top, -top]])
+    options = {"k": 2} if method == "pass_at_k" else {}
+    got = ebpo_core.advantages(rewards, method=method, **options)
+    wide = ebpo_core.advantages(rewards.astype(np.float64), method=method, **options)
+    np.testing.assert_array_equal(got, np.clip(wide, -top, top).astype(np.float32))
+    assert np.abs(wide).max() > 1.3 * top

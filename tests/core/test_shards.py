@@ -140,6 +140,10 @@ def test_a_group_of_one_is_a_plain_call(tmp_path: Path) -> None:
         ebpo, one = ebpo_core.EBPO(decay=0.5), ebpo_core.EBPO(decay=0.5)
         for i in range(6):
             r = np.random.default_rng(i).random((3, 4))
+            plain = ebpo(r, process_group=dist.group.WORLD)  # a matrix alone is reduced in an order of its own
+            np.testing.assert_array_equal(plain, one(r))
+            assert ebpo == one
+            assert ebpo.diagnostics.metrics() == one.diagnostics.metrics()  # type: ignore[union-attr]
             got = ebpo(r, keys=["a", "b", i], process_group=dist.group.WORLD)
             np.testing.assert_array_equal(got, one(r, keys=["a", "b", i]))
             assert ebpo == one

@@ -331,6 +331,50 @@ def test_merging_with_oneself_and_step() -> None:
     assert ebpo.step == 99
 
 
+@pytest.mark.parametrize("updates", [1000, 1040, 1060, 1071, 1090])
+def test_what_is_nearly_forgotten_can_still_be_saved(updates: int) -> None:
+    """A count below the normal floats loses digits, and sums that no longer agree with it would be refused."""
+    ebpo = ebpo_core.EBPO(decay=0.5)
+    ebpo([[0.3, 0.1, 0.7], [0.1, 0.2, 0.9]], keys=["idle", "idle"])
+    for _ in range(updates):
+        ebpo([[1.0, 0.0], [0.0, 1.0]])
+    other = ebpo_core.EBPO(decay=0.5)
+    other([[1.0, 0.0]], keys=["idle"])
+    merged = copy.deepcopy(other)
+    merged.merge(ebpo)
+    assert pickle.loads(pickle.dumps(merged)) == merged
+    slower = ebpo_core.EBPO(decay=0.6)
+    slower.load_state_dict(ebpo.state_dict())
+    slower([[1.0, 0.0], [0.0, 1.0]])  # from here on by another rate: what was idle is discounted up to now
+    assert pickle.loads(pickle.dumps(slower)) == slower
+    assert pickle.loads(pickle.dumps(slower.priors["idle"])) == slower.priors["idle"]
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+def test_clocks_of_any_age_are_read_and_none_runs_over(arrays: bool) -> None:
+    ebpo = ebpo_core.EBPO(decay=0.9)
+    for keys in ("ab", "aa"):
+        ebpo(np.eye(2), keys=list(keys))
+    state = ebpo.state_dict(arrays=arrays)
+    state["updates"] = 2**40
+    ebpo.load_state_dict(state)
+    ebpo(np.eye(2), keys=["a", "a"])
+    assert ebpo.state_dict()["updates"] == 2**40 + 1
+    assert ebpo.state_dict()["keys"][1]["idle"] == 2
+    before = ebpo.state_dict()
+    for field, value in (("updates", 2**63 - 1), ("updates", -1), ("updates", True), ("idle", 2**63 - 1)):
+        state = ebpo.state_dict(arrays=arrays)
+        if field == "updates":
+            state["updates"] = value
+        elif arrays:
+            state["keys"]["idle"][1] = value
+        else:
+            state["keys"][1]["idle"] = value
+        with pytest.raises(ValueError, match=f"state field .*{field}"):
+            ebpo.load_state_dict(state)
+        assert ebpo.state_dict() == before
+
+
 def test_replayed_steps_are_idempotent() -> None:
     ebpo = trained()
     first = ebpo(R, step=10)

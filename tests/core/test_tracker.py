@@ -53,6 +53,21 @@ def test_a_run_goes_on_from_its_state_bit_for_bit(
             assert taken_back == whole
 
 
+@pytest.mark.parametrize("matrix", [True, False])
+def test_the_first_update_by_another_rate_is_taken_back_to_the_bit(matrix: bool) -> None:
+    first = ebpo_core.EBPO(decay=0.9)
+    for keys_of_batch in (["a", ("a", 1)], ["b", "b"], ["b", "c"]):
+        first(np.array([[1.0, 0.3], [0.2, 0.1]]), keys=keys_of_batch)
+    later = ebpo_core.EBPO(decay=0.7)
+    later.load_state_dict(first.state_dict())
+    before = copy.deepcopy(later)
+    later(np.array([[0.0, 0.7], [0.5, 0.5]]), keys=None if matrix else ["b", "d"])
+    taken_back = later.before_update()
+    assert taken_back == before
+    assert taken_back.state_dict() == before.state_dict()
+    assert taken_back._state.digest() == before._state.digest()
+
+
 @settings(max_examples=50)
 @given(
     opts=options(),

@@ -187,7 +187,7 @@ ROWS: dict[str, Any] = dict(rewards=[1.0, 0.0, 1.0], groups=[0, 0, 1], trajector
     ("call", "error", "match"),
     [
         (dict(rewards=[[1.0, 0.0]], groups=None, trajectories=[0, 1]), ValueError, "trajectories.*matrix.*groups="),
-        (dict(trajectories=[0, 1]), ValueError, r"trajectories has shape \(2,\), rewards \(3,\)"),
+        (dict(trajectories=[0, 1]), ValueError, r"trajectories has shape \(2,\), rewards \(3,\): pass one id per"),
         (dict(trajectories=[0, None, 1]), ValueError, r"trajectories\[1\] is None"),
         (dict(trajectories=[[0], [1], [2]]), TypeError, r"trajectories\[0\].*list.*not hashable"),
         (dict(trajectories=[0, 0, 0]), ValueError, r"rewards\[1\] is 0.0 and rewards\[0\] is 1.0.*mask=.*turns="),
@@ -197,6 +197,9 @@ ROWS: dict[str, Any] = dict(rewards=[1.0, 0.0, 1.0], groups=[0, 0, 1], trajector
         (dict(trajectories=None, gamma=0.5), ValueError, "gamma=0.5.*without turns"),
         (dict(turns=[1, 1, 1], gamma=1.5), ValueError, r"gamma=1.5.*\[0, 1\]"),
         (dict(turns=[1, 1, 1], gamma="1"), TypeError, "gamma='1'"),
+        (dict(turns=[1, 1, 1], gamma=True), TypeError, "gamma=True"),
+        (dict(rewards=[[1.0, 0.0]], groups=None, trajectories=None, gamma=True), TypeError, "gamma=True"),
+        (dict(trajectories=None, gamma=np.ones(2)), TypeError, r"gamma=array\(\[1., 1.\]\)"),
         (dict(turns=[1, 1]), ValueError, r"turns has shape \(2,\)"),
         (dict(turns=[1, 1.0, 1]), TypeError, "turns has dtype float64"),
         (dict(turns=[1, -1, 1]), ValueError, r"turns\[1\] is -1"),

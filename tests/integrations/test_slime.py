@@ -92,6 +92,19 @@ def test_samples_cut_from_one_rollout_count_once() -> None:
     assert slime.estimator.get().state_dict() == seen
 
 
+def test_a_rollout_counts_once_whatever_kind_of_number_its_reward_is() -> None:
+    torch = pytest.importorskip("torch")
+    rewards, rollouts = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1, 2, 3]
+    groups = [0, 0, 0, 0, 1, 1]
+    results = []
+    for kind in (float, np.float32, torch.tensor):
+        slime.estimator.reset()
+        samples = [Sample(g, kind(r), rollout) for g, r, rollout in zip(groups, rewards, rollouts, strict=True)]
+        results.append(slime.reward_post_process(arguments(), samples)[1])
+        assert slime.running(arguments()).prior.count == 4
+    assert results[0] == results[1] == results[2]
+
+
 def test_equal_rewards_of_different_rollouts_all_count() -> None:
     slime.reward_post_process(arguments(), [Sample(0, 1.0), Sample(0, 1.0), Sample(0, 1.0, 1), Sample(0, 1.0, 2)])
     assert slime.estimator.get().prior.state_dict()["rewards"]["count"] == 4

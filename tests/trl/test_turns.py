@@ -248,3 +248,14 @@ def test_keys_with_their_turns_are_counted_when_the_trainer_is_built(tmp_path: P
     trainer = built(10)  # two topics, and in each of them up to three calls and an answer
     trainer.train()
     assert {("a", 1), ("a", 2), ("b", 1)} < set(trainer.ebpo.priors)
+
+
+def test_the_callers_list_of_reward_functions_is_left_alone(tmp_path: Path, tokens: Any) -> None:
+    """A second trainer that is given it would get sums in the place of turns."""
+    rewards = [costs, outcome]
+    data, policy = agent.prompts(), agent.policy(tokens, steps=0)
+    for _ in range(2):
+        args = tiny.config(EBPOConfig, tmp_path, **SETTINGS)
+        trainer = Recording(policy, rewards, args, train_dataset=data, processing_class=tokens, tools=[agent.look])
+        assert rewards == [costs, outcome]
+        assert [function.__wrapped__ for function in trainer.reward_funcs] == rewards

@@ -60,8 +60,10 @@ def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[Any], l
     check(args)
     raw = [sample.get_reward_value(args) for sample in samples]
     ebpo = running(args)
+    rewards = np.array([np.nan if reward is None else reward for reward in raw], dtype=np.float64)
     groups, rollouts = [], []
-    for row, (sample, reward) in enumerate(zip(samples, raw, strict=True)):
+    # Plain numbers: tensors of one value would not be one.
+    for row, (sample, reward) in enumerate(zip(samples, rewards.tolist(), strict=True)):
         if sample.group_index is None:
             raise ValueError(
                 f"sample {row} has no group_index, and EBPO needs to know which samples share a prompt: set it in the "
@@ -70,7 +72,6 @@ def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[Any], l
         groups.append(sample.group_index)
         # An outcome of a rollout is a trajectory: sub-agents of one may have rewards of their own.
         rollouts.append((row,) if sample.rollout_id is None else (sample.rollout_id, reward))
-    rewards = np.array([np.nan if reward is None else reward for reward in raw], dtype=np.float64)
     columns = estimator.columns
     keys = [key_of_row(columns, sample.metadata, f"{WHERE}: keys") for sample in samples] if columns else None
     return raw, ebpo(rewards, groups, keys=keys, trajectories=rollouts).tolist()

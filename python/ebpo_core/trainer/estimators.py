@@ -63,8 +63,9 @@ class Estimators:
         """The ``ebpo/`` metrics of the last batch, with the function's name in each where there is one."""
         metrics: dict[str, float] = {}
         for ebpo, name in zip(self.all, self.functions or [""], strict=True):
-            if ebpo.diagnostics is not None:
-                metrics |= ebpo.diagnostics.metrics(f"ebpo/{name}/" if name else "ebpo/")
+            diagnostics = ebpo.diagnostics  # computed at each access
+            if diagnostics is not None:
+                metrics |= diagnostics.metrics(f"ebpo/{name}/" if name else "ebpo/")
         return metrics
 
     def state(self, *, before_update: bool = False) -> EBPO | list[dict[str, Any]]:

@@ -81,8 +81,8 @@ class EBPOMixin(CompleteCheckpoints):
         self._ebpo_turn_rewards = TurnRewards()
         if self.args.ebpo_turns:
             self._check_turns()
-            functions: list[Any] = self.reward_funcs
-            functions[:] = [self._ebpo_turn_rewards.recorded(i, function) for i, function in enumerate(functions)]
+            record = self._ebpo_turn_rewards.recorded  # in a list of our own: TRL's is the caller's
+            self.reward_funcs = [record(i, function) for i, function in enumerate(self.reward_funcs)]
         names = self.reward_func_names if self.args.ebpo_per_reward else None
         self._estimators = Estimators(self.args.ebpo_options(), names)
         if self.args.ebpo_prior is not None:

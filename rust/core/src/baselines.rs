@@ -1,7 +1,7 @@
 //! The stateless methods that users compare EBPO with, in one enum.
 
 use crate::batch::Batch;
-use crate::estimator::inverse_scale;
+use crate::estimator::{inverse_scale, reciprocal_or_zero};
 use crate::float::Float;
 use crate::groups::Group;
 use crate::james_stein::james_stein;
@@ -26,7 +26,7 @@ pub enum Method {
     Constant(f64),
     /// `r - mean` over the batch.
     BatchMean,
-    /// `(r - mu) / (mu + eps)` for rewards of at least 0; 0 where mu = 0.
+    /// `(r - mu) / (mu + eps)` for rewards of at least 0; 0 where mu = 0, or `mu + eps` has no finite reciprocal.
     MaxRl(f64),
     /// See the module `pass_at_k`.
     PassAtK(f64),
@@ -100,7 +100,9 @@ impl Method {
             Self::JamesStein => james_stein(groups),
             Self::Constant(c) => everywhere(c, 1.0),
             Self::BatchMean => everywhere(Prior::of(groups).rewards().mean(), 1.0),
-            Self::MaxRl(eps) => about_means(groups, |g| if g.mean > 0.0 { 1.0 / (g.mean + eps) } else { 0.0 }),
+            Self::MaxRl(eps) => {
+                about_means(groups, |g| if g.mean > 0.0 { reciprocal_or_zero(g.mean + eps) } else { 0.0 })
+            }
             Self::PassAtK(_) => Affine::default(), // not of that form
         }
     }

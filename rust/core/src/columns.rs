@@ -5,6 +5,9 @@ use hashbrown::HashMap;
 use crate::tree::AT_ROOT;
 use crate::{Error, Path, Prior, Tree};
 
+/// Most ticks of a clock in a stored state: sums and differences of two such stay in range, however long it then runs.
+const MOST_TICKS: i64 = 1 << 62;
+
 /// One entry per key, the root left out; parents come before their children.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Columns {
@@ -87,17 +90,22 @@ impl Columns {
         if !(rho > 0.0 && rho <= 1.0) {
             return Err(Error::InvalidState { field: "idle_decay", value: rho, expected: "a number in (0, 1]" });
         }
+        if !(0..=MOST_TICKS).contains(&clock) {
+            let (value, expected) = (clock as f64, "at least 0 and at most 2**62");
+            return Err(Error::InvalidState { field: "updates", value, expected });
+        }
         let mut tree = Tree::new(root, rho, clock);
         let statistics = self.statistics.as_chunks::<9>().0;
         for (index, part) in self.parts().enumerate() {
             let (parent, idle) = (self.parents[index], self.idle[index]);
             let parent = if parent == -1 { AT_ROOT } else { parent.cast_unsigned() };
             if parent != AT_ROOT && parent >= index {
-                let (value, expected) = (parent as f64, "-1 for the root, or the number of an earlier key");
+                let (value, expected) =
+                    (self.parents[index] as f64, "-1 for the root, or the number of an earlier key");
                 return Err(Error::InvalidState { field: "keys.parents", value, expected });
             }
-            if idle < 0 || (idle > 0 && rho == 1.0) {
-                let expected = "at least 0, and 0 where idle_decay is 1";
+            if !(0..=MOST_TICKS).contains(&idle) || (idle > 0 && rho == 1.0) {
+                let expected = "at least 0 and at most 2**62, and 0 where idle_decay is 1";
                 return Err(Error::InvalidState { field: "keys.idle", value: idle as f64, expected });
             }
             let refuse = |tree: &Tree, problem| {

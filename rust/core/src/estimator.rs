@@ -218,7 +218,8 @@ pub(crate) fn finish(options: &Options, groups: &GroupStats, shrunk: &[(f64, f64
     (affine, shrinkage, baseline)
 }
 
-/// `1 / (std + eps)`, `1 / (rms + eps)` or 1; 0 where the denominator is 0, since every deviation then is.
+/// `1 / (std + eps)`, `1 / (rms + eps)` or 1; 0 where the denominator is 0, since every deviation then is, or has no finite
+/// reciprocal, since the spread then is 0.
 #[inline]
 pub(crate) fn inverse_scale(options: &Options, rows: f64, squares: f64) -> f64 {
     let divisor = match options.normalize {
@@ -227,6 +228,12 @@ pub(crate) fn inverse_scale(options: &Options, rows: f64, squares: f64) -> f64 {
         Normalize::Batch => rows - f64::from(options.norm_ddof),
     };
     let spread = if divisor > 0.0 { (squares / divisor).sqrt() } else { 0.0 };
-    let denominator = spread + options.eps;
-    if denominator > 0.0 { 1.0 / denominator } else { 0.0 }
+    reciprocal_or_zero(spread + options.eps)
+}
+
+/// `1 / x`; 0 where that is not finite, so that its product with 0 is 0.
+#[inline]
+pub(crate) fn reciprocal_or_zero(x: f64) -> f64 {
+    let inverse = 1.0 / x;
+    if inverse.is_finite() { inverse } else { 0.0 }
 }

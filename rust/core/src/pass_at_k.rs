@@ -41,7 +41,7 @@ pub(crate) fn pass_at_k<T: Float>(batch: &Batch<'_, T>, k: f64, out: &mut [T]) -
         }
         rows.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
         for (advantage, &(_, row)) in of_sorted(rows, n, k).into_iter().zip(rows.iter()) {
-            out[row] = T::narrow(advantage);
+            out[row] = T::narrow(advantage.clamp(-T::MAX, T::MAX)); // k differences may leave the range of `f32`
         }
     }
     Ok(())

@@ -132,8 +132,9 @@ impl Prior {
         self.ssw *= rho;
         self.dof *= rho;
         self.inv_n *= rho;
-        if self.rewards.count() == 0.0 || self.means.count() == 0.0 {
-            *self = Self::default(); // the counts underflowed: nothing is remembered
+        // Below this a product has lost digits, and the sums would no longer agree with each other.
+        if self.rewards.count() < f64::MIN_POSITIVE || self.means.count() < f64::MIN_POSITIVE {
+            *self = Self::default();
         }
     }
 

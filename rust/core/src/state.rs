@@ -69,7 +69,7 @@ impl State {
             let visited = visits.prefixes().iter().zip(&found).filter(|(prefix, _)| !visits.groups(prefix).is_empty());
             let old = visited.clone().filter_map(|(_, key)| *key);
             self.tree.check_room(visited.filter(|(_, key)| key.is_none()).count(), options.max_keys)?;
-            self.before = Some((self.tree.before(old.clone()), self.step));
+            self.before = Some((self.tree.before(options, old.clone()), self.step));
             let batch = Prior::of(groups);
             if !batch.is_empty() {
                 self.tree.forget(options, old); // rows that do not count never touch a prior, hence neither does time
@@ -122,7 +122,7 @@ impl State {
         }
         let update = update && self.is_newer(step);
         if update {
-            self.before = Some((self.tree.before(iter::empty()), self.step));
+            self.before = Some((self.tree.before(options, iter::empty()), self.step));
             self.tree.forget(options, iter::empty());
             self.tree.root.merge(batch.prior());
             self.step = step.or(self.step);

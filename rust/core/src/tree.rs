@@ -131,16 +131,17 @@ impl Tree {
         if new > 0 && count > max_keys { Err(Error::TooManyKeys { count, max_keys }) } else { Ok(()) }
     }
 
-    /// What an update of these keys is going to overwrite.
-    pub(crate) fn before(&self, keys: impl Iterator<Item = usize>) -> Before {
+    /// What an update of these keys is going to overwrite: all keys, where it is the first by another rate.
+    pub(crate) fn before(&self, options: &Options, keys: impl Iterator<Item = usize>) -> Before {
         let saved = |key: usize| (key, self.nodes[key].prior, self.nodes[key].touched);
+        let settled = if self.is_other_rate(options) { 0..self.nodes.len() } else { 0..0 };
         Before {
             root: self.root,
             rho: self.rho,
             clock: self.clock,
             nodes: self.nodes.len(),
             names: self.names.len(),
-            touched: keys.map(saved).collect(),
+            touched: settled.chain(keys).map(saved).collect(),
         }
     }
 
@@ -165,11 +166,11 @@ impl Tree {
         let rho = options.decay;
         self.root.decay(rho);
         let by_update = options.decay_by == DecayBy::Update;
+        if self.is_other_rate(options) {
+            self.settle();
+            self.rho = rho;
+        }
         if by_update && rho < 1.0 {
-            if rho.to_bits() != self.rho.to_bits() {
-                self.settle();
-                self.rho = rho;
-            }
             self.clock += 1;
         }
         for key in keys {
@@ -345,6 +346,11 @@ impl Tree {
             prior.decay(self.rho.powf(idle as f64));
         }
         prior
+    }
+
+    /// True where an update discounts idle keys, and by another rate than the clock's.
+    fn is_other_rate(&self, options: &Options) -> bool {
+        options.decay_by == DecayBy::Update && options.decay < 1.0 && options.decay.to_bits() != self.rho.to_bits()
     }
 
     /// Discount every key up to now, before the rate changes.
