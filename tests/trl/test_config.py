@@ -97,7 +97,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         HfArgumentParser(EBPOConfig).parse_args(["--help"])
     printed = capsys.readouterr().out
     fields = {name: field for name, field in EBPOConfig.__dataclass_fields__.items() if name.startswith("ebpo_")}
-    assert len(fields) == 18
+    assert len(fields) == 20
     for name, field in fields.items():
         assert f"--{name}" in printed
         assert len(field.metadata["help"]) > 30
