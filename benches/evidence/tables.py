@@ -72,6 +72,21 @@ def levels(_: Any, cells: Any, __: Any) -> str:
     return table([*head, "over GRPO, points (95 %)"], rows)
 
 
+def outcomes(_: Any, cells: Any, __: Any) -> str:
+    """EBPO less GRPO in every outcome, on the middle rung."""
+    rows = []
+    for G in (2, 4, 8):
+        arms = cells.get(("countdown", "middle", G, ""), {})
+        for name in OUTCOMES:
+            rate = "@" in name
+            c = paired(arms, "ebpo", "grpo", name, 100.0 if rate else 1.0)
+            if c is not None:
+                digits = ".1f" if rate else ".3f"
+                shown = f"{c.mean:+{digits}} ({c.low:+{digits}} to {c.high:+{digits}})"
+                rows.append([str(G), name, str(c.seeds), shown, f"{c.wins}/{c.seeds}"])
+    return table(["G", "outcome", "pairs", "EBPO - GRPO (95 %)", "above"], rows)
+
+
 def ladder(_: Any, cells: Any, __: Any) -> str:
     rows = []
     arms_shown = ("ebpo", "constant", "batch_mean")
@@ -227,6 +242,7 @@ TABLES: dict[str, Callable[[Any, Any, Any], str]] = {
     "rates": rates,
     "main": main,
     "levels": levels,
+    "outcomes": outcomes,
     "ladder": ladder,
     "scale": scale,
     "variants": variants,
