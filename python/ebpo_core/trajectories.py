@@ -40,11 +40,11 @@ def read_rows(
     gamma = real("gamma", gamma)
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma={gamma!r}: expected a number in [0, 1]")
+    if turns is None and gamma != 1.0:
+        raise ValueError(f"gamma={gamma!r} was given without turns, whose rewards it discounts: pass turns=")
     if trajectories is None:
         if turns is not None:
             raise ValueError("turns was given without trajectories: name the trajectory of each row, too")
-        if gamma != 1.0:
-            raise ValueError(f"gamma={gamma!r} was given without turns, whose rewards it discounts: pass turns=")
         return batch, read
     if isinstance(batch.groups, int):
         raise ValueError(
@@ -56,8 +56,6 @@ def read_rows(
     # An id names a trajectory of its prompt: 0, 1, ... may be used again in the next.
     codes, units = _core.codes_of_ints(prompts.astype(np.int64) * count + named)
     if turns is None:
-        if gamma != 1.0:
-            raise ValueError(f"gamma={gamma!r} was given without turns, whose rewards it discounts: pass turns=")
         return _counted_once(batch, codes, units), read
     return _by_turn(batch, prompts, read, codes, integers("turns", turns, batch.rewards.size), gamma)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from trl import GRPOConfig  # type: ignore[attr-defined]
 
 from ebpo_core import EBPO
+from ebpo_core.estimator import Options
 
 # No `from __future__ import annotations` here: argparse-building parsers (HfArgumentParser, TrlParser) read the
 # field types of this dataclass at run time.
@@ -140,19 +141,7 @@ class EBPOArguments:
 
     def ebpo_options(self) -> dict[str, Any]:
         """The keyword arguments of :class:`ebpo_core.EBPO` that these fields stand for."""
-        names = (
-            "normalize",
-            "sigma2",
-            "tau2",
-            "score",
-            "leave_one_out",
-            "decay",
-            "decay_by",
-            "eps",
-            "ddof",
-            "norm_ddof",
-        )
-        return {name: getattr(self, f"ebpo_{name}") for name in (*names, "kappa", "max_keys")}
+        return {name: getattr(self, f"ebpo_{name}") for name in Options.__annotations__}
 
     def ebpo_key_columns(self) -> list[str]:
         """``ebpo_keys`` as a list; a YAML file may hold one name alone."""
