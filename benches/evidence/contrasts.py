@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+from training import COMMON_RATE, tuned_rates, tuned_with
 
 HERE = Path(__file__).resolve().parent
 
 Cell = tuple[str, str, int, str]
 """Task, rung, G and variant: the plain protocol "", or one of the names that ``cell_of`` gives."""
+
+MIDDLE: Cell = ("countdown", "middle", 2, "")
+COMMON: Cell = ("countdown", "middle", 2, "one rate")
+"""The cell of the learning rates' tuning, with each arm's own rate and with one for all."""
 
 BASELINES = ("grpo", "rloo", "constant", "batch_mean")
 """What the protocol's main contrasts compare the two forms of EBPO with."""
@@ -50,12 +55,26 @@ def cell_of(record: Mapping[str, Any]) -> Cell:
 
 
 def by_cell(records: Iterable[Mapping[str, Any]]) -> dict[Cell, dict[str, dict[int, Mapping[str, Any]]]]:
-    """Records by cell, arm and seed, without those that tuned the learning rate."""
+    """Records by cell, arm and seed, without those that tuned the learning rate.
+
+    A run at :data:`training.COMMON_RATE` is in the variant of that name; it is in the plain cell, too, if it is the rate
+    that its arm was tuned to.
+    """
+    records = list(records)
+    rates = tuned_rates({record["hash"]: record for record in records if "hash" in record})
     found: dict[Cell, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for record in records:
         config = record["config"]
-        if config["seed"] < 1000:
-            found.setdefault(cell_of(record), {}).setdefault(config["arm"], {})[config["seed"]] = record
+        if config["seed"] >= 1000:
+            continue
+        cell = cell_of(record)
+        cells = [cell]
+        if cell == MIDDLE:
+            rate = rates.get(tuned_with(config["arm"]), config["rate"])
+            cells = [cell] if config["rate"] == rate else []
+            cells += [COMMON] if config["rate"] == COMMON_RATE else []
+        for each in cells:
+            found.setdefault(each, {}).setdefault(config["arm"], {})[config["seed"]] = record
     return found
 
 

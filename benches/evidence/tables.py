@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from contrasts import Contrast, main_family, outcome, over_tasks, paired, saturated_at_start
+from contrasts import COMMON, Contrast, main_family, outcome, over_tasks, paired, saturated_at_start
 
 OUTCOMES = ("pass@1", "pass@16", "maj@16", "distinct", "entropy", "kl", "grad_norm")
 
@@ -23,12 +23,12 @@ def difference(c: Contrast | None) -> str:
     return "" if c is None else f"{c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f})"
 
 
-def progress(training: Any, cells: Any, _: Any) -> str:
+def progress(training: Any, _: Any, __: Any) -> str:
     seconds = sum(record["cpu_seconds"] for record in training)
     commits = list(dict.fromkeys(record["commit"] for record in training))
-    paired_runs = sum(len(seeds) for arms in cells.values() for seeds in arms.values())
+    tuning = sum(record["config"]["seed"] >= 1000 for record in training)
     return (
-        f"{len(training)} runs ({len(training) - paired_runs} of them to tune learning rates), "
+        f"{len(training)} runs ({tuning} of them to tune learning rates), "
         f"{seconds / 3600:.1f} CPU hours, at {', '.join(commits) or 'no commit'}.\n"
     )
 
@@ -108,14 +108,23 @@ def ladder(_: Any, cells: Any, __: Any) -> str:
     return table([*head, *(f"{arm} - grpo" for arm in arms_shown), "visible"], rows)
 
 
+def _over_grpo(arms: Any, *names: str) -> str:
+    """Differences of every arm to GRPO in the named outcomes, which are rates."""
+    rows = []
+    for arm in arms:
+        first = None if arm == "grpo" else paired(arms, arm, "grpo", names[0])
+        if first is not None:
+            others = [difference(paired(arms, arm, "grpo", name)) for name in names[1:]]
+            rows.append([arm, str(first.seeds), difference(first), *others, f"{first.wins}/{first.seeds}"])
+    return table(["arm", "pairs", *(f"{name} over GRPO (95 %)" for name in names), f"ahead in {names[0]}"], rows)
+
+
+def common(_: Any, cells: Any, __: Any) -> str:
+    return _over_grpo(cells.get(COMMON, {}), "pass@1", "pass@16", "maj@16")
+
+
 def scale(_: Any, cells: Any, __: Any) -> str:
-    arms = cells.get(("countdown", "middle", 2, "equal scale"), {})
-    rows = [
-        [arm, str(c.seeds), difference(c), f"{c.wins}/{c.seeds}"]
-        for arm in arms
-        if arm != "grpo" and (c := paired(arms, arm, "grpo")) is not None
-    ]
-    return table(["arm", "pairs", "over GRPO, points (95 %)", "ahead"], rows)
+    return _over_grpo(cells.get(("countdown", "middle", 2, "equal scale"), {}), "pass@1", "pass@16", "maj@16")
 
 
 def variants(_: Any, cells: Any, __: Any) -> str:
@@ -244,6 +253,7 @@ TABLES: dict[str, Callable[[Any, Any, Any], str]] = {
     "levels": levels,
     "outcomes": outcomes,
     "ladder": ladder,
+    "common": common,
     "scale": scale,
     "variants": variants,
     "tasks": tasks,

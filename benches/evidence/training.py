@@ -9,7 +9,8 @@ of its configuration and the commit. A run with another configuration has anothe
 ``--workers N`` runs N at once. ``--stage`` limits the queue to one of ``STAGES``: "rates" tunes the learning rates that
 the others use, "main" is the family of the protocol's contrasts, "arms" the other rules on the same rung, "ladder" the
 other rungs and tasks, "scale" the advantages of equal root mean square, "calls" one prompt in a call of the rule,
-"repeat" 512 prompts that come back, with a prior for each, "smollm2" a real pre-trained model.
+"repeat" 512 prompts that come back, with a prior for each, "common" the main arms at one learning rate, "smollm2" a
+real pre-trained model.
 """
 
 from __future__ import annotations
@@ -41,14 +42,16 @@ STEPS, ROLLOUTS = 75, 512
 RATES = (1e-4, 2e-4, 4e-4)
 TUNING_SEEDS = (1000, 1001)
 DEFAULT_RATE = 4e-4
-STAGES = ("rates", "main", "arms", "ladder", "scale", "calls", "repeat", "smollm2")
+COMMON_RATE = 2e-4
+STAGES = ("rates", "main", "common", "arms", "ladder", "scale", "calls", "repeat", "smollm2")
 Step = tuple[str, Sequence[str] | None, Sequence[int] | None, int | None]
 ORDER: tuple[Step, ...] = (
     *(
         (stage, arms, (2,), 10)
         for arms in (("ebpo", "grpo"), ("constant", "batch_mean"), ("rloo", "ebpo_options"))
-        for stage in ("rates", "main")
+        for stage in ("rates", "main", "common")
     ),
+    ("arms", ("mix_50", "mix_0"), (2,), 10),
     ("main", None, (2,), None),
     *((stage, None, None, None) for stage in STAGES[1:]),
 )
@@ -125,6 +128,9 @@ def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
     elif stage == "main":  # seed by seed, so that a cut leaves whole pairs
         for G, seed, arm in product((2, 4), range(20), MAIN_ARMS):
             yield cell("countdown", "middle", G, arm, seed)
+    elif stage == "common":  # where an arm was tuned to this rate, its run is the one of "main"
+        for seed, arm in product(range(10), MAIN_ARMS):
+            yield configuration("countdown", "middle", 2, arm, seed, COMMON_RATE)
     elif stage == "arms":
         for seed, arm in product(range(10), MORE_ARMS):
             yield cell("countdown", "middle", 2, arm, seed)
@@ -354,7 +360,7 @@ def main() -> None:
             and (seeds is None or config["seed"] < seeds or stage == "rates")
         ]
         untuned = {tuned_with(config["arm"]) for config in wanted} - set(rates)
-        if stage != "rates" and untuned and not arguments.list:
+        if stage not in ("rates", "common") and untuned and not arguments.list:
             names = " ".join(sorted(untuned))
             parser.error(f"--stage {stage}: the learning rates come first, run --stage rates --arms {names}")
         missing = [config for config in wanted if name_of(config) not in records]

@@ -81,6 +81,21 @@ def test_cells_are_never_mixed() -> None:
     assert all(len(arms["ebpo"]) == 1 for arms in cells.values())
 
 
+def test_run_at_the_common_rate_stays_out_of_the_cell_of_tuned_rates() -> None:
+    tuning = [
+        {**run_of("ebpo", config["seed"], score), "config": config, "hash": training.name_of(config)}
+        for config in training.tuning("ebpo")
+        for score in [0.5 if config["rate"] == 4e-4 else 0.4]
+    ]
+    records = [run_of("ebpo", 0, 0.45, rate=4e-4), run_of("ebpo", 0, 0.43, rate=2e-4), run_of("grpo", 0, 0.4, rate=2e-4)]
+    cells = contrasts.by_cell([*tuning, *records])
+    assert contrasts.outcome(cells[contrasts.MIDDLE]["ebpo"][0], "pass@1") == 0.45
+    assert contrasts.outcome(cells[contrasts.COMMON]["ebpo"][0], "pass@1") == 0.43
+    # GRPO has no records of a tuning here, so that its rate counts as its own, and is the common one as well.
+    assert contrasts.outcome(cells[contrasts.MIDDLE]["grpo"][0], "pass@1") == 0.4
+    assert contrasts.outcome(cells[contrasts.COMMON]["grpo"][0], "pass@1") == 0.4
+
+
 def test_committed_records_are_whole_and_each_belongs_to_its_configuration() -> None:
     records = contrasts.read("training")
     assert records
