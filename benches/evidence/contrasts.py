@@ -57,8 +57,8 @@ def cell_of(record: Mapping[str, Any]) -> Cell:
 def by_cell(records: Iterable[Mapping[str, Any]]) -> dict[Cell, dict[str, dict[int, Mapping[str, Any]]]]:
     """Records by cell, arm and seed, without those that tuned the learning rate.
 
-    A run at :data:`training.COMMON_RATE` is in the variant of that name; it is in the plain cell, too, if it is the rate
-    that its arm was tuned to.
+    A run at :data:`training.COMMON_RATE` is in the cell of that rate; it is in the plain one, too, if its arm was tuned
+    to the same.
     """
     records = list(records)
     rates = tuned_rates({record["hash"]: record for record in records if "hash" in record})

@@ -87,7 +87,8 @@ def test_run_at_the_common_rate_stays_out_of_the_cell_of_tuned_rates() -> None:
         for config in training.tuning("ebpo")
         for score in [0.5 if config["rate"] == 4e-4 else 0.4]
     ]
-    records = [run_of("ebpo", 0, 0.45, rate=4e-4), run_of("ebpo", 0, 0.43, rate=2e-4), run_of("grpo", 0, 0.4, rate=2e-4)]
+    scores = (("ebpo", 0.45, 4e-4), ("ebpo", 0.43, 2e-4), ("grpo", 0.4, 2e-4))
+    records = [run_of(arm, 0, score, rate=rate) for arm, score, rate in scores]
     cells = contrasts.by_cell([*tuning, *records])
     assert contrasts.outcome(cells[contrasts.MIDDLE]["ebpo"][0], "pass@1") == 0.45
     assert contrasts.outcome(cells[contrasts.COMMON]["ebpo"][0], "pass@1") == 0.43
