@@ -55,6 +55,7 @@ def write_prior(path: str | os.PathLike[str], state: Any, **extra: Any) -> Path:
     Returns:
         The file's path.
     """
+    json.dumps(extra)  # what is not JSON is refused before any file is written
     target = Path(path)
     if target.suffix != ".json" or target.is_dir():
         target = target / PRIOR_NAME

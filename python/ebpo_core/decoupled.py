@@ -62,6 +62,8 @@ def decoupled(
             own = np.ascontiguousarray(values[..., kind], dtype=np.float64)
             total += weight * advantages(own, groups, method=rule, **rows, **options)
     except ValueError as error:
+        if not str(error).startswith("rewards"):  # an option, which is the same for all
+            raise
         raise ValueError(f"{error}; these rewards are those of kind {kind}, rewards[..., {kind}]") from None
     if method == "gdpo":
         large = float(np.abs(total).max())

@@ -153,14 +153,21 @@ def _read_tensor(rewards: torch.Tensor) -> tuple[NDArray[Any], Callable[[NDArray
     on_device = None if rewards.is_cpu else torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
 
     def restore(flat: NDArray[Any]) -> Any:
-        if dtype not in (torch.float32, torch.float64):
-            flat = _round_to_torch(flat, dtype)
-        elif dtype == torch.float32 and flat.dtype != np.float32:
-            flat = round_to(flat, np.dtype(np.float32))  # torch itself would make infinities
-        values = torch.from_numpy(flat).reshape(rewards.shape).to(dtype)
+        values = tensor_of(flat, dtype).reshape(rewards.shape)
         return values if on_device is None else on_device.copy_(values)
 
     return array, restore
+
+
+def tensor_of(values: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """A CPU tensor of float values, each rounded once; one beyond the range of the dtype saturates."""
+    import torch
+
+    if dtype not in (torch.float32, torch.float64):
+        values = _round_to_torch(values, dtype)
+    elif dtype == torch.float32:
+        values = values if values.dtype == np.float32 else round_to(values, np.dtype(np.float32))
+    return torch.from_numpy(values).to(dtype)
 
 
 def _round_to_torch(values: NDArray[np.float64], dtype: torch.dtype) -> NDArray[np.float64]:

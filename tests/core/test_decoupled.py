@@ -151,3 +151,9 @@ def test_an_error_names_the_reward() -> None:
     with pytest.raises(ValueError, match=r"rewards\[2\]") as caught:
         ebpo_core.advantages([[[0.0, 1.0], [0.0, 0.0], [0.0, np.inf]]], weights=[1.0, 1.0])
     assert str(caught.value).endswith("; these rewards are those of kind 1, rewards[..., 1]")
+
+
+def test_an_error_of_the_method_names_no_reward() -> None:
+    with pytest.raises(ValueError, match='method="nope"') as caught:
+        ebpo_core.advantages([[[0.0, 1.0], [0.0, 0.0]]], weights=[1.0, 1.0], method="nope")
+    assert "kind" not in str(caught.value)

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 import ebpo_core
 from ebpo_core import reference
+from ebpo_core.inputs import tensor_of
+
+LARGE = [1e300, -1e39, 70000.0, 1.0 + 2.0**-11 + 2.0**-40]
 
 R = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
 EXPECTED = reference.algorithm_1(R)
@@ -318,3 +321,18 @@ def test_a_matrix_gives_the_same_bits_in_any_container(normalize: Any) -> None:
             assert ebpo == expected
             np.testing.assert_array_equal(got, ebpo_core.EBPO(normalize=normalize)(rewards))
             np.testing.assert_array_equal(ebpo_core.advantages(form), ebpo_core.advantages(rewards))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("float64", LARGE),
+        ("float32", [3.4028234663852886e38, -3.4028234663852886e38, 70000.0, 1.0 + 2.0**-11]),
+        ("float16", [65504.0, -65504.0, 65504.0, 1.0 + 2.0**-10]),  # by way of float32 the last would be 1
+    ],
+)
+def test_a_tensor_of_advantages_saturates_and_is_rounded_once(dtype: str, expected: list[float]) -> None:
+    torch = pytest.importorskip("torch")
+    got = tensor_of(np.array(LARGE), getattr(torch, dtype))
+    assert str(got.dtype) == f"torch.{dtype}"
+    assert got.tolist() == expected

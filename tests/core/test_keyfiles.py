@@ -162,3 +162,11 @@ def test_a_reader_sees_the_new_files_where_the_old_ones_went_meanwhile(
     (tmp_path / prior_files(tmp_path)[1]).unlink()
     with pytest.raises(ValueError, match="copy both files"):
         read_prior(tmp_path)
+
+
+def test_a_field_that_is_not_json_leaves_no_file(tmp_path: Path) -> None:
+    write_prior(tmp_path, tracker(seed=1))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(TypeError, match="set is not JSON serializable"):
+        write_prior(tmp_path, tracker(seed=2), tags={"a"})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from ebpo_core.checkpoint import write_prior
 from ebpo_core.estimator import EBPO
+from ebpo_core.inputs import tensor_of
 from ebpo_core.integrations import process
 
 
@@ -82,7 +83,7 @@ class EBPONorm:
                 raise
             expected = f"{self.group_size}: set actor.reward_norm.group_size" if group_sizes is None else f"{sizes}"
             raise ValueError(f"{len(rewards)} completions do not make up groups of {expected}") from error
-        return torch.from_numpy(scored.astype(np.float32)).to(x.device).reshape(x.shape)
+        return tensor_of(scored, torch.float32).to(x.device).reshape(x.shape)
 
     def _process_group(self, group: Any) -> Any:
         group = group if group is not None or self.engine is None else self.engine.data_parallel_group

@@ -33,6 +33,7 @@ from skyrl.train.utils.utils import validate_cfg
 
 from ebpo_core.checkpoint import PRIOR_NAME, prior_files, write_prior
 from ebpo_core.estimator import EBPO
+from ebpo_core.inputs import tensor_of
 from ebpo_core.integrations import checks, process
 
 NAME = "ebpo"
@@ -91,8 +92,8 @@ def compute_ebpo_advantage(
     real = np.array([_PADDING.fullmatch(uid) is None for uid in uids], dtype=bool)
     rewards = token_level_rewards.detach().sum(-1, dtype=torch.float64).cpu().numpy()
     checks.check_finite(np.where(real, rewards, 0.0), uids)
-    advantages = torch.from_numpy(running(config)(rewards, uids, mask=real))
-    advantages = advantages.to(token_level_rewards.device, token_level_rewards.dtype).unsqueeze(-1) * response_mask
+    advantages = tensor_of(running(config)(rewards, uids, mask=real), token_level_rewards.dtype)
+    advantages = advantages.to(token_level_rewards.device).unsqueeze(-1) * response_mask
     return advantages, advantages
 
 

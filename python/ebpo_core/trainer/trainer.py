@@ -39,6 +39,7 @@ from trl import GRPOTrainer  # type: ignore[attr-defined]
 
 from ebpo_core import EBPO
 from ebpo_core.checkpoint import PRIOR_NAME, CompleteCheckpoints, read_prior, write_prior
+from ebpo_core.inputs import tensor_of
 
 from .config import EBPOArguments, EBPOConfig
 from .estimators import Estimators
@@ -173,7 +174,7 @@ class EBPOMixin(CompleteCheckpoints):
 
         # This rank's slice takes the place of TRL's advantages; in shadow mode both are only logged.
         local: torch.Tensor = output["advantages"]
-        ours = torch.from_numpy(advantages.reshape(-1)).to(local.dtype)  # of all ranks, rounded once
+        ours = tensor_of(advantages.reshape(-1), local.dtype)  # of all ranks
         logged = self._logs["advantages"]
         if self.args.ebpo_shadow:
             # TRL keeps at most one training batch in its log; the same tail of ours is compared and shown beside it.

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from ebpo_core.inputs import tensor_of
+
 from .metrics import weighted_sum
 
 if TYPE_CHECKING:
@@ -159,5 +161,5 @@ def by_token(advantages: Sequence[Array], mask: torch.Tensor, dtype: torch.dtype
     table = np.zeros((len(advantages), longest))
     for row, of_one in enumerate(advantages):
         table[row, : len(of_one)] = of_one
-    chosen = torch.from_numpy(table).gather(1, turn_of_token(mask).clamp(min=0).cpu())
-    return torch.where(mask, chosen.to(mask.device, dtype), 0)
+    chosen = tensor_of(table, dtype).gather(1, turn_of_token(mask).clamp(min=0).cpu())
+    return torch.where(mask, chosen.to(mask.device), 0)

@@ -227,6 +227,15 @@ def test_a_frozen_head_is_refused(start: Path, tmp_path: Path) -> None:
     worker.sft_trainer(frozen, tmp_path, routing_loss_weight=0.0, max_steps=1).train()  # language modelling alone
 
 
+def test_the_balancing_loss_of_a_mixture_is_refused_and_not_left_out(start: Path, tmp_path: Path) -> None:
+    model = worker.load(start)
+    model.router.config.output_router_logits = True
+    with pytest.raises(ValueError, match=r"output_router_logits=True.*load-balancing loss"):
+        worker.sft_trainer(model, tmp_path)
+    model.router.config.output_router_logits = False
+    assert worker.sft_trainer(model, tmp_path).train().training_loss > 0
+
+
 def test_several_evaluation_sets_and_lengths_grouped(start: Path, tmp_path: Path) -> None:
     trainer = worker.sft_trainer(
         worker.load(start),

@@ -69,6 +69,13 @@ def prepared_model(
             "DeepSpeed ZeRO-3 splits every model that is loaded, the frozen experts too, and puts only the trained one "
             "together again: use ZeRO-2 or FSDP2"
         )
+    router_config = fusion_model(model).router.config
+    if getattr(router_config, "output_router_logits", False):
+        raise ValueError(
+            "the router's config has output_router_logits=True, which asks for the load-balancing loss of a mixture of "
+            "experts, and no FusionRoute trainer adds that loss: set model.router.config.output_router_logits = False "
+            "to train without it"
+        )
     if samples and args.routing_loss == "normalized" and not len(fusion_model(model).experts):
         raise ValueError(
             'routing_loss="normalized" needs the full distributions of the experts, and none is loaded: load the model '

@@ -24,6 +24,7 @@ from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker, apply_length_penalties, compute_reward
 
 from ebpo_core.checkpoint import write_prior
+from ebpo_core.inputs import tensor_of
 from ebpo_core.integrations import checks, process
 
 GROUPED = ("rloo", "dr_grpo", "reinforce_baseline", "group_norm")
@@ -58,16 +59,15 @@ class EBPOExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
         checks.check_finite(rewards)
         # EBPO of all N rows, by their places in prompt order.
         groups = places // args.rollout.n_samples_per_prompt
-        scored = torch.from_numpy(estimator.get()(rewards, groups))
+        scored = estimator.get()(rewards, groups)
         spread = torch.from_numpy(group_std(rewards, groups))
         # Each experience gets its rows back, with KL and clipping as OpenRLHF applies them.
         sizes = [len(experience.index) for experience in experiences]
-        for experience, advantages, std in zip(
-            experiences, torch.split(scored, sizes), torch.split(spread, sizes), strict=True
-        ):
+        of_experience = np.split(scored, np.cumsum(sizes)[:-1]), torch.split(spread, sizes)
+        for experience, advantages, std in zip(experiences, *of_experience, strict=True):
             experience.info["group_reward_std"] = std.to(experience.rewards)
             reward = compute_reward(
-                advantages.to(experience.rewards),
+                tensor_of(advantages, experience.rewards.dtype).to(experience.rewards.device),
                 self.kl_ctl.value,
                 experience.kl,
                 action_mask=experience.action_mask,

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ebpo_core.estimator import EBPO
+from ebpo_core.inputs import tensor_of
 from ebpo_core.integrations import checks, process
 
 NAME = "ebpo"
@@ -116,9 +117,7 @@ def score(
         rewards, real = rewards[last], real & real[last]
     advantages = ebpo(rewards, uids, mask=real, keys=None if keys is None else list(keys), trajectories=last)
     # Back to (B, T): the row's advantage at every response token.
-    dtype = token_level_rewards.dtype
-    limit = torch.finfo(dtype)
-    column = torch.from_numpy(advantages).clamp(limit.min, limit.max).to(token_level_rewards.device, dtype)
+    column = tensor_of(advantages, token_level_rewards.dtype).to(token_level_rewards.device)
     return column.unsqueeze(-1) * response_mask
 
 
