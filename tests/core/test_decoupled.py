@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ebpo_core
-from ebpo_core.reference_decoupled import decoupled_advantages
+from ebpo_core.reference import decoupled_advantages
 
 METHODS = ("ebpo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "james_stein", "constant", "batch_mean", "maxrl", "gdpo")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import ebpo_core
 from ebpo_core import reference
-from ebpo_core.reference_turns import by_trajectory, by_turn, returns_to_go
+from ebpo_core.reference import by_trajectory, by_turn, returns_to_go
 from ebpo_core.trajectories import returns_to_go as fast_returns
 from oracle import assert_same_state, options, tolerance
 

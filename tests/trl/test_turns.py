@@ -16,7 +16,7 @@ import torch
 import trainer_worker as tiny
 
 from ebpo_core import reference
-from ebpo_core.reference_turns import by_turn
+from ebpo_core.reference import by_turn
 from ebpo_core.trainer import EBPOConfig, EBPOTrainer
 from ebpo_core.trainer.turns import TurnRewards, by_token, turn_counts, turn_of_token
 

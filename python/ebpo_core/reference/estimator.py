@@ -1,24 +1,15 @@
-"""NumPy twin of the Rust core: EBPO (arXiv 2602.05165) written to be read beside the paper.
-
-This file is the oracle of every faster path and the executable form of the documentation. It favours plain loops
-over speed; :func:`algorithm_1` alone is vectorised, because it is also the NumPy peer in ``benches/advantages.py``.
-
-Symbols, as in the paper: ``r`` rewards, ``n`` valid rows of a group (the paper's G), ``mu_m`` a group's mean,
-``mu_glob`` the mean of every reward seen, ``sigma2`` their variance, ``tau2`` the variance of the group means,
-``S`` the shrinkage factor, ``V`` the baseline; ``theta`` the three numbers ``(mu_glob, sigma2, tau2)`` of a prior.
-"""
+"""EBPO of the twin: Algorithm 1 as the paper has it, and the estimator with its state, keys and options."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[np.float64]
+from .prior import Array, Moments, Prior, mean
+
 Key = tuple[Any, ...]
 
 
@@ -33,97 +24,6 @@ def algorithm_1(rewards: ArrayLike, eps: float = 1e-6) -> Array:
     raw = r - V
     std = raw.std(ddof=1) if raw.size > 1 else 0.0
     return np.asarray((raw - raw.mean()) / (std + eps))
-
-
-def mean(x: Array) -> float:
-    """The mean, taken about the first value, so that equal values have exactly that value as their mean."""
-    return float(x[0] + (x - x[0]).mean())
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean and M2 (sum of squared deviations): a Welford accumulator. The default is the empty one."""
-
-    count: float = 0.0
-    mean: float = 0.0
-    m2: float = 0.0
-
-    @classmethod
-    def of(cls, x: Array) -> Moments:
-        """Moments of the values ``x``, shape ``(n,)``."""
-        return cls(float(x.size), mean(x), float(((x - mean(x)) ** 2).sum())) if x.size else cls()
-
-    def merge(self, other: Moments) -> Moments:
-        """Chan, Golub & LeVeque (1979): the moments of both samples together."""
-        if self.count == 0 or other.count == 0:
-            return other if self.count == 0 else self
-        count = self.count + other.count
-        delta = other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + delta * (other.count / count),
-            self.m2 + other.m2 + delta**2 * (self.count * (other.count / count)),
-        )
-
-    def decay(self, rho: float) -> Moments:
-        """Forget: the weight of everything seen shrinks by ``rho``, the mean stays."""
-        return Moments(self.count * rho, self.mean, self.m2 * rho)
-
-    def variance(self, ddof: int) -> float:
-        """``m2 / (count - ddof)``, and 0 when that divisor is not positive."""
-        return self.m2 / (self.count - ddof) if self.count > ddof else 0.0
-
-
-@dataclass(frozen=True)
-class Prior:
-    """The paper's W_glob (``rewards``) and W_group (``means``), and what the options of §6 need besides."""
-
-    rewards: Moments = field(default_factory=Moments)
-    means: Moments = field(default_factory=Moments)
-    ssw: float = 0.0  # sum over groups of the sum of squares within
-    dof: float = 0.0  # sum over groups of n - 1
-    inv_n: float = 0.0  # sum over groups of 1 / n
-
-    @classmethod
-    def of(cls, groups: Iterable[Array]) -> Prior:
-        """Statistics of a batch, given each group's valid rewards; empty groups do not count."""
-        groups = [g for g in groups if g.size]
-        if not groups:
-            return cls()
-        return cls(
-            rewards=Moments.of(np.concatenate(groups)),
-            means=Moments.of(np.array([mean(g) for g in groups])),
-            ssw=float(sum(Moments.of(g).m2 for g in groups)),
-            dof=float(sum(g.size - 1 for g in groups)),
-            inv_n=float(sum(1.0 / g.size for g in groups)),
-        )
-
-    def merge(self, other: Prior) -> Prior:
-        """Statistics of both together."""
-        return Prior(
-            self.rewards.merge(other.rewards),
-            self.means.merge(other.means),
-            self.ssw + other.ssw,
-            self.dof + other.dof,
-            self.inv_n + other.inv_n,
-        )
-
-    def decay(self, rho: float) -> Prior:
-        """Multiply every count and sum by ``rho``; means are unchanged."""
-        return Prior(self.rewards.decay(rho), self.means.decay(rho), self.ssw * rho, self.dof * rho, self.inv_n * rho)
-
-    def sigma2(self, kind: str, ddof: int) -> float:
-        """``total``: variance of all rewards. ``within``: pooled within groups; ``total`` until one has two rows."""
-        if kind == "within" and self.dof > 0:
-            return self.ssw / self.dof
-        return self.rewards.variance(ddof)
-
-    def tau2(self, kind: str, ddof: int) -> float:
-        """``raw``: variance of group means. ``debiased``: less their sampling noise, by the method of moments."""
-        if kind == "raw":
-            return self.means.variance(ddof)
-        noise = self.sigma2("within", ddof) * (self.inv_n / self.means.count) if self.means.count > 0 else 0.0
-        return max(0.0, self.means.variance(1) - noise)
 
 
 @dataclass
@@ -317,77 +217,3 @@ def normalized(raw: Array, valid: NDArray[np.bool_], kind: str, ddof: int, eps: 
         centre, scale = 0.0, 1.0
     out[valid] = (x - centre) / scale if scale > 0 else 0.0
     return out
-
-
-def baseline_advantages(
-    method: str,
-    rewards: ArrayLike,
-    groups: ArrayLike | None = None,
-    *,
-    mask: ArrayLike | None = None,
-    eps: float = 1e-6,
-    c: float = 0.5,
-    k: int = 1,
-) -> Array:
-    """Advantages of the methods to compare with, by their names in :func:`ebpo_core.advantages`."""
-    r, index, valid = arrange(rewards, groups, mask)
-    out = np.zeros_like(r)
-    members = {m: r[valid & (index == m)] for m in range(index.max() + 1)}
-    members = {m: g for m, g in members.items() if g.size}
-    if method == "reinforce_pp":
-        out = normalized(r, valid, "batch", 1, eps)
-    elif method == "constant":
-        out[valid] = r[valid] - c
-    elif method == "batch_mean" and valid.any():
-        out[valid] = r[valid] - Moments.of(r[valid]).mean
-    for m, g in members.items():
-        rows = valid & (index == m)
-        n, centred = g.size, r[rows] - mean(g)
-        if method == "grpo":
-            s = np.sqrt(Moments.of(g).variance(1))
-            out[rows] = centred / (s + eps) if s > 0 else 0.0
-        elif method == "dr_grpo":
-            out[rows] = centred
-        elif method == "rloo":
-            out[rows] = centred * n / (n - 1) if n > 1 else 0.0
-        elif method == "maxrl":
-            invertible = mean(g) > 0 and mean(g) + eps > 1 / np.finfo(np.float64).max
-            out[rows] = centred / (mean(g) + eps) if invertible else 0.0
-        elif method == "pass_at_k":
-            out[rows] = pass_at_k_group(g, k)
-        elif method == "james_stein":
-            others = [x for k, x in members.items() if k != m]
-            out[rows] = james_stein_group(g, others)
-    return out.reshape(np.shape(rewards))
-
-
-def pass_at_k_group(group: Array, k: int) -> Array:
-    """Weights of the max@k gradient, less the others' own estimate of it, by going through every subset."""
-    n = group.size
-    if n == 1:
-        return np.zeros(1)
-    out = np.zeros(n)
-    for i in range(n):
-        others = [*group[:i], *group[i + 1 :]]
-        best = [max(group[i], *chosen) if chosen else group[i] for chosen in combinations(others, k - 1)]
-        alone = [max(chosen) for chosen in combinations(others, min(k, n - 1))]
-        out[i] = k * (np.mean(best) - np.mean(alone))
-    return out
-
-
-def james_stein_group(group: Array, others: list[Array]) -> Array:
-    """Two-level leave-one-out James-Stein baseline (arXiv 2511.03710) of one group, given the other groups."""
-    n, K = group.size, len(others) + 1
-    if K == 1:
-        return (group - mean(group)) * n / (n - 1) if n > 1 else np.zeros(1)
-    means = np.array([mean(g) for g in others])
-    between = Moments.of(means)
-    noise = [Moments.of(g).variance(1) / g.size for g in others if g.size > 1]
-    v = float(np.mean(noise)) if noise else 0.0
-    s = between.variance(0)
-    lam = (K - 1) / K * (v / (v + s)) if v + s > 0 else 0.0
-    if n == 1:
-        return group - between.mean  # no rows are left for the inner mean: lambda is 1
-    # r - [(1 - lam) mu^{-i} + lam mubar], where r - mu^{-i} = n / (n - 1) (r - mu)
-    inner = (group - mean(group)) * n / (n - 1)
-    return inner + lam * ((group - inner) - between.mean)

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ebpo_core.reference import EBPO, Array, arrange, baseline_advantages, normalized
+from .estimator import EBPO, arrange, normalized
+from .methods import baseline_advantages
+from .prior import Array
 
 
 def decoupled_advantages(

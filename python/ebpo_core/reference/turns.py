@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ebpo_core.reference import EBPO, Array, key_tuple
+from .estimator import EBPO, key_tuple
+from .prior import Array
 
 
 def by_trajectory(
