@@ -18,7 +18,7 @@ use self::reduce::{groups_of_share, reduce};
 use crate::estimator::{Shrinkage, inverse_scale};
 use crate::groups::in_range;
 use crate::lanes::LANES;
-use crate::{Affine, Float, Keys, Normalize, Options, Prior, threads};
+use crate::{Affine, Float, Keys, Moments, Normalize, Options, Prior, threads};
 
 /// Stateless EBPO advantages of equal groups, `size` rewards each, into `out`: the batch is its own prior, and every other
 /// option is at its default.
@@ -123,7 +123,6 @@ impl<'a, T: Float> EqualGroups<'a, T> {
     /// What [`EqualGroups::write`] does to the rewards of each group.
     pub fn affine(&self, options: &Options, blended: &[Shrinkage]) -> Affine {
         let (pulls, scale) = self.map(options, blended);
-        let pulls: Vec<_> = pulls.collect();
         let offset: Vec<_> = self.offsets(&pulls).into_iter().flatten().collect();
         Affine { scale: vec![scale; offset.len()], offset }
     }
@@ -135,39 +134,40 @@ impl<'a, T: Float> EqualGroups<'a, T> {
     pub fn write(&self, options: &Options, blended: &[Shrinkage], threads: usize, out: &mut [T]) {
         assert_eq!(out.len(), self.rewards.len());
         assert_eq!(blended.len(), self.by_path().len());
-        let (mut pulls, scale) = self.map(options, blended);
-        if self.by_path.is_empty() {
-            let pull = pulls.next().unwrap_or(Pull::NONE);
+        if let ([], [target]) = (&self.by_path[..], blended) {
+            let path = [OfPath::new(&self.prior, target, self.size)];
+            let (centre, scale) = self.step_6(options, &path);
+            let pull = path[0].pull(options, centre);
             by_size!(self.size, G => self.write_with::<G>(pull, scale, &self.means, threads, out));
         } else {
-            let offsets = self.offsets(&pulls.collect::<Vec<_>>());
+            let (pulls, scale) = self.map(options, blended);
+            let offsets = self.offsets(&pulls);
             by_size!(self.size, G => self.write_with::<G>(Pull::NONE, scale, &offsets, threads, out));
         }
     }
 
-    /// One S, one centre for each path, and one scale for all.
-    fn map(&self, options: &Options, blended: &[Shrinkage]) -> (impl Iterator<Item = Pull>, f64) {
-        let n = self.size as f64;
-        // The mean of raw over the groups of a path, where b_m = S (mu_m - mu_glob) is that of one group.
-        let paths = || {
-            self.by_path().iter().zip(blended).map(move |(prior, target)| {
-                let shrink = target.factor(n);
-                (prior.means(), shrink, shrink * (prior.means().mean() - target.mu))
-            })
-        };
-        let counted = || paths().filter(|(means, ..)| means.count() > 0.0);
+    /// What takes the means of each path's groups to their offsets, and one scale for all.
+    fn map(&self, options: &Options, blended: &[Shrinkage]) -> (Vec<Pull>, f64) {
+        let path = |(prior, target)| OfPath::new(prior, target, self.size);
+        let of_paths: Vec<_> = self.by_path().iter().zip(blended).map(path).collect();
+        let (centre, scale) = self.step_6(options, &of_paths);
+        (of_paths.iter().map(|path| path.pull(options, centre)).collect(), scale)
+    }
+
+    /// Centre and inverse divisor of the raw advantages.
+    fn step_6(&self, options: &Options, of_paths: &[OfPath<'_>]) -> (f64, f64) {
+        let counted = || of_paths.iter().filter(|path| path.means.count() > 0.0);
         // About the first one, so that equal ones have exactly that value as mean.
-        let first = counted().next().map_or(0.0, |(.., bias)| bias);
-        let sum: f64 = counted().map(|(means, _, bias)| means.count() * (bias - first)).sum();
+        let first = counted().next().map_or(0.0, |path| path.bias);
+        let sum: f64 = counted().map(|path| path.means.count() * (path.bias - first)).sum();
         let mean = first + sum / self.prior.means().count();
         let centre = if options.normalize == Normalize::Batch { mean } else { 0.0 };
-        let between = counted().map(|(means, shrink, bias)| {
+        let between = counted().map(|OfPath { means, shrink, bias, .. }| {
             let off = bias - centre;
             shrink * shrink * means.m2() + means.count() * off * off
         });
-        let squares = self.prior.ssw() + n * between.sum::<f64>();
-        let pulls = paths().map(move |(means, shrink, bias)| Pull { shrink, mean: means.mean(), bias: bias - centre });
-        (pulls, inverse_scale(options, self.prior.rewards().count(), squares))
+        let squares = self.prior.ssw() + self.size as f64 * between.sum::<f64>();
+        (centre, inverse_scale(options, self.prior.rewards().count(), squares))
     }
 
     /// What is subtracted from the rewards of each group, in the shares that threads take.
@@ -200,12 +200,35 @@ fn worth(rewards: usize, threads: usize) -> usize {
     threads.min(rewards / PER_THREAD).max(1)
 }
 
-/// What takes a group's mean to the offset of its rewards: `mu_m - (b_m - centre)`, with `b_m - centre` about its mean over
-/// the groups of the path, so that a far prior costs no digits.
+/// Steps 2 and 3 for the groups of a path: `b_m = shrink (mu_m - mu_glob)` of a group, and its mean over them, `bias`.
+struct OfPath<'a> {
+    means: &'a Moments,
+    shrink: f64,
+    bias: f64,
+    mu: f64,
+}
+
+impl<'a> OfPath<'a> {
+    fn new(prior: &'a Prior, target: &Shrinkage, size: usize) -> Self {
+        let (means, shrink) = (prior.means(), target.factor(size as f64));
+        Self { means, shrink, bias: shrink * (means.mean() - target.mu), mu: target.mu }
+    }
+
+    /// About the mean over the path's groups where it is taken out again, so that a far prior costs no digits.
+    fn pull(&self, options: &Options, centre: f64) -> Pull {
+        match options.normalize {
+            Normalize::Batch => Pull { shrink: self.shrink, target: self.means.mean(), bias: self.bias - centre },
+            Normalize::Scale | Normalize::None => Pull { shrink: self.shrink, target: self.mu, bias: 0.0 },
+        }
+    }
+}
+
+/// What takes a group's mean to the offset of its rewards: `mu_m + shrink (target - mu_m) - bias`.
 #[derive(Clone, Copy, Debug)]
 struct Pull {
     shrink: f64,
-    mean: f64,
+    target: f64,
+    /// Of the path beside the others; 0 where there is one.
     bias: f64,
 }
 
@@ -228,12 +251,12 @@ impl<T: Float, const G: usize> NullaryFnOnce for Write<'_, T, G> {
         if G > 0 {
             let rows = self.rewards.as_chunks::<G>().0.iter().zip(self.out.as_chunks_mut::<G>().0);
             for ((rows, out), &mean) in rows.zip(self.means) {
-                write(rows, self.pull.offset(mean), self.scale, out);
+                write(rows, self.pull.without_bias(mean), self.scale, out);
             }
         } else {
             let rows = self.rewards.chunks_exact(self.size).zip(self.out.chunks_exact_mut(self.size));
             for ((rows, out), &mean) in rows.zip(self.means) {
-                write(rows, self.pull.offset(mean), self.scale, out);
+                write(rows, self.pull.without_bias(mean), self.scale, out);
             }
         }
     }
@@ -241,11 +264,16 @@ impl<T: Float, const G: usize> NullaryFnOnce for Write<'_, T, G> {
 
 impl Pull {
     /// Leaves an offset, taken for a mean, as it is.
-    const NONE: Self = Self { shrink: 0.0, mean: 0.0, bias: 0.0 };
+    const NONE: Self = Self { shrink: 0.0, target: 0.0, bias: 0.0 };
+
+    #[inline(always)]
+    fn without_bias(self, mean: f64) -> f64 {
+        mean + self.shrink * (self.target - mean)
+    }
 
     #[inline(always)]
     fn offset(self, mean: f64) -> f64 {
-        mean - (self.shrink * (mean - self.mean) + self.bias)
+        self.without_bias(mean) - self.bias
     }
 }
 
