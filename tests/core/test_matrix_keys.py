@@ -1,4 +1,4 @@
-"""A plain matrix with keys, which the core takes in one call: against the twin, and against the way of every other input."""
+"""A plain matrix with keys, which the core takes in one call: against the twin, and as any other input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def copied(name: str) -> str:
 
 @st.composite
 def batches(draw: st.DrawFn) -> list[tuple[Case, list[str]]]:
-    """Matrices with a string for each row: one for all, one of its own for each, or a few; some that were there before."""
+    """Matrices with a string for each row: one for all, one of its own for each, or a few; some seen before."""
     made = []
     for batch in range(draw(st.integers(1, 4))):
         rows, size = draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 3, 4, 8, 16, 17]))
@@ -66,11 +66,13 @@ def test_sequences_equal_the_twin_and_the_general_way(
         )
         assert_same_state(ours.state_dict(), twin, seen)
         mine, other = ours.diagnostics, general.diagnostics
-        assert mine is not None and other is not None
+        assert mine is not None
+        assert other is not None
         assert mine.keys == other.keys
         for name in ("shrinkage", "baseline", "count"):
             np.testing.assert_allclose(getattr(mine, name), getattr(other, name), rtol=1e-9, atol=1e-9)
-        assert mine.blended is not None and other.blended is not None
+        assert mine.blended is not None
+        assert other.blended is not None
         np.testing.assert_allclose(mine.blended, other.blended, rtol=1e-9, atol=1e-9)
 
 
@@ -86,7 +88,8 @@ def test_many_rows_in_every_size(dtype: type) -> None:
             got = ours(rewards, keys=keys)
             assert got.dtype == dtype
             np.testing.assert_allclose(got, expected, atol=1e-5 if dtype is np.float32 else 1e-11)
-            assert ours.diagnostics is not None and ours.diagnostics.keys == tuple(keys)
+            assert ours.diagnostics is not None
+            assert ours.diagnostics.keys == tuple(keys)
 
 
 def test_what_a_call_kept_is_its_own() -> None:
@@ -98,7 +101,8 @@ def test_what_a_call_kept_is_its_own() -> None:
     rewards[:], keys[0] = 7.0, "changed"
     again = ebpo.diagnostics
     assert again is not None
-    assert (again.keys, again.outlier) == (("a", "b", "a"), pytest.approx(1.0))
+    assert again.keys == ("a", "b", "a")
+    assert again.outlier == pytest.approx(1.0)
     np.testing.assert_array_equal(again.baseline, first.baseline)
 
 

@@ -197,9 +197,9 @@ impl<'a> Visits<'a> {
     /// The same, from the prior of everything and that of each path's own groups.
     pub(crate) fn seen_by_path(&self, all: Prior, by_path: &[Prior]) -> Seen {
         let mut by_prefix = vec![Prior::default(); self.prefixes.len()];
-        for path in 0..self.chain_ends.len() {
+        for (path, prior) in (0..self.chain_ends.len()).zip(by_path) {
             for &prefix in &self.chains[chain(&self.chain_ends, path)] {
-                by_prefix[prefix].merge(&by_path[path]);
+                by_prefix[prefix].merge(prior);
             }
         }
         Seen { all, by_prefix }

@@ -77,9 +77,9 @@ pub(crate) fn advance_matrix<'py, T: Float + Element>(
     }
 
     let batch = Batch::new(values, Layout::Equal { size }, None)?;
-    let Ok(stats) = detached(py, len, || GroupStats::collect(&batch)) else { return Ok(None) };
-    let call = finish(py, options, &batch, stats, slots, |stats| {
-        Ok((state.lock().advance(options, stats, &keys, update, step)?, keys))
+    let Ok(collected) = detached(py, len, || GroupStats::collect(&batch)) else { return Ok(None) };
+    let call = finish(py, options, &batch, collected, slots, |groups| {
+        Ok((state.lock().advance(options, groups, &keys, update, step)?, keys))
     })?;
     drop(writable);
     Ok(Some((out.into_any(), call)))
