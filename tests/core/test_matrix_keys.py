@@ -77,7 +77,7 @@ def test_sequences_equal_the_twin_and_the_general_way(
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_many_rows_in_every_size(dtype: type) -> None:
+def test_many_rows_in_every_size(dtype: Any) -> None:
     rng = np.random.default_rng(5)
     for size in (1, 3, 4, 16, 40):
         ours, twin = ebpo_core.EBPO(decay=0.9), reference.EBPO(decay=0.9)
