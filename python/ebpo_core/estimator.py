@@ -131,7 +131,7 @@ class EBPO:
         self._checked = _core.Options(**self._options)
         self._state = _core.State()
         # The last call, its keys, and with process_group where this rank's groups are.
-        self._last: tuple[_core.Call, Keys | list[Key] | None, Any] | None = None
+        self._last: tuple[_core.Call, Keys | tuple[Key, ...] | None, Any] | None = None
         self._watch_prompts = normalize == "batch"  # until a batch has several prompts, as the next ones will
 
     def __call__(
@@ -196,9 +196,10 @@ class EBPO:
         update, step = flag("update", update), step_id(step)
         plain = groups is None and mask is None and trajectories is None and turns is None
         if plain and type(gamma) is float and gamma == 1.0 and (keys is None or type(keys) is list):
-            fast: Any = self._matrix(rewards, keys, update, step)
+            listed = None if keys is None else tuple(keys)
+            fast: Any = self._matrix(rewards, listed, update, step)
             if fast is None:
-                fast = on_memory(rewards, lambda memory: self._matrix(memory, keys, update, step))
+                fast = on_memory(rewards, lambda memory: self._matrix(memory, listed, update, step))
             if fast is not None:
                 return fast  # type: ignore[no-any-return]
         batch, read = self._read(rewards, groups, mask, keys, trajectories, turns, gamma)
@@ -209,16 +210,13 @@ class EBPO:
         result: Rewards = batch.restore(flat)
         return result
 
-    def _matrix(self, rewards: Any, keys: list[Any] | None, update: bool, step: int | None) -> Any:
+    def _matrix(self, rewards: Any, keys: tuple[Any, ...] | None, update: bool, step: int | None) -> Any:
         """A call with a plain matrix, and perhaps a string for each row, in one call of the core; else None."""
-        if keys is None:
-            done = self._state.advance_matrix(self._checked, rewards, update, step)
-        else:
-            done = self._state.advance_keyed(self._checked, rewards, keys, update, step)
+        done = self._state.advance_matrix(self._checked, rewards, keys, update, step)
         if done is None:
             return None
         flat, call = done
-        self._last = call, None if keys is None else keys.copy(), None
+        self._last = call, keys, None
         if self._watch_prompts and update:
             self._count_prompts(call)
         return flat
@@ -229,8 +227,8 @@ class EBPO:
         A plain matrix goes the way of :meth:`_matrix` here too, whatever it came in: the two ways round differently.
         """
         rewards, groups, mask, keys = rows
-        if isinstance(groups, int) and mask is None and keys is None:
-            done = self._state.advance_matrix(self._checked, rewards.reshape(-1, groups), update, step)
+        if isinstance(groups, int) and mask is None:
+            done = self._state.advance_matrix(self._checked, rewards.reshape(-1, groups), keys, update, step)
             if done is not None:
                 return done[0].reshape(-1), done[1]
         return self._state.advance(self._checked, rewards, groups, mask, update, step, keys, False)
@@ -329,7 +327,7 @@ class EBPO:
         if mine is not None:
             shrinkage, baseline, counts = shrinkage[mine], baseline[mine], counts[mine]
             blended = None if blended is None else (blended[0][mine], blended[1][mine], blended[2][mine])
-        listed = keys.of_groups() if isinstance(keys, Keys) else keys if keys is None else tuple(keys)
+        listed = keys.of_groups() if isinstance(keys, Keys) else keys
         return Diagnostics(shrinkage, baseline, counts, *scalars, keys=listed, blended=blended)
 
     @property

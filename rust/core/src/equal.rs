@@ -1,23 +1,24 @@
-//! The common case in full speed: equal groups in rows of a matrix, every row counted, one prior for all.
+//! The common case in full speed: equal groups in rows of a matrix, every row counted.
 //!
-//! All groups then share one S, so the statistics reduce to a few sums and the advantages to
-//! `(r - (mu_m + S (centre - mu_m))) * scale`. Blocks of a fixed number of groups are reduced on their own and merged in
-//! order: the result does not depend on how many threads did it.
+//! All groups of a key then share one S, so the statistics reduce to a few sums for each key and the advantages to
+//! `(r - offset_m) * scale`, with the offset a map of the group's mean that is one for all groups of a key. Blocks of a
+//! fixed number of groups are reduced on their own and merged in order: the result does not depend on how many threads did
+//! it.
+
+mod by_key;
+mod reduce;
 
 use core::hint::black_box;
+use core::slice;
 
 use pulp::{Arch, NullaryFnOnce};
 
+use self::by_key::reduce_by_key;
+use self::reduce::{groups_of_share, reduce};
 use crate::estimator::{Shrinkage, inverse_scale};
 use crate::groups::in_range;
-use crate::lanes::{LANES, fold, mean_and_squares, mean_and_ssw};
-use crate::{Affine, Float, Moments, Normalize, Options, Prior, threads};
-
-/// Groups reduced together; fixed, because it decides the order of rounding.
-const BLOCK: usize = 512;
-
-/// Rewards of one share of the work.
-const SHARE: usize = 1 << 18;
+use crate::lanes::LANES;
+use crate::{Affine, Float, Keys, Moments, Normalize, Options, Prior, threads};
 
 /// Stateless EBPO advantages of equal groups, `size` rewards each, into `out`: the batch is its own prior, and every other
 /// option is at its default.
@@ -29,22 +30,26 @@ const SHARE: usize = 1 << 18;
 /// If `out` is not as long as the rewards.
 pub fn equal_advantages<T: Float>(rewards: &[T], size: usize, eps: f64, threads: usize, out: &mut [T]) -> bool {
     assert_eq!(out.len(), rewards.len());
-    let Some(groups) = EqualGroups::collect(rewards, size, threads) else { return false };
-    groups.write(&Options { eps, ..Options::default() }, groups.prior(), threads, out);
+    let Some(groups) = EqualGroups::collect(rewards, size, Keys::ROOT, threads) else { return false };
+    let options = Options { eps, ..Options::default() };
+    groups.write(&options, &[Shrinkage::new(groups.prior(), &options)], threads, out);
     true
 }
 
-/// Rewards of a batch of equal groups, row by row, and what a prior takes of them.
+/// Rewards of a batch of equal groups, row by row, their keys, and what the priors take of them.
 ///
-/// With [`State::advance_equal`](crate::State::advance_equal) this is Algorithm 1 a second time, beside
-/// [`State::advance`](crate::State::advance), for speed alone: the property tests hold the two together.
+/// This is steps 2 to 6 of Algorithm 1 a second time, beside [`Targets::score`](crate::Targets::score), for speed alone:
+/// the property tests hold the two together.
 #[derive(Clone, Debug)]
 pub struct EqualGroups<'a, T> {
     rewards: &'a [T],
     size: usize,
+    keys: Keys<'a>,
     /// The groups' means, in the shares that threads took.
     means: Vec<Vec<f64>>,
     prior: Prior,
+    /// The prior of each path's own groups; empty for [`Keys::ROOT`], whose one path has all groups.
+    by_path: Vec<Prior>,
 }
 
 /// `call` with `G` the group size, or 0 for one known at run time: a size known to the compiler lets it keep a whole group in
@@ -74,13 +79,23 @@ impl<'a, T: Float> EqualGroups<'a, T> {
     ///
     /// None where the general path must look at each row: a reward that is NaN, infinite or near the bound of magnitude,
     /// no reward, or a length that `size` does not divide.
-    pub fn collect(rewards: &'a [T], size: usize, threads: usize) -> Option<Self> {
+    ///
+    /// # Panics
+    /// If the keys are those of another number of groups.
+    pub fn collect(rewards: &'a [T], size: usize, keys: Keys<'a>, threads: usize) -> Option<Self> {
         if size == 0 || rewards.is_empty() || !rewards.len().is_multiple_of(size) {
             return None;
         }
-        let (means, sums) = by_size!(size, G => reduce::<T, G>(rewards, size, threads));
+        let (means, sums, by_path) = if let Some(of_group) = keys.indices() {
+            assert_eq!(of_group.len(), rewards.len() / size);
+            by_size!(size, G => reduce_by_key::<T, G>(rewards, size, of_group, keys.len()))
+        } else {
+            let (means, sums) = by_size!(size, G => reduce::<T, G>(rewards, size, threads));
+            (means, sums, Vec::new())
+        };
         let prior = sums.into_prior(size as f64);
-        in_range(prior.rewards().mean(), prior.rewards().m2()).then_some(Self { rewards, size, means, prior })
+        let counted = in_range(prior.rewards().mean(), prior.rewards().m2());
+        counted.then_some(Self { rewards, size, keys, means, prior, by_path })
     }
 
     /// The batch as a prior of its own.
@@ -88,49 +103,91 @@ impl<'a, T: Float> EqualGroups<'a, T> {
         &self.prior
     }
 
-    /// True where no difference of a reward and a baseline can leave the range of `T`, toward this prior or toward it and
-    /// the batch together.
-    pub(crate) fn has_room(&self, prior: &Prior) -> bool {
+    /// The keys of the groups.
+    pub(crate) fn keys(&self) -> &Keys<'a> {
+        &self.keys
+    }
+
+    /// The prior of each path's own groups.
+    pub(crate) fn by_path(&self) -> &[Prior] {
+        if self.by_path.is_empty() { slice::from_ref(&self.prior) } else { &self.by_path }
+    }
+
+    /// True where no difference of a reward and a baseline can leave the range of `T`, toward priors with means up to
+    /// `farthest_mean` or toward them and the batch together.
+    pub(crate) fn has_room(&self, farthest_mean: f64) -> bool {
         let rewards = self.prior.rewards();
-        let farthest = rewards.mean().abs().max(prior.rewards().mean().abs()) + rewards.m2().sqrt();
-        farthest <= 0.25 * T::MAX
+        rewards.mean().abs().max(farthest_mean) + rewards.m2().sqrt() <= 0.25 * T::MAX
     }
 
     /// What [`EqualGroups::write`] does to the rewards of each group.
-    pub fn affine(&self, options: &Options, prior: &Prior) -> Affine {
-        let map = self.map(options, prior);
-        let offset: Vec<_> = self.means.iter().flatten().map(|&mean| map.offset(mean)).collect();
-        Affine { scale: vec![map.scale; offset.len()], offset }
+    pub fn affine(&self, options: &Options, blended: &[Shrinkage]) -> Affine {
+        let (pulls, scale) = self.map(options, blended);
+        let offset: Vec<_> = self.offsets(&pulls).into_iter().flatten().collect();
+        Affine { scale: vec![scale; offset.len()], offset }
     }
 
-    /// Steps 2 to 6: write the advantages, with every group shrunk toward `prior`.
+    /// Steps 2 to 6: write the advantages, with the groups of each path shrunk toward that path's blended prior.
     ///
     /// # Panics
-    /// If `out` is not as long as the rewards.
-    pub fn write(&self, options: &Options, prior: &Prior, threads: usize, out: &mut [T]) {
+    /// If `out` is not as long as the rewards, or `blended` not as long as the paths of the keys.
+    pub fn write(&self, options: &Options, blended: &[Shrinkage], threads: usize, out: &mut [T]) {
         assert_eq!(out.len(), self.rewards.len());
-        let map = self.map(options, prior);
-        by_size!(self.size, G => self.write_with::<G>(map, threads, out));
+        assert_eq!(blended.len(), self.by_path().len());
+        if let ([], [target]) = (&self.by_path[..], blended) {
+            let path = [OfPath::new(&self.prior, target, self.size)];
+            let (centre, scale) = self.step_6(options, &path);
+            let pull = path[0].pull(options, centre);
+            by_size!(self.size, G => self.write_with::<G>(pull, scale, &self.means, threads, out));
+        } else {
+            let (pulls, scale) = self.map(options, blended);
+            let offsets = self.offsets(&pulls);
+            by_size!(self.size, G => self.write_with::<G>(Pull::NONE, scale, &offsets, threads, out));
+        }
     }
 
-    /// One S, one centre, one scale.
-    fn map(&self, options: &Options, prior: &Prior) -> Map {
-        let (n, means) = (self.size as f64, self.prior.means());
-        let target = Shrinkage::new(prior, options);
-        let shrink = target.factor(n);
-        // raw = r - mu_m + S (mu_m - mu_glob), whose mean is that of the groups' means in place of mu_m.
-        let centre = if options.normalize == Normalize::Batch { means.mean() } else { target.mu };
-        let off = means.mean() - centre;
-        let squares = self.prior.ssw() + n * shrink * shrink * (means.m2() + means.count() * off * off);
-        Map { shrink, centre, scale: inverse_scale(options, self.prior.rewards().count(), squares) }
+    /// What takes the means of each path's groups to their offsets, and one scale for all.
+    fn map(&self, options: &Options, blended: &[Shrinkage]) -> (Vec<Pull>, f64) {
+        let path = |(prior, target)| OfPath::new(prior, target, self.size);
+        let of_paths: Vec<_> = self.by_path().iter().zip(blended).map(path).collect();
+        let (centre, scale) = self.step_6(options, &of_paths);
+        (of_paths.iter().map(|path| path.pull(options, centre)).collect(), scale)
     }
 
-    fn write_with<const G: usize>(&self, map: Map, threads: usize, out: &mut [T]) {
+    /// Centre and inverse divisor of the raw advantages.
+    fn step_6(&self, options: &Options, of_paths: &[OfPath<'_>]) -> (f64, f64) {
+        let counted = || of_paths.iter().filter(|path| path.means.count() > 0.0);
+        // About the first one, so that equal ones have exactly that value as mean.
+        let first = counted().next().map_or(0.0, |path| path.bias);
+        let sum: f64 = counted().map(|path| path.means.count() * (path.bias - first)).sum();
+        let mean = first + sum / self.prior.means().count();
+        let centre = if options.normalize == Normalize::Batch { mean } else { 0.0 };
+        let between = counted().map(|OfPath { means, shrink, bias, .. }| {
+            let off = bias - centre;
+            shrink * shrink * means.m2() + means.count() * off * off
+        });
+        let squares = self.prior.ssw() + self.size as f64 * between.sum::<f64>();
+        (centre, inverse_scale(options, self.prior.rewards().count(), squares))
+    }
+
+    /// What is subtracted from the rewards of each group, in the shares that threads take.
+    fn offsets(&self, pulls: &[Pull]) -> Vec<Vec<f64>> {
+        let Some(of_group) = self.keys.indices() else {
+            return self.means.iter().map(|means| means.iter().map(|&mean| pulls[0].offset(mean)).collect()).collect();
+        };
+        let groups = groups_of_share(self.rewards.len(), self.size);
+        let of_share = |(means, paths): (&Vec<f64>, &[u32])| {
+            means.iter().zip(paths).map(|(&mean, &path)| pulls[path as usize].offset(mean)).collect()
+        };
+        self.means.iter().zip(of_group.chunks(groups)).map(of_share).collect()
+    }
+
+    fn write_with<const G: usize>(&self, pull: Pull, scale: f64, means: &[Vec<f64>], threads: usize, out: &mut [T]) {
         let rows = groups_of_share(self.rewards.len(), self.size) * self.size;
-        let shares = self.rewards.chunks(rows).zip(&self.means).zip(out.chunks_mut(rows));
+        let shares = self.rewards.chunks(rows).zip(means).zip(out.chunks_mut(rows));
         // From the end, where the rewards that were read last may still be in a cache.
         threads::map(worth(self.rewards.len(), threads), shares.rev(), |((rewards, means), out)| {
-            Arch::new().dispatch(Write::<T, G> { map, rewards, size: self.size, means, out });
+            Arch::new().dispatch(Write::<T, G> { pull, scale, rewards, size: self.size, means, out });
         });
     }
 }
@@ -143,103 +200,42 @@ fn worth(rewards: usize, threads: usize) -> usize {
     threads.min(rewards / PER_THREAD).max(1)
 }
 
-/// Groups of one share of the work: whole blocks, and few of them, so that a thread that gets no core does not keep the
-/// others waiting, and what a share wrote last is still in a cache when it is read again.
-fn groups_of_share(rewards: usize, size: usize) -> usize {
-    (SHARE.min(rewards) / size).div_ceil(BLOCK).max(1) * BLOCK
-}
-
-/// Each group's mean, share by share, and what all groups add up to.
-fn reduce<T: Float, const G: usize>(rewards: &[T], size: usize, threads: usize) -> (Vec<Vec<f64>>, Sums) {
-    let groups = groups_of_share(rewards.len(), size);
-    let reduced = threads::map(worth(rewards.len(), threads), rewards.chunks(groups * size), |rewards| {
-        let (mut means, mut sums) = (Vec::with_capacity(rewards.len() / size), Vec::with_capacity(groups / BLOCK));
-        Arch::new().dispatch(Blocks::<T, G> { rewards, size, means: &mut means, sums: &mut sums });
-        (means, sums)
-    });
-    let mut total = Sums::default();
-    let mut means = Vec::with_capacity(reduced.len());
-    for (of_share, sums) in reduced {
-        for block in &sums {
-            total.merge(block);
-        }
-        means.push(of_share);
-    }
-    (means, total)
-}
-
-/// Reduce block by block.
-struct Blocks<'a, T, const G: usize> {
-    rewards: &'a [T],
-    size: usize,
-    means: &'a mut Vec<f64>,
-    sums: &'a mut Vec<Sums>,
-}
-
-impl<T: Float, const G: usize> NullaryFnOnce for Blocks<'_, T, G> {
-    type Output = ();
-
-    #[inline(always)]
-    fn call(self) {
-        for rewards in self.rewards.chunks(BLOCK * self.size) {
-            let start = self.means.len();
-            self.means.resize(start + rewards.len() / self.size, 0.0); // a block at a time, which stays in a cache
-            self.sums.push(Sums::of::<T, G>(rewards, self.size, &mut self.means[start..]));
-        }
-    }
-}
-
-/// Statistics of equal groups that make up a prior.
-#[derive(Clone, Copy, Debug, Default)]
-struct Sums {
-    means: Moments,
-    ssw: f64,
-}
-
-impl Sums {
-    #[inline(always)]
-    fn of<T: Float, const G: usize>(rewards: &[T], size: usize, means: &mut [f64]) -> Self {
-        let inv_n = 1.0 / size as f64;
-        // One set of lanes for the whole block: folding them once per group would cost as much as filling them.
-        let mut squares = [0.0; LANES];
-        if G > 0 {
-            for (mean, rows) in means.iter_mut().zip(rewards.as_chunks::<G>().0) {
-                // Widened once, for both passes.
-                *mean = mean_and_squares(&rows.map(T::widen), T::EXACT_SUM, inv_n, &mut squares);
-            }
-        } else {
-            for (mean, rows) in means.iter_mut().zip(rewards.chunks_exact(size)) {
-                *mean = mean_and_squares(rows, T::EXACT_SUM, inv_n, &mut squares);
-            }
-        }
-        let groups = means.len() as f64;
-        let (mean, m2) = mean_and_ssw(means, 1.0 / groups);
-        Self { means: Moments::new(groups, mean, m2), ssw: fold(squares) }
-    }
-
-    fn merge(&mut self, other: &Self) {
-        self.means.merge(&other.means);
-        self.ssw += other.ssw;
-    }
-
-    fn into_prior(self, n: f64) -> Prior {
-        let (groups, mean) = (self.means.count(), self.means.mean());
-        let rewards = Moments::new(groups * n, mean, self.ssw + n * self.means.m2());
-        Prior::new(rewards, self.means, self.ssw, groups * (n - 1.0), groups / n)
-    }
-}
-
-/// `(r - (mu_m + shrink (centre - mu_m))) * scale`
-#[derive(Clone, Copy, Debug)]
-struct Map {
+/// Steps 2 and 3 for the groups of a path: `b_m = shrink (mu_m - mu_glob)` of a group, and its mean over them, `bias`.
+struct OfPath<'a> {
+    means: &'a Moments,
     shrink: f64,
-    centre: f64,
-    scale: f64,
+    bias: f64,
+    mu: f64,
 }
 
-/// Write the advantages of some groups.
+impl<'a> OfPath<'a> {
+    fn new(prior: &'a Prior, target: &Shrinkage, size: usize) -> Self {
+        let (means, shrink) = (prior.means(), target.factor(size as f64));
+        Self { means, shrink, bias: shrink * (means.mean() - target.mu), mu: target.mu }
+    }
+
+    /// About the mean over the path's groups where it is taken out again, so that a far prior costs no digits.
+    fn pull(&self, options: &Options, centre: f64) -> Pull {
+        match options.normalize {
+            Normalize::Batch => Pull { shrink: self.shrink, target: self.means.mean(), bias: self.bias - centre },
+            Normalize::Scale | Normalize::None => Pull { shrink: self.shrink, target: self.mu, bias: 0.0 },
+        }
+    }
+}
+
+/// What takes a group's mean to the offset of its rewards: `mu_m + shrink (target - mu_m) - bias`.
+#[derive(Clone, Copy, Debug)]
+struct Pull {
+    shrink: f64,
+    target: f64,
+    /// Of the path beside the others; 0 where there is one.
+    bias: f64,
+}
+
+/// Write the advantages of some groups, `(r - offset) * scale`.
 struct Write<'a, T, const G: usize> {
-    map: Map,
+    pull: Pull,
+    scale: f64,
     rewards: &'a [T],
     size: usize,
     means: &'a [f64],
@@ -255,36 +251,44 @@ impl<T: Float, const G: usize> NullaryFnOnce for Write<'_, T, G> {
         if G > 0 {
             let rows = self.rewards.as_chunks::<G>().0.iter().zip(self.out.as_chunks_mut::<G>().0);
             for ((rows, out), &mean) in rows.zip(self.means) {
-                self.map.write(rows, mean, out);
+                write(rows, self.pull.without_bias(mean), self.scale, out);
             }
         } else {
             let rows = self.rewards.chunks_exact(self.size).zip(self.out.chunks_exact_mut(self.size));
             for ((rows, out), &mean) in rows.zip(self.means) {
-                self.map.write(rows, mean, out);
+                write(rows, self.pull.without_bias(mean), self.scale, out);
             }
         }
     }
 }
 
-impl Map {
+impl Pull {
+    /// Leaves an offset, taken for a mean, as it is.
+    const NONE: Self = Self { shrink: 0.0, target: 0.0, bias: 0.0 };
+
     #[inline(always)]
-    fn offset(self, mean: f64) -> f64 {
-        mean + self.shrink * (self.centre - mean)
+    fn without_bias(self, mean: f64) -> f64 {
+        mean + self.shrink * (self.target - mean)
     }
 
     #[inline(always)]
-    fn write<T: Float>(self, rows: &[T], mean: f64, out: &mut [T]) {
-        // Opaque to the compiler, which would otherwise vectorise across groups: it would shuffle more than it computes.
-        let offset = black_box(self.offset(mean));
-        let advantage = |reward: T| T::narrow((reward.widen() - offset) * self.scale);
-        // Arrays by value become vectors without a proof that `rows` and `out` are apart.
-        let (chunks, rest) = rows.as_chunks::<LANES>();
-        let (out_chunks, out_rest) = out.as_chunks_mut::<LANES>();
-        for (chunk, out) in chunks.iter().zip(out_chunks) {
-            *out = chunk.map(advantage);
-        }
-        for (&reward, out) in rest.iter().zip(out_rest) {
-            *out = advantage(reward);
-        }
+    fn offset(self, mean: f64) -> f64 {
+        self.without_bias(mean) - self.bias
+    }
+}
+
+#[inline(always)]
+fn write<T: Float>(rows: &[T], offset: f64, scale: f64, out: &mut [T]) {
+    // Opaque to the compiler, which would otherwise vectorise across groups: it would shuffle more than it computes.
+    let offset = black_box(offset);
+    let advantage = |reward: T| T::narrow((reward.widen() - offset) * scale);
+    // Arrays by value become vectors without a proof that `rows` and `out` are apart.
+    let (chunks, rest) = rows.as_chunks::<LANES>();
+    let (out_chunks, out_rest) = out.as_chunks_mut::<LANES>();
+    for (chunk, out) in chunks.iter().zip(out_chunks) {
+        *out = chunk.map(advantage);
+    }
+    for (&reward, out) in rest.iter().zip(out_rest) {
+        *out = advantage(reward);
     }
 }

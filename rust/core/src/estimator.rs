@@ -28,12 +28,8 @@ pub struct Scored {
     pub shrinkage: Vec<f64>,
     /// V per group, the mean of its rows' where each leaves itself out; NaN for an empty group.
     pub baseline: Vec<f64>,
-    /// The root's prior that the batch was scored with (before any leave-one-out).
-    pub prior: Prior,
-    /// The root's prior as it was before this batch.
-    pub before: Prior,
-    /// The blended prior of each distinct key (before any leave-one-out).
-    pub blended: Vec<Shrinkage>,
+    /// What the groups were shrunk toward.
+    pub targets: Targets,
 }
 
 impl Scored {
@@ -47,6 +43,42 @@ impl Scored {
             }
         }
         sum / rows // 0 / 0 is NaN
+    }
+}
+
+/// What the groups of a batch are shrunk toward, before any leave-one-out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Targets {
+    /// The root's prior that the batch is scored with.
+    pub prior: Prior,
+    /// The root's prior as it was before this batch.
+    pub before: Prior,
+    /// The blended prior of each path of the keys.
+    pub blended: Vec<Shrinkage>,
+}
+
+impl Targets {
+    /// Steps 2 to 6.
+    pub fn score(self, options: &Options, groups: &GroupStats, keys: &Keys<'_>) -> Scored {
+        // S and mu of a key are computed mostly once, for its groups are mostly of one size.
+        let mut known = vec![(0.0, (0.0, 0.0)); self.blended.len()];
+        let of_group = |(group, g): (usize, &Group)| {
+            let key = keys.of_group(group);
+            let (n, shrunk) = &mut known[key];
+            if *n != g.n {
+                (*n, *shrunk) = (g.n, self.blended[key].of_row(g.n, options.leave_one_out));
+            }
+            *shrunk
+        };
+        let shrunk: Vec<_> = groups.iter().enumerate().map(of_group).collect();
+        finish(options, groups, &shrunk, self)
+    }
+
+    /// The same, where each group is shrunk toward priors of its own.
+    pub(crate) fn score_without(self, options: &Options, groups: &GroupStats, without: &[Shrinkage]) -> Scored {
+        let of_group = |(rest, g): (&Shrinkage, &Group)| rest.of_row(g.n, options.leave_one_out);
+        let shrunk: Vec<_> = without.iter().zip(groups.iter()).map(of_group).collect();
+        finish(options, groups, &shrunk, self)
     }
 }
 
@@ -185,8 +217,8 @@ fn without_each(history: &Prior, parts: &[Prior]) -> Vec<Prior> {
     rests
 }
 
-/// Steps 4 to 6, given `(S_m, mu_glob)` of each group: the advantages as a map, S and V per group.
-pub(crate) fn finish(options: &Options, groups: &GroupStats, shrunk: &[(f64, f64)]) -> (Affine, Vec<f64>, Vec<f64>) {
+/// Steps 4 to 6, given `(S_m, mu_glob)` of each group.
+fn finish(options: &Options, groups: &GroupStats, shrunk: &[(f64, f64)], targets: Targets) -> Scored {
     // b_m = mean of raw in group m; about the first one, so that equal ones have exactly that value as mean
     let biases: Vec<f64> = groups.iter().zip(shrunk).map(|(g, &(s, mu))| s * (g.mean - mu)).collect();
     let counted = || groups.iter().zip(&biases).filter(|(g, _)| g.n > 0.0);
@@ -215,7 +247,7 @@ pub(crate) fn finish(options: &Options, groups: &GroupStats, shrunk: &[(f64, f64
     };
     let shrinkage = groups.iter().zip(shrunk).map(|(g, s)| or_nan(g, s.0)).collect();
     let baseline = groups.iter().zip(&biases).map(|(g, b)| or_nan(g, g.mean - b)).collect();
-    (affine, shrinkage, baseline)
+    Scored { affine, shrinkage, baseline, targets }
 }
 
 /// `1 / (std + eps)`, `1 / (rms + eps)` or 1; 0 where the denominator is 0, since every deviation then is, or has no finite

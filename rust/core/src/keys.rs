@@ -3,7 +3,7 @@
 use hashbrown::HashMap;
 use hashbrown::hash_map::Entry;
 
-use crate::{Error, GroupStats};
+use crate::{Error, GroupStats, Prior};
 
 /// The parts of a key, from the root down.
 pub type Path = Vec<String>;
@@ -50,11 +50,6 @@ impl<'a> Keys<'a> {
         self.prompts
     }
 
-    /// True where groups have keys of their own; false for [`Keys::ROOT`].
-    pub fn given(&self) -> bool {
-        self.of_group.is_some()
-    }
-
     /// The index of a group's path.
     #[inline]
     pub fn of_group(&self, group: usize) -> usize {
@@ -66,16 +61,36 @@ impl<'a> Keys<'a> {
         self.paths.len()
     }
 
+    /// The index of each group's path; None for [`Keys::ROOT`].
+    pub fn indices(&self) -> Option<&'a [u32]> {
+        self.of_group
+    }
+
     /// See [`Visits`].
     pub(crate) fn visits(&self, groups: &GroupStats) -> Visits<'a> {
-        let mut visits = Visits::default();
-        if self.paths.iter().all(Vec::is_empty) {
-            return visits; // everything is the root's
+        let mut visits = self.visits_without_groups();
+        if !visits.prefixes.is_empty() {
+            visits.find_groups(self, groups);
         }
-        visits.find_prefixes(self.paths);
-        visits.find_groups(self, groups);
         visits
     }
+
+    /// See [`Visits`]; the lists of groups are left empty.
+    pub(crate) fn visits_without_groups(&self) -> Visits<'a> {
+        let mut visits = Visits::default();
+        // Otherwise everything is the root's.
+        if !self.paths.iter().all(Vec::is_empty) {
+            visits.find_prefixes(self.paths);
+        }
+        visits
+    }
+}
+
+/// The priors that a batch makes up: of everything, and of what is under each prefix of its keys.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) all: Prior,
+    pub(crate) by_prefix: Vec<Prior>,
 }
 
 /// The distinct prefixes of a batch's keys, the root left out, parents first, and the non-empty groups under each.
@@ -171,6 +186,23 @@ impl<'a> Visits<'a> {
     /// The non-empty groups under a prefix, in the order of the batch.
     pub(crate) fn groups(&self, prefix: &Prefix<'_>) -> &[usize] {
         &self.groups[prefix.start..prefix.end]
+    }
+
+    /// What the listed groups make up.
+    pub(crate) fn seen(&self, groups: &GroupStats) -> Seen {
+        let under = |prefix| Prior::of_groups(self.groups(prefix).iter().map(|&group| groups.get(group)));
+        Seen { all: Prior::of(groups), by_prefix: self.prefixes.iter().map(under).collect() }
+    }
+
+    /// The same, from the prior of everything and that of each path's own groups.
+    pub(crate) fn seen_by_path(&self, all: Prior, by_path: &[Prior]) -> Seen {
+        let mut by_prefix = vec![Prior::default(); self.prefixes.len()];
+        for (path, prior) in (0..self.chain_ends.len()).zip(by_path) {
+            for &prefix in &self.chains[chain(&self.chain_ends, path)] {
+                by_prefix[prefix].merge(prior);
+            }
+        }
+        Seen { all, by_prefix }
     }
 
     /// The longest prefix of a path; None for the root's.

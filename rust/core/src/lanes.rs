@@ -25,8 +25,9 @@ pub(crate) fn accumulate<T: Float>(lanes: &mut [f64; LANES], x: &[T], f: impl Fn
 }
 
 /// Values that go through memory as one vector: a store that crosses a cache line is not forwarded to the load after it.
+#[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Aligned<const N: usize>([f64; N]);
+pub(crate) struct Aligned<const N: usize>(pub(crate) [f64; N]);
 
 /// The sum of the lanes, in a fixed order.
 #[inline(always)]

@@ -44,7 +44,7 @@ pub use codes::Codes;
 pub use columns::Columns;
 pub use equal::{EqualGroups, equal_advantages};
 pub use error::Error;
-pub use estimator::{Scored, Shrinkage};
+pub use estimator::{Scored, Shrinkage, Targets};
 pub use float::Float;
 pub use groups::GroupStats;
 pub use keys::{Keys, Path};

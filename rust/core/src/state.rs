@@ -1,11 +1,11 @@
 //! The estimator's whole memory, the priors and the last step, and what changes it.
 
-use core::iter;
-
-use crate::estimator::{finish, inverse_scale, leave_one_out_by_key};
-use crate::groups::Group;
+use crate::estimator::{inverse_scale, leave_one_out_by_key};
+use crate::keys::{Seen, Visits};
 use crate::tree::Before;
-use crate::{EqualGroups, Error, Float, GroupStats, Keys, LeaveOneOut, Normalize, Options, Prior, Score, Scored, Tree};
+use crate::{
+    EqualGroups, Error, Float, GroupStats, Keys, LeaveOneOut, Normalize, Options, Prior, Score, Scored, Targets, Tree,
+};
 
 /// The estimator's memory between batches. [`State::default`] has seen nothing.
 #[derive(Clone, Debug, Default)]
@@ -14,6 +14,12 @@ pub struct State {
     step: Option<i64>,
     /// What the last update overwrote, and the step before it.
     before: Option<(Before, Option<i64>)>,
+}
+
+/// A batch that is to enter the priors.
+struct Update {
+    seen: Seen,
+    step: Option<i64>,
 }
 
 /// What has been seen, whether or not the last update can be taken back.
@@ -54,58 +60,22 @@ impl State {
     ) -> Result<Scored, Error> {
         let update = update && self.is_newer(step);
         let visits = keys.visits(groups);
-        let mut found = self.tree.find_all(&visits);
-        let before = self.tree.root;
-        let score_first = !update || options.score == Score::Before;
-        let blended = |tree: &Tree, found: &[Option<usize>]| {
-            let (root, of_prefix) = tree.all_shrunken(&visits, found, options);
-            let of_path = |path| visits.of_path(path).map_or(root, |prefix| of_prefix[prefix]);
-            (0..keys.len()).map(of_path).collect::<Vec<_>>()
-        };
-        let mut shrunken = if score_first { blended(&self.tree, &found) } else { Vec::new() };
+        let found = self.tree.find_all(&visits);
         let mut without = None;
-        if update {
-            // Step 1: the batch enters the prior of each of its keys, and the root's.
-            let visited = visits.prefixes().iter().zip(&found).filter(|(prefix, _)| !visits.groups(prefix).is_empty());
-            let old = visited.clone().filter_map(|(_, key)| *key);
-            self.tree.check_room(visited.filter(|(_, key)| key.is_none()).count(), options.max_keys)?;
-            self.before = Some((self.tree.before(options, old.clone()), self.step));
-            let batch = Prior::of(groups);
-            if !batch.is_empty() {
-                self.tree.forget(options, old); // rows that do not count never touch a prior, hence neither does time
+        let leave_out = |history: &Tree, found: &[Option<usize>]| {
+            if options.leave_one_out != LeaveOneOut::Nothing && options.score == Score::After {
+                without = Some(leave_one_out_by_key(history, options, groups, &visits, found, keys));
             }
-            if options.leave_one_out != LeaveOneOut::Nothing && !score_first {
-                without = Some(leave_one_out_by_key(&self.tree, options, groups, &visits, &found, keys));
-            }
-            self.tree.take(&batch, groups, &visits, &mut found);
-            self.step = step.or(self.step);
-        }
-        if !score_first {
-            shrunken = blended(&self.tree, &found);
-        }
-        let blended = shrunken;
-        // Steps 2 and 3: S and mu of each group; those of a key mostly once, for its groups are mostly of one size.
-        let shrunk: Vec<_> = if let Some(without) = without {
-            without.iter().zip(groups.iter()).map(|(rest, g)| rest.of_row(g.n, options.leave_one_out)).collect()
-        } else {
-            let mut known = vec![(0.0, (0.0, 0.0)); blended.len()];
-            let of_group = |(group, g): (usize, &Group)| {
-                let key = keys.of_group(group);
-                let (n, shrunk) = &mut known[key];
-                if *n != g.n {
-                    (*n, *shrunk) = (g.n, blended[key].of_row(g.n, options.leave_one_out));
-                }
-                *shrunk
-            };
-            groups.iter().enumerate().map(of_group).collect()
         };
-        // Steps 4 to 6.
-        let prior = if score_first { before } else { self.tree.root };
-        let (affine, shrinkage, baseline) = finish(options, groups, &shrunk);
-        Ok(Scored { affine, shrinkage, baseline, prior, before, blended })
+        let batch = update.then(|| Update { seen: visits.seen(groups), step });
+        let targets = self.take(options, keys, &visits, found, batch, leave_out)?;
+        Ok(match without {
+            Some(without) => targets.score_without(options, groups, &without),
+            None => targets.score(options, groups, keys),
+        })
     }
 
-    /// Step 1 for a batch of equal groups without keys: the root's prior before it, and the one to score it with.
+    /// The same for a batch of equal groups: what to score it with, by [`EqualGroups::write`].
     ///
     /// None, with nothing changed, where [`State::advance`] must look at the batch: a group is to be left out of its prior,
     /// or an advantage may leave the range of `T`.
@@ -115,19 +85,54 @@ impl State {
         batch: &EqualGroups<'_, T>,
         update: bool,
         step: Option<i64>,
-    ) -> Option<(Prior, Prior)> {
+    ) -> Result<Option<Targets>, Error> {
+        let keys = batch.keys();
+        let visits = keys.visits_without_groups();
+        let found = self.tree.find_all(&visits);
+        if options.needs_each_group() || !batch.has_room(self.tree.farthest_mean(&found)) {
+            return Ok(None);
+        }
+        let seen = || visits.seen_by_path(*batch.prior(), batch.by_path());
+        let batch = (update && self.is_newer(step)).then(|| Update { seen: seen(), step });
+        self.take(options, keys, &visits, found, batch, |_, _| ()).map(Some)
+    }
+
+    /// Step 1: the batch, if it is an update, enters the prior of each of its keys, and the root's.
+    ///
+    /// `found` are the keys of the visits, `history` is called with what is remembered of them when the batch enters.
+    fn take(
+        &mut self,
+        options: &Options,
+        keys: &Keys<'_>,
+        visits: &Visits<'_>,
+        mut found: Vec<Option<usize>>,
+        batch: Option<Update>,
+        history: impl FnOnce(&Tree, &[Option<usize>]),
+    ) -> Result<Targets, Error> {
         let before = self.tree.root;
-        if options.needs_each_group() || !batch.has_room(&before) {
-            return None;
+        let blended = |tree: &Tree, found: &[Option<usize>]| {
+            let (root, of_prefix) = tree.all_shrunken(visits, found, options);
+            let of_path = |path| visits.of_path(path).map_or(root, |prefix| of_prefix[prefix]);
+            (0..keys.len()).map(of_path).collect::<Vec<_>>()
+        };
+        let Some(Update { seen, step }) = batch else {
+            return Ok(Targets { prior: before, before, blended: blended(&self.tree, &found) });
+        };
+        let visited = found.iter().zip(&seen.by_prefix).filter(|(_, prior)| !prior.is_empty());
+        let old = visited.clone().filter_map(|(key, _)| *key);
+        self.tree.check_room(visited.filter(|(key, _)| key.is_none()).count(), options.max_keys)?;
+        let first = (options.score == Score::Before).then(|| blended(&self.tree, &found));
+        self.before = Some((self.tree.before(options, old.clone()), self.step));
+        if !seen.all.is_empty() {
+            self.tree.forget(options, old); // rows that do not count never touch a prior, hence neither does time
         }
-        let update = update && self.is_newer(step);
-        if update {
-            self.before = Some((self.tree.before(options, iter::empty()), self.step));
-            self.tree.forget(options, iter::empty());
-            self.tree.root.merge(batch.prior());
-            self.step = step.or(self.step);
-        }
-        Some((before, if update && options.score == Score::After { self.tree.root } else { before }))
+        history(&self.tree, &found);
+        self.tree.take(&seen, visits, &mut found);
+        self.step = step.or(self.step);
+        Ok(match first {
+            Some(blended) => Targets { prior: before, before, blended },
+            None => Targets { prior: self.tree.root, before, blended: blended(&self.tree, &found) },
+        })
     }
 
     /// True for the id of an update that was not applied yet.
@@ -157,7 +162,7 @@ impl State {
         if options.normalize != Normalize::None {
             let own = Options { normalize: Normalize::Batch, ..*options };
             for (index, (scale, g)) in scored.affine.scale.iter_mut().zip(group.iter()).enumerate() {
-                let sigma2 = scored.blended[keys.of_group(index)].sigma2;
+                let sigma2 = scored.targets.blended[keys.of_group(index)].sigma2;
                 *scale =
                     if sigma2 > 0.0 { 1.0 / (sigma2.sqrt() + options.eps) } else { inverse_scale(&own, g.n, g.ssw) };
             }

@@ -11,12 +11,17 @@
 //! ([`DecayBy::Update`]), a key's statistics stay as its last update left them, with the time of that update, and are
 //! discounted when they are read: by `rho^idle`, `idle` the updates since then.
 
+mod before;
+mod digest;
+
 use std::hash::{DefaultHasher, Hasher};
 
 use hashbrown::HashTable;
 
-use crate::keys::{Path, Prefix, Visits};
-use crate::{DecayBy, Error, GroupStats, Options, Prior, Shrinkage};
+use crate::keys::{Path, Prefix, Seen, Visits};
+use crate::{DecayBy, Error, Options, Prior, Shrinkage};
+
+pub(crate) use before::Before;
 
 /// The parent of a key of one part.
 pub(crate) const AT_ROOT: usize = usize::MAX;
@@ -48,17 +53,6 @@ struct Node {
     name: usize,
     length: usize,
     parent: usize,
-}
-
-/// What an update overwrote, so that it can be taken back.
-#[derive(Clone, Debug)]
-pub(crate) struct Before {
-    root: Prior,
-    rho: f64,
-    clock: i64,
-    nodes: usize,
-    names: usize,
-    touched: Vec<(usize, Prior, i64)>,
 }
 
 impl Default for Tree {
@@ -125,40 +119,16 @@ impl Tree {
         found
     }
 
+    /// Largest magnitude of a mean of rewards among the root and some keys.
+    pub(crate) fn farthest_mean(&self, found: &[Option<usize>]) -> f64 {
+        let of_keys = found.iter().flatten().map(|&key| &self.nodes[key].prior);
+        of_keys.fold(self.root.rewards().mean().abs(), |most, prior| most.max(prior.rewards().mean().abs()))
+    }
+
     /// Refuse an addition that would make more than `max_keys` priors beside the root's.
     pub(crate) fn check_room(&self, new: usize, max_keys: usize) -> Result<(), Error> {
         let count = self.nodes.len() + new;
         if new > 0 && count > max_keys { Err(Error::TooManyKeys { count, max_keys }) } else { Ok(()) }
-    }
-
-    /// What an update of these keys is going to overwrite: all keys, where it is the first by another rate.
-    pub(crate) fn before(&self, options: &Options, keys: impl Iterator<Item = usize>) -> Before {
-        let saved = |key: usize| (key, self.nodes[key].prior, self.nodes[key].touched);
-        let settled = if self.is_other_rate(options) { 0..self.nodes.len() } else { 0..0 };
-        Before {
-            root: self.root,
-            rho: self.rho,
-            clock: self.clock,
-            nodes: self.nodes.len(),
-            names: self.names.len(),
-            touched: settled.chain(keys).map(saved).collect(),
-        }
-    }
-
-    /// Take an update back.
-    pub(crate) fn restore(&mut self, before: &Before) {
-        for node in (before.nodes..self.nodes.len()).rev() {
-            if let Ok(entry) = self.index.find_entry(self.nodes[node].hash, |&other| other == node) {
-                entry.remove();
-            }
-        }
-        self.nodes.truncate(before.nodes);
-        self.names.truncate(before.names);
-        for &(key, prior, touched) in &before.touched {
-            let node = &mut self.nodes[key];
-            (node.prior, node.touched) = (prior, touched);
-        }
-        (self.root, self.rho, self.clock, self.digest) = (before.root, before.rho, before.clock, None);
     }
 
     /// Forget, as the options say, at an update of these keys, which are then as of now.
@@ -186,28 +156,20 @@ impl Tree {
         }
     }
 
-    /// Take the groups of a batch into the root and into each of its keys, which [`Tree::forget`] has just passed over.
-    pub(crate) fn take(
-        &mut self,
-        batch: &Prior,
-        groups: &GroupStats,
-        visits: &Visits<'_>,
-        found: &mut [Option<usize>],
-    ) {
-        self.root.merge(batch);
-        for (index, prefix) in visits.prefixes().iter().enumerate() {
-            let list = visits.groups(prefix);
-            if list.is_empty() {
+    /// Take a batch into the root and into each of its keys, which [`Tree::forget`] has just passed over.
+    pub(crate) fn take(&mut self, batch: &Seen, visits: &Visits<'_>, found: &mut [Option<usize>]) {
+        self.root.merge(&batch.all);
+        for (index, (prefix, prior)) in visits.prefixes().iter().zip(&batch.by_prefix).enumerate() {
+            if prior.is_empty() {
                 continue;
             }
-            let prior = Prior::of_groups(list.iter().map(|&group| groups.get(group)));
             let key = if let Some(key) = found[index] {
-                self.nodes[key].prior.merge(&prior);
+                self.nodes[key].prior.merge(prior);
                 key
             } else {
                 // The groups of a prefix are its parent's too, so the parent has been found or made.
                 let parent = prefix.parent.map_or(AT_ROOT, |parent| found[parent].unwrap_or(AT_ROOT));
-                self.insert(parent, prefix.part, prior, 0)
+                self.insert(parent, prefix.part, *prior, 0)
             };
             found[index] = Some(key);
             if let Some(digest) = self.digest {
@@ -286,20 +248,6 @@ impl Tree {
         (root, blended)
     }
 
-    /// A number that equal trees have in common, and other trees hardly ever; at an update it costs no walk.
-    pub(crate) fn digest(&mut self) -> u64 {
-        let of_nodes = self
-            .digest
-            .unwrap_or_else(|| (0..self.nodes.len()).fold(0_u64, |sum, node| sum.wrapping_add(self.hash_of(node))));
-        self.digest = Some(of_nodes);
-        let mut hasher = DefaultHasher::new();
-        hash_prior(&mut hasher, &self.root);
-        for word in [of_nodes, self.nodes.len() as u64, self.rho.to_bits(), self.clock.cast_unsigned()] {
-            hasher.write_u64(word);
-        }
-        hasher.finish()
-    }
-
     /// A key under a parent that is here already, with statistics as of `idle` ticks ago.
     pub(crate) fn insert(&mut self, parent: usize, part: &str, prior: Prior, idle: i64) -> usize {
         let (node, hash) = (self.nodes.len(), self.hash_under(parent, part));
@@ -371,19 +319,6 @@ impl Tree {
         hasher.write(part.as_bytes());
         hasher.finish()
     }
-
-    fn hash_of(&self, key: usize) -> u64 {
-        let node = &self.nodes[key];
-        let mut hasher = DefaultHasher::new();
-        hasher.write_u64(node.hash);
-        hasher.write_i64(node.touched);
-        hash_prior(&mut hasher, &node.prior);
-        hasher.finish()
-    }
-}
-
-fn hash_prior(hasher: &mut DefaultHasher, prior: &Prior) {
-    prior.parts().iter().for_each(|value| hasher.write_u64(value.to_bits()));
 }
 
 /// Two trees are equal where they hold the same keys with the same statistics, in whatever order.

@@ -242,7 +242,7 @@ fn unscorable_rows_get_zero_and_do_not_count() {
     let mut out = [7.0; 4];
     apply(&batch, &scored.affine, &mut out);
     assert_eq!((out[1], out[3]), (0.0, 0.0));
-    assert_eq!(scored.prior.rewards().count(), 2.0);
+    assert_eq!(scored.targets.prior.rewards().count(), 2.0);
 }
 
 #[test]

@@ -3,13 +3,15 @@
 //! A part of a path begins with its kind: `s` and a string, `i` and an integer's decimal digits, or `j` and the JSON of a
 //! string with lone surrogates, which UTF-8 cannot write.
 
-use ebpo_core::{Codes, Path};
+use ebpo_core::{Codes, Keys, Path};
 use hashbrown::HashMap;
-use numpy::{IntoPyArray, PyArray1};
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyInt, PyList, PyString, PyTuple};
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyDict, PyInt, PySequence, PyString, PyTuple};
 
+use crate::arrays::slice;
 use crate::error::Result;
 
 /// A key as the core sees it, from a tuple of strings and integers.
@@ -70,42 +72,77 @@ pub(crate) fn check_part(py: Python<'_>, part: &str) -> PyResult<()> {
 #[pyo3(signature = (keys, /))]
 pub(crate) fn codes_of_keys<'py>(
     py: Python<'py>,
-    keys: Vec<Bound<'py, PyAny>>,
+    keys: &Bound<'py, PySequence>,
 ) -> Result<(Vec<usize>, Bound<'py, PyArray1<u32>>)> {
-    let (rows_of_first, codes) = code(py, &keys)?;
+    let (rows_of_first, codes) = code(&keys.to_tuple()?)?;
     Ok((rows_of_first, codes.into_pyarray(py)))
 }
 
-/// One path per distinct string of a list of strings, and each row's index into them; None where there is anything else.
-pub(crate) fn paths_of_strings(py: Python<'_>, keys: &Bound<'_, PyList>) -> Result<Option<(Vec<Path>, Vec<u32>)>> {
-    let keys: Vec<_> = keys.iter().collect();
-    let (rows_of_first, codes) = code(py, &keys)?;
-    let path = |&row: &usize| keys[row].cast_exact::<PyString>().ok().map(|key| part_of(key).map(|part| vec![part]));
-    let paths: Option<PyResult<_>> = rows_of_first.iter().map(path).collect();
-    Ok(paths.transpose()?.map(|paths| (paths, codes)))
+/// The distinct keys of a batch, each group's index into them, and the prompt of each group where several are of one.
+pub(crate) type BatchKeys<'py> = (Vec<KeyPath>, PyReadonlyArray1<'py, u32>, Option<PyReadonlyArray1<'py, u32>>);
+
+/// The keys of a batch: the distinct ones, and each group's index into them.
+pub(crate) struct GroupKeys {
+    pub(crate) paths: Vec<Path>,
+    pub(crate) of_group: Vec<u32>,
 }
 
-fn code(py: Python<'_>, keys: &[Bound<'_, PyAny>]) -> Result<(Vec<usize>, Vec<u32>)> {
+impl GroupKeys {
+    /// Those of a tuple with a string for each group, or of [`BatchKeys`].
+    ///
+    /// None for another number of groups, for any other key in a tuple, and for prompts.
+    pub(crate) fn read(keys: &Bound<'_, PyAny>, groups: usize) -> Result<Option<Self>> {
+        let keys = if let Ok(keys) = keys.cast_exact::<PyTuple>() {
+            if keys.len() == groups { Self::of_strings(keys)? } else { None }
+        } else {
+            let (paths, of_group, prompts): BatchKeys<'_> = keys.extract()?;
+            let of_group = slice(&of_group)?.to_vec();
+            let paths = paths.into_iter().map(|KeyPath(path)| path).collect();
+            prompts.is_none().then_some(Self { paths, of_group })
+        };
+        Ok(keys.filter(|keys| keys.of_group.len() == groups))
+    }
+
+    fn of_strings(keys: &Bound<'_, PyTuple>) -> Result<Option<Self>> {
+        let (rows_of_first, of_group) = code(keys)?;
+        let path = |&row: &usize| {
+            let key = keys.get_borrowed_item(row).ok()?.cast_exact::<PyString>().ok()?.to_owned();
+            Some(part_of(key.as_any()).map(|part| vec![part]))
+        };
+        let paths: Option<PyResult<_>> = rows_of_first.iter().map(path).collect();
+        Ok(paths.transpose()?.map(|paths| Self { paths, of_group }))
+    }
+
+    /// The same as the core reads them.
+    pub(crate) fn keys(&self) -> Result<Keys<'_>> {
+        Ok(Keys::new(&self.paths, &self.of_group, self.of_group.len())?)
+    }
+}
+
+/// A tuple, which nothing can change meanwhile, and whose items need not be owned one by one.
+fn code(keys: &Bound<'_, PyTuple>) -> Result<(Vec<usize>, Vec<u32>)> {
     let (mut codes, mut rows_of_first) = (Codes::with_capacity(keys.len()), Vec::new());
     // The rows of a prompt, and often those of a topic, hold one and the same object.
     let mut objects = Objects::for_rows(keys.len());
-    let mut strings: HashMap<&str, u32> = HashMap::new();
-    let others = PyDict::new(py);
-    for (row, key) in keys.iter().enumerate() {
-        let object = objects.place(key);
-        if object.address == key.as_ptr() as usize {
+    let mut strings: HashMap<PyBackedStr, u32> = HashMap::new();
+    let others = PyDict::new(keys.py());
+    for (row, key) in keys.iter_borrowed().enumerate() {
+        let address = key.as_ptr() as usize;
+        let object = objects.place(address);
+        if object.address == address {
             codes.push(object.code)?;
             continue;
         }
         let next = codes.groups();
-        let code = match key.cast::<PyString>().map(|key| key.to_str()) {
-            Ok(Ok(text)) => *strings.entry(text).or_insert(next),
-            _ => code_of_object(&others, row, key, next)?,
+        let text = key.cast::<PyString>().ok().and_then(|key| PyBackedStr::try_from(key.to_owned()).ok());
+        let code = match text {
+            Some(text) => *strings.entry(text).or_insert(next),
+            None => code_of_object(&others, row, &key, next)?,
         };
         if code == next {
             rows_of_first.push(row);
         }
-        *object = Object { address: key.as_ptr() as usize, code };
+        *object = Object { address, code };
         codes.push(code)?;
     }
     Ok((rows_of_first, codes.into_parts().0))
@@ -126,8 +163,7 @@ impl Objects {
     }
 
     #[inline]
-    fn place(&mut self, key: &Bound<'_, PyAny>) -> &mut Object {
-        let address = key.as_ptr() as usize;
+    fn place(&mut self, address: usize) -> &mut Object {
         let mask = self.0.len() - 1;
         &mut self.0[(address >> 4 ^ address >> 12) & mask]
     }

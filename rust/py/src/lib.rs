@@ -11,6 +11,7 @@
 //! interpreter is released around kernels over many rewards, never while a lock is held, so that neither another thread
 //! nor a forked child can find a lock taken. An array must not be written by another thread during a call.
 
+mod advance;
 mod arrays;
 mod call;
 mod codes;

@@ -2,26 +2,21 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use ebpo_core::{
-    Batch, Columns, EqualGroups, Error, Float, GroupStats, Keys, Layout, Options, Path, Prior, Scored, Shrinkage,
-    Sigma2, State, Tau2, apply,
-};
-use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
+use ebpo_core::{Columns, Error, Float, GroupStats, Keys, Options, Path, Prior, Shrinkage, Sigma2, State, Tau2};
+use numpy::{Element, PyArray2, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyTuple};
+use pyo3::types::PyTuple;
 
-use crate::arrays::{Groups, Mask, Rewards, batch_of, detached, is_plain, new_like, slice, threads};
-use crate::call::{Kept, PyCall, Values};
-use crate::error::{BindingError, Result};
-use crate::keys::{KeyPath, paths_of_strings};
+use crate::advance::{Advanced, advance_flat, advance_matrix};
+use crate::arrays::{Groups, Mask, Rewards, batch_of, detached, slice};
+use crate::call::Values;
+use crate::error::Result;
+use crate::keys::{BatchKeys, KeyPath};
 use crate::options::PyOptions;
 use crate::parts::{Parts, StoredKeys, arrays, columns_of, entries, readable, tuples};
 
-/// The distinct keys of a batch, each group's index into them, and the prompt of each group where several are of one.
-type BatchKeys<'py> = Option<(Vec<KeyPath>, PyReadonlyArray1<'py, u32>, Option<PyReadonlyArray1<'py, u32>>)>;
 /// The root's prior, the keys, their discount at each update and the updates so far, and the step.
 type Stored<'py> = (Parts, Bound<'py, PyAny>, (f64, i64), Option<i64>);
-type Advanced<'py> = (Bound<'py, PyAny>, PyCall);
 
 /// The priors and the id of the last update applied.
 #[pyclass(name = "State", module = "ebpo_core._core", frozen)]
@@ -29,41 +24,13 @@ type Advanced<'py> = (Bound<'py, PyAny>, PyCall);
 pub(crate) struct PyState(Mutex<State>);
 
 impl PyState {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing that runs under the lock can panic half-way through a change of it.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn root(&self) -> Prior {
         self.lock().tree().root
-    }
-
-    fn advance_keyed_as<'py, T: Float + Element>(
-        &self,
-        py: Python<'py>,
-        options: &PyOptions,
-        rewards: &Bound<'py, PyArray2<T>>,
-        keys: &Bound<'py, PyList>,
-        update: bool,
-        step: Option<i64>,
-    ) -> Result<Option<Advanced<'py>>> {
-        let (groups, size) = (rewards.dims()[0], rewards.dims()[1]);
-        if !is_plain(rewards) || rewards.is_empty() || keys.len() != groups {
-            return Ok(None);
-        }
-        let Some((paths, of_group)) = paths_of_strings(py, keys)? else { return Ok(None) };
-        let readable = rewards.try_readonly()?;
-        let values = readable.as_slice().map_err(|_| BindingError::NotContiguous)?;
-        let batch = Batch::new(values, Layout::Equal { size }, None)?;
-        let out = new_like(rewards)?;
-        let mut writable = out.try_readwrite()?;
-        let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
-        let call = finish(py, &options.0, &batch, slots, |stats| {
-            let keys = Keys::new(&paths, &of_group, stats.len())?;
-            Ok((self.lock().advance(&options.0, stats, &keys, update, step)?, keys))
-        })?;
-        drop(writable);
-        Ok(Some((out.into_any(), call)))
     }
 }
 
@@ -86,7 +53,7 @@ impl PyState {
         mask: Mask<'py>,
         update: bool,
         step: Option<i64>,
-        keys: BatchKeys<'py>,
+        keys: Option<BatchKeys<'py>>,
         stream: bool,
     ) -> Result<Advanced<'py>> {
         let keys = keys.map(|(paths, of_group, prompts)| {
@@ -110,50 +77,29 @@ impl PyState {
             Ok((scored?, keys))
         };
         match rewards {
-            Rewards::F32(rewards) => advance_as(py, &options.0, &rewards, &groups, &mask, score),
-            Rewards::F64(rewards) => advance_as(py, &options.0, &rewards, &groups, &mask, score),
+            Rewards::F32(rewards) => advance_flat(py, &options.0, &rewards, &groups, &mask, score),
+            Rewards::F64(rewards) => advance_flat(py, &options.0, &rewards, &groups, &mask, score),
         }
     }
 
-    /// The same for an `(M, G)` matrix without mask or keys, in full speed.
+    /// The same for an `(M, G)` matrix without mask, in full speed where no option of the estimator needs each group.
     ///
-    /// Returns None, with nothing changed, for whatever [`PyState::advance`] must look at: another type, dtype or order, no
-    /// rows, NaN, infinities, an option of the estimator that needs each group.
-    #[pyo3(signature = (options, rewards, update, step, /))]
+    /// `keys` is None, a tuple with a string for each row, or what [`PyState::advance`] takes. Returns None, with nothing
+    /// changed, for whatever that one must look at: another type, dtype or order of `rewards`, no rows, another number of
+    /// keys, any other key, rewards out of range.
+    #[pyo3(signature = (options, rewards, keys, update, step, /))]
     fn advance_matrix<'py>(
         &self,
         options: &PyOptions,
         rewards: &Bound<'py, PyAny>,
+        keys: &Bound<'py, PyAny>,
         update: bool,
         step: Option<i64>,
     ) -> Result<Option<Advanced<'py>>> {
         if let Ok(rewards) = rewards.cast_exact::<PyArray2<f32>>() {
-            advance_equal(self, &options.0, rewards, update, step, Values::F32)
+            advance_matrix(self, &options.0, rewards, keys, (update, step), Values::F32)
         } else if let Ok(rewards) = rewards.cast_exact::<PyArray2<f64>>() {
-            advance_equal(self, &options.0, rewards, update, step, Values::F64)
-        } else {
-            Ok(None)
-        }
-    }
-
-    /// The same for an `(M, G)` matrix with a string as the key of each row, and no mask.
-    ///
-    /// Returns None, with nothing changed, for whatever [`PyState::advance`] must look at: another type, dtype or order, no
-    /// rows, another number of keys, any other key.
-    #[pyo3(signature = (options, rewards, keys, update, step, /))]
-    fn advance_keyed<'py>(
-        &self,
-        py: Python<'py>,
-        options: &PyOptions,
-        rewards: &Bound<'py, PyAny>,
-        keys: &Bound<'py, PyList>,
-        update: bool,
-        step: Option<i64>,
-    ) -> Result<Option<Advanced<'py>>> {
-        if let Ok(rewards) = rewards.cast_exact::<PyArray2<f32>>() {
-            self.advance_keyed_as(py, options, rewards, keys, update, step)
-        } else if let Ok(rewards) = rewards.cast_exact::<PyArray2<f64>>() {
-            self.advance_keyed_as(py, options, rewards, keys, update, step)
+            advance_matrix(self, &options.0, rewards, keys, (update, step), Values::F64)
         } else {
             Ok(None)
         }
@@ -271,75 +217,6 @@ impl PyState {
         Options { ddof, ..Options::default() }.validate()?;
         Ok(self.root().tau2(kind, ddof))
     }
-}
-
-fn advance_as<'py, 'k, T: Float + Element>(
-    py: Python<'py>,
-    options: &Options,
-    rewards: &PyReadonlyArray1<'py, T>,
-    groups: &Groups<'_>,
-    mask: &Mask<'_>,
-    score: impl FnOnce(&GroupStats) -> Result<(Scored, Keys<'k>)>,
-) -> Result<Advanced<'py>> {
-    // Whatever can fail comes before the state changes.
-    let batch = batch_of(rewards, groups, mask)?;
-    let out = PyArray1::<T>::zeros(py, rewards.len(), false);
-    let mut writable = out.try_readwrite()?;
-    let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
-    let call = finish(py, options, &batch, slots, score)?;
-    drop(writable);
-    Ok((out.into_any(), call))
-}
-
-/// Score a batch, and write its advantages.
-fn finish<'k, T: Float>(
-    py: Python<'_>,
-    options: &Options,
-    batch: &Batch<'_, T>,
-    slots: &mut [T],
-    score: impl FnOnce(&GroupStats) -> Result<(Scored, Keys<'k>)>,
-) -> Result<PyCall> {
-    let rows = slots.len();
-    let stats = detached(py, rows, || GroupStats::collect(batch))?;
-    let (scored, keys) = score(&stats)?;
-    let farthest = detached(py, rows, || {
-        apply(batch, &scored.affine, slots);
-        batch.max_distance(scored.before.rewards().mean())
-    });
-    let key_of_group = keys.given().then(|| (0..stats.len()).map(|group| keys.of_group(group)).collect());
-    Ok(PyCall::new(options, Kept::Groups { scored, stats, farthest, key_of_group }))
-}
-
-fn advance_equal<'py, T: Float + Element>(
-    state: &PyState,
-    options: &Options,
-    rewards: &Bound<'py, PyArray2<T>>,
-    update: bool,
-    step: Option<i64>,
-    keep: fn(Py<PyArray2<T>>) -> Values,
-) -> Result<Option<Advanced<'py>>> {
-    let py = rewards.py();
-    if !is_plain(rewards) || options.needs_each_group() {
-        return Ok(None);
-    }
-    let (size, len) = (rewards.dims()[1], rewards.len());
-    let readable = rewards.try_readonly()?;
-    let values = readable.as_slice().map_err(|_| BindingError::NotContiguous)?;
-    // Whatever can fail comes before the state changes.
-    let out = new_like(rewards)?;
-    let mut writable = out.try_readwrite()?;
-    let slots = writable.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
-    let Some(batch) = detached(py, len, || EqualGroups::collect(values, size, threads())) else { return Ok(None) };
-    let copy = new_like(rewards)?;
-    let mut writable_copy = copy.try_readwrite()?;
-    let copied = writable_copy.as_slice_mut().map_err(|_| BindingError::NotContiguous)?;
-    detached(py, len, || copied.copy_from_slice(values));
-    drop(writable_copy);
-    let Some((before, prior)) = state.lock().advance_equal(options, &batch, update, step) else { return Ok(None) };
-    detached(py, len, || batch.write(options, &prior, threads(), slots));
-    drop(writable);
-    let kept = Kept::Matrix { rewards: keep(copy.unbind()), before, prior };
-    Ok(Some((out.into_any(), PyCall::new(options, kept))))
 }
 
 fn collect<T: Float + Element>(
