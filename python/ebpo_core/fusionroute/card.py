@@ -62,7 +62,7 @@ def model_card(config: Any, *, base_name: str | None = None, report: Mapping[str
             "yours are, as above. Their weights are compared with the hashes in `config.json`."
         )
     with_code = [f"`{expert.name}`" for expert in experts if expert.code_hash]
-    if with_code:
+    if with_code and not config.compiled:
         sections.append(
             f"{', '.join(with_code)}: models with Python code of their own, which `trust_remote_code=True` allows to "
             "run; it is compared with the hashes in `config.json`, too."

@@ -197,7 +197,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         model.trust_remote_code = trust
         stored = [ExpertReference.from_dict(expert) for expert in model.config.experts]
         wanted = overridden(stored, expert_paths)
-        model.config.compiled = adapted
+        model.config.compiled = adapted or None
         if load_experts and not adapted:
             experts = Experts.load(
                 wanted,
