@@ -197,7 +197,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         model.trust_remote_code = trust
         stored = [ExpertReference.from_dict(expert) for expert in model.config.experts]
         wanted = overridden(stored, expert_paths)
-        model.config.compiled = adapted or None
+        model.config.compiled = adapted
         if load_experts and not adapted:
             experts = Experts.load(
                 wanted,
@@ -279,7 +279,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             result = super().save_pretrained(save_directory, *args, **kwargs)
             if main and isinstance(experts, CompiledExperts):
                 # The same router, which may have been rounded to another dtype.
-                self.config.compiled = {**self.config.compiled, "router": router_hash(folder)}
+                self.config.compiled = {**(kept_compiled or {}), "router": router_hash(folder)}
                 self.config.save_pretrained(folder)
             if main and not (folder / _CARD).exists():
                 write_text(folder / _CARD, model_card(self.config))

@@ -167,23 +167,18 @@ def test_adapters_that_do_not_fit_are_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_peft_itself_loads_the_adapters(checkpoint: Path) -> None:
-    """Its forward with the adapter is the adapted stream where no key or value differs: at the first token."""
+def test_peft_itself_loads_the_adapters(tmp_path: Path) -> None:
+    """In one layer keys and values are of the embeddings, so PEFT's own forward is the adapted stream."""
     from peft import PeftModel
 
-    model = load_compiled(checkpoint)
-    router = load_compiled(checkpoint).router
-    adapted = PeftModel.from_pretrained(router, checkpoint / "compiled" / "llama2")
-    first = torch.tensor([[7]])
-    with torch.no_grad():
-        expected = adapted(input_ids=first).logits
-        found = model.experts[2](input_ids=first).logits
-        # A single token attends to itself alone, whose value in PEFT comes from adapted layers below: compare the first.
-    assert adapted.peft_config["default"].r == RANK
-    layer = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
-    stored = load_file(checkpoint / "compiled/llama2/adapter_model.safetensors")
-    assert torch.equal(dict(adapted.named_parameters())[layer], stored[layer.replace(".default", "")])
-    assert expected.shape == found.shape
+    model = load_compiled(save_compiled(tmp_path, "llama", layers=1), torch.float64)
+    for index in range(3):
+        router = load_compiled(tmp_path, torch.float64).router
+        adapted = PeftModel.from_pretrained(router, tmp_path / "compiled" / f"llama{index}").double()
+        with torch.no_grad():
+            expected = adapted(input_ids=IDS).logits
+        found = model.experts[index](input_ids=IDS).logits
+        assert torch.allclose(found, expected, rtol=0, atol=1e-9)
 
 
 def test_evaluation_and_a_tokenizer_go_on_as_before(checkpoint: Path) -> None:

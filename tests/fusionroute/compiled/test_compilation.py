@@ -178,7 +178,8 @@ def test_batches_depend_on_seed_and_step_alone() -> None:
 def test_divergence_is_kl_and_finite() -> None:
     generator = torch.Generator().manual_seed(0)
     p, q = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
-    expected = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    logs = q.log_softmax(-1), p.log_softmax(-1)
+    expected = torch.nn.functional.kl_div(*logs, log_target=True, reduction="none").sum(-1)
     assert torch.allclose(divergence(p, q), expected)
     p[:, 2] = -torch.inf  # a token that the teacher cannot write
     q.requires_grad_()
@@ -231,8 +232,21 @@ def test_the_command_compiles_and_shows(checkpoint: Path, tmp_path: Path) -> Non
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
     done = run_script(
-        "fusionroute", "compile", checkpoint, "out", "--data", data, "--rank", 4, "--steps", 3, "--batch-size", 8,
-        "--device", "cpu", cwd=tmp_path,
+        "fusionroute",
+        "compile",
+        checkpoint,
+        "out",
+        "--data",
+        data,
+        "--rank",
+        4,
+        "--steps",
+        3,
+        "--batch-size",
+        8,
+        "--device",
+        "cpu",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "rank 4, 3 held-out rows" in done.stdout

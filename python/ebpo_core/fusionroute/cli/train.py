@@ -74,7 +74,8 @@ def check_trainable(name: str, revision: str | None) -> None:
     """Raise a ValueError for a checkpoint whose experts are compiled for its router as it is."""
     from ebpo_core.fusionroute.config import FusionRouteConfig
 
-    if FusionRouteConfig.from_pretrained(name, revision=revision).compiled:
+    where: dict[str, Any] = {"revision": revision}
+    if FusionRouteConfig.from_pretrained(name, **where).compiled:
         raise ValueError(
             f"model_name_or_path={name!r} has experts that are compiled for its router as it is: train the checkpoint "
             "that it was compiled from, and compile again afterwards"
