@@ -18,7 +18,7 @@ from ebpo_core.models import load_model, resolve_model
 
 from .card import model_card
 from .compiled.experts import CompiledExperts
-from .compiled.files import copy_adapters, router_hash
+from .compiled.files import copy_adapters, read_report, router_hash
 from .compiled.loading import load_compiled
 from .config import FusionRouteConfig
 from .context import shortest_context
@@ -282,7 +282,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 self.config.compiled = {**(kept_compiled or {}), "router": router_hash(folder)}
                 self.config.save_pretrained(folder)
             if main and not (folder / _CARD).exists():
-                write_text(folder / _CARD, model_card(self.config))
+                write_text(folder / _CARD, model_card(self.config, report=read_report(folder)))
         finally:
             self.config.experts, self.config.compiled = kept, kept_compiled
         return result
@@ -291,7 +291,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         """On the way to the hub: our model card in place of transformers' empty form."""
         card = Path(working_dir) / _CARD
         if not card.exists() or "2601.05106" not in card.read_text(encoding="utf-8"):
-            write_text(card, model_card(self.config))
+            write_text(card, model_card(self.config, report=read_report(card.parent)))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 

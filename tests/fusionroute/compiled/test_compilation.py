@@ -88,6 +88,9 @@ def test_a_compiled_checkpoint_comes_nearer_with_training(checkpoint: Path, tmp_
     card = (tmp_path / "150/README.md").read_text()
     assert f"| fused | | {reports[1]['fused']['kl']:.4f} |" in card
     model = FusionRouteForCausalLM.from_pretrained(tmp_path / "150")
+    model.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy/compiled/report.json").read_bytes() == (tmp_path / "150/compiled/report.json").read_bytes()
+    assert card.partition("## Compiled")[2] in (tmp_path / "copy/README.md").read_text()
     assert model.config.compiled["rank"] == 8
     assert not list((tmp_path / "150/compiled").glob("*.state*"))
     assert not (tmp_path / "150/compiled/compiling.json").exists()

@@ -81,6 +81,13 @@ def test_sampled_drafts_give_the_same_tokens(model: FusionRouteForCausalLM) -> N
     assert torch.equal(*texts)
 
 
+def test_prompt_lookup_gives_the_same_tokens(model: FusionRouteForCausalLM) -> None:
+    ids, _ = padded_prompts([6], 5)
+    ids = torch.cat([ids, ids, ids], dim=1)  # something to look up, longer than the window
+    expected = greedy(model, ids, max_new_tokens=20)
+    assert torch.equal(greedy(model, ids, max_new_tokens=20, prompt_lookup_num_tokens=3), expected)
+
+
 def test_a_returned_cache_goes_on(model: FusionRouteForCausalLM) -> None:
     ids, mask = padded_prompts([5, 8], 7)
     whole = greedy(model, ids, mask, max_new_tokens=12)

@@ -150,6 +150,16 @@ def test_recurrent_routers_are_refused() -> None:
         target_modules(router)
 
 
+def test_autocast_is_the_routers(tmp_path: Path) -> None:
+    model = load_compiled(save_compiled(tmp_path, "llama"))
+    ids = torch.tensor([tokens(10)])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(input_ids=ids).logits
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_hooks_leave_the_routers_own_forward_alone(tmp_path: Path) -> None:
     model = load_compiled(save_compiled(tmp_path, "llama"), torch.float64)
     ids = torch.tensor([tokens(10)])

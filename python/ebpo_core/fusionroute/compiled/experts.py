@@ -131,7 +131,8 @@ class CompiledExperts(Experts):
         if places is not None:
             # Any positions: the stream runs on all, and those that nobody asked for take the first expert.
             wanted = torch.zeros_like(new.ids).index_copy_(1, places.to(ids.device), wanted)
-        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+        # Not as whole experts, out of a caller's autocast: queries must have the dtype of the router's keys.
+        with torch.no_grad():
             logits = adapted_logits(
                 self.router,
                 self.adapters,

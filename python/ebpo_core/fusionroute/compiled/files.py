@@ -169,6 +169,15 @@ def _read_adapter(
     return tensors
 
 
+def read_report(checkpoint: Path) -> dict[str, Any] | None:
+    """What compiling cost on held-out rows, of :func:`~.report.compare`; None for a checkpoint without it."""
+    file = checkpoint / COMPILED_FOLDER / REPORT
+    if not file.is_file():
+        return None
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return report
+
+
 def copy_adapters(source: str | os.PathLike[str], names: Sequence[str], target: Path) -> None:
     """Copy the adapters and their report, byte for byte, from one checkpoint to another; nothing onto itself.
 

@@ -26,6 +26,9 @@ class LowRank:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move and convert in place; free where nothing changes."""
+        first = next(iter(self.down.values()))
+        if first.device == device and first.dtype == dtype:
+            return
         for tensors in (self.down, self.up):
             for name, value in tensors.items():
                 tensors[name] = value.to(device, dtype)
