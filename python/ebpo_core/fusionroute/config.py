@@ -33,6 +33,8 @@ class FusionRouteConfig(PreTrainedConfig):
         max_position_embeddings: tokens that all models read, prompt and answer together; by default the router's.
         alpha, complementary, route, hysteresis, expert_prefill, expert_cache_budget: defaults of decoding, see
             :class:`~.decoding.routing.RoutingOptions`.
+        compiled: None, or of a compiled checkpoint a dict: "rank" and "scale" (alpha / rank) of the experts' adapters,
+            and "router", the hash of the weights that they were made for.
         fusionroute_version: version of this format.
 
     Raises:
@@ -54,6 +56,7 @@ class FusionRouteConfig(PreTrainedConfig):
     hysteresis: float | int = 0.0
     expert_prefill: str = "lazy"
     expert_cache_budget: int | None = None
+    compiled: dict[str, Any] | None = None
     fusionroute_version: int = VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -1,0 +1,178 @@
+"""The low-rank terms of compiled experts: ``scale * B_e (A_e x)``, e another expert for each row.
+
+All experts' A are stacked, and so are their B. A row is multiplied by all of them, and the products of the experts that
+it did not select are set to zero between the two: two plain matrix products a layer, without a gather. Of n experts of
+rank r, n r columns are computed where r are needed; up to a few hundred of them that is less than reading A and B row
+by row, as soon as a batch has more rows than there are experts.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear, RowParallelLinear
+
+
+class Selection(nn.Module):
+    """The experts that the rows of the running step selected, as a mask over the stacked products.
+
+    Attributes:
+        mask: ``[rows, n r]``: the scale in the columns of the row's expert, 0 in the others. One piece of memory for
+            all layers and steps, so that compiled code (and a CUDA graph) finds it.
+    """
+
+    mask: Tensor
+
+    def __init__(self, rows: int, num_experts: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.num_experts, self.rank, self.scale = num_experts, rank, scale
+        # One row more than a step can have: compilation must not find that they are as many.
+        self.register_buffer("mask", torch.zeros(rows + 1, num_experts * rank), persistent=False)
+
+    def choose(self, ids: Tensor) -> None:
+        """Set the mask's first rows for ``ids``, ``[rows]`` int64."""
+        self.mask[: len(ids)] = self.of(ids)
+
+    def of(self, ids: Tensor) -> Tensor:
+        """The mask of ``ids``, ``[rows, n r]``."""
+        experts = torch.arange(self.num_experts, device=ids.device).repeat_interleave(self.rank)
+        return (ids[:, None] == experts).to(self.mask.dtype) * self.scale
+
+
+class Shard(NamedTuple):
+    """This rank's part of one side of a weight matrix."""
+
+    start: int
+    size: int
+    total: int
+
+
+class LowRank(nn.Module):
+    """The stacked adapters of one linear layer, or of several that are one layer in vLLM (gate and up; q of q, k, v).
+
+    Args:
+        selection: of the step.
+        inputs: of the layer.
+        outputs: of the adapted pieces of the layer's output, which stand at its beginning.
+
+    Attributes:
+        lora_A: ``[pieces n r, inputs]``, pieces outside, experts inside.
+        lora_B: ``[sum of outputs, n r]``.
+    """
+
+    def __init__(self, selection: Selection, inputs: Shard, outputs: Sequence[Shard]) -> None:
+        super().__init__()
+        self.selection = selection
+        self.inputs, self.outputs = inputs, list(outputs)
+        self.widths = [shard.size for shard in outputs]
+        k = selection.mask.shape[1]
+        self.lora_A = nn.Parameter(torch.zeros(len(self.outputs) * k, inputs.size), requires_grad=False)
+        self.lora_B = nn.Parameter(torch.zeros(sum(self.widths), k), requires_grad=False)
+
+    def load(self, expert: int, piece: int, name: str, tensor: Tensor) -> None:
+        """Put one expert's ``lora_A`` or ``lora_B`` of one piece into its place, cut to this rank.
+
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        r = self.selection.rank
+        if name == "lora_A":
+            shard, whole = self.inputs, [r, self.inputs.total]
+            start = (piece * self.selection.num_experts + expert) * r
+            place = self.lora_A[start : start + r]
+            part = tensor[:, shard.start : shard.start + shard.size]
+        else:
+            shard, whole = self.outputs[piece], [self.outputs[piece].total, r]
+            start = sum(self.widths[:piece])
+            place = self.lora_B[start : start + shard.size, expert * r : (expert + 1) * r]
+            part = tensor[shard.start : shard.start + shard.size]
+        if list(tensor.shape) != whole:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {whole}")
+        with torch.no_grad():
+            place.copy_(part)
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """Add the terms of ``x``, ``[rows, inputs]``, to the beginning of ``out``, ``[rows, outputs or more]``.
+
+        On ranks that hold parts of an input, this adds parts of the terms: they are summed with the layer's own.
+        """
+        mask = self.selection.mask[: x.shape[0]]
+        products = nn.functional.linear(x, self.lora_A)
+        k, start = mask.shape[1], 0
+        for piece, width in enumerate(self.widths):
+            kept = products[:, piece * k : (piece + 1) * k] * mask
+            out[:, start : start + width].addmm_(kept, self.lora_B[start : start + width].t())
+            start += width
+
+
+class AdaptedMethod(LinearMethodBase):  # type: ignore[misc]
+    """vLLM's linear method of a layer that has another one's weights, whatever their method, and low-rank terms.
+
+    A layer calls its method before it sums over ranks, so the terms go through the sum that there is already.
+    """
+
+    supports_pre_processed_weights = True
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("an adapted layer has no weights of its own: see adapted()")
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out: Tensor = layer.base.quant_method.apply(layer.base, x, bias)
+        layer.terms.add_to(out, x)
+        return out
+
+
+def adapted(layer: Any, base: Any, selection: Selection) -> None:
+    """Have ``layer``, which was made without memory for weights, compute with those of ``base`` and low-rank terms.
+
+    k and v of a layer of q, k and v are computed with q, and not used: vLLM may have packed the three as one.
+
+    Args:
+        layer: of the same class and sizes as ``base``.
+        base: the router's.
+        selection: of the step.
+    """
+    rank, ranks, width = layer.tp_rank, layer.tp_size, layer.input_size_per_partition
+    pieces = list(layer.output_partition_sizes)
+    if isinstance(layer, QKVParallelLinear):
+        pieces = pieces[:1]
+    if isinstance(layer, RowParallelLinear):
+        inputs, outputs = Shard(rank * width, width, ranks * width), [Shard(0, piece, piece) for piece in pieces]
+    else:
+        inputs, outputs = Shard(0, width, width), [Shard(rank * piece, piece, ranks * piece) for piece in pieces]
+    layer.terms = LowRank(selection, inputs, outputs)
+    bias = layer._parameters.pop("bias", None)
+    layer._parameters.clear()
+    layer.register_parameter("bias", None if bias is None else base.bias)
+    layer.base = base
+    layer.quant_method = AdaptedMethod()
+
+
+class _HeadMethod(AdaptedMethod):
+    """Of the router's rows and, behind them, as many of the adapted stream, which alone get the terms."""
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out: Tensor = layer.base.quant_method.apply(layer.base, x, bias)
+        rows = len(x) // 2
+        layer.terms.add_to(out[rows:], x[rows:])
+        return out
+
+
+class AdaptedHead(nn.Module):
+    """An LM head for both streams at once, which vLLM's ``LogitsProcessor`` takes in the place of the router's.
+
+    Its rows are the router's, then those of the adapted stream, so that the weights are read once.
+    """
+
+    def __init__(self, base: Any, selection: Selection) -> None:
+        super().__init__()
+        self.base = base
+        self.tp_size = base.tp_size
+        own, width = base.shard_indices, base.embedding_dim
+        vocabulary = Shard(own.org_vocab_start_index, own.num_org_elements, base.org_vocab_size)  # without padding
+        self.terms = LowRank(selection, Shard(0, width, width), [vocabulary])
+        self.quant_method = _HeadMethod()
