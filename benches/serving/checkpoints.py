@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from ebpo_core.fusionroute import FusionRouteForCausalLM
+from ebpo_core.fusionroute import FusionRouteConfig, FusionRouteForCausalLM
+from ebpo_core.fusionroute.compiled.files import COMPILED_FOLDER, router_hash, write_adapter
+from ebpo_core.fusionroute.compiled.targets import target_modules
 
-TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -64,11 +63,10 @@ def save_checkpoints(folder: Path, sizes: dict[str, Any], num_experts: int, rank
     for name in (FUSED, COMPILED):
         model.save_pretrained(folder / name)
     for seed, name in enumerate(paths, start=1):
-        save_adapter(folder / COMPILED / "compiled" / name, model.router, rank, seed)
-    config_file = folder / COMPILED / "config.json"
-    values = json.loads(config_file.read_text(encoding="utf-8"))
-    values["compiled"] = {"rank": rank, "scale": 1.0, "router": ""}
-    config_file.write_text(json.dumps(values), encoding="utf-8")
+        save_adapter(folder / COMPILED / COMPILED_FOLDER / name, model.router, rank, seed)
+    compiled = FusionRouteConfig.from_pretrained(folder / COMPILED)
+    compiled.compiled = {"rank": rank, "scale": 1.0, "router": router_hash(folder / COMPILED)}
+    compiled.save_pretrained(folder / COMPILED)
     words = {"<unk>": 0, **{f"w{index}": index for index in range(1, config.vocab_size)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106 -- not a password
     for name in (FUSED, COMPILED, ROUTER):
@@ -76,18 +74,11 @@ def save_checkpoints(folder: Path, sizes: dict[str, Any], num_experts: int, rank
 
 
 def save_adapter(folder: Path, router: PreTrainedModel, rank: int, seed: int) -> None:
-    """A random adapter in PEFT's format; its terms are about as large as a tenth of what they are added to."""
+    """A random adapter, whose terms are about a tenth as large as what they are added to."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, module in router.named_modules():
-        if name.rpartition(".")[2] not in TARGETS:
-            continue
-        rows, columns = module.weight.shape
+    down, up = {}, {}
+    for name, module in target_modules(router).items():
         std = float(module.weight.std()) * 0.1 * rank**-0.5
-        down = torch.randn(rank, columns, generator=generator)
-        up = torch.randn(rows, rank, generator=generator) * std
-        tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(TARGETS), "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        down[name] = torch.randn(rank, module.in_features, generator=generator)
+        up[name] = torch.randn(module.out_features, rank, generator=generator) * std
+    write_adapter(folder, down, up, rank, "router")

@@ -13,6 +13,7 @@ from ebpo_core.lazy import lazily
 from .registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from .compiled.compilation import compile  # noqa: A004
     from .config import FusionRouteConfig
     from .decoding.cache import FusionRouteCache
     from .decoding.routing import RoutingOptions
@@ -35,6 +36,7 @@ __all__ = [
     "RoutingOptions",
     "RoutingTrace",
     "check_tokenizers",
+    "compile",
 ]
 
 _HOMES = {
@@ -49,6 +51,7 @@ _HOMES = {
     "RoutingOptions": "decoding.routing",
     "RoutingTrace": "traces.trace",
     "check_tokenizers": "experts.tokenizers",
+    "compile": "compiled.compilation",
 }
 
 __getattr__ = lazily(__name__, _HOMES, "fusionroute")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -25,7 +26,7 @@ _CITATION = """```bibtex
 ```"""
 
 
-def model_card(config: Any, *, base_name: str | None = None) -> str:
+def model_card(config: Any, *, base_name: str | None = None, report: Mapping[str, Any] | None = None) -> str:
     """``README.md`` for a checkpoint: front matter for the hub, loading, a table of experts, options, citation.
 
     No path of this machine is written: an expert in a local folder is shown by the folder's name, with a note that
@@ -34,6 +35,7 @@ def model_card(config: Any, *, base_name: str | None = None) -> str:
     Args:
         config: a :class:`~.config.FusionRouteConfig` as it is stored (references relative to the checkpoint).
         base_name: what the router was made from; by default what its config remembers.
+        report: on compiled experts, of :func:`~.compiled.report.compare`, where there is one.
     """
     experts = [ExpertReference.from_dict(expert) for expert in config.experts or []]
     base = base_name or getattr(config.router_config, "_name_or_path", None) or None
@@ -46,13 +48,15 @@ def model_card(config: Any, *, base_name: str | None = None) -> str:
         f"A router language model ({router}architecture `{config.router_config.model_type}`) and {len(experts)} frozen "
         "expert language models. At every token the router picks one expert and adds its own logits to the expert's "
         "([FusionRoute](https://arxiv.org/abs/2601.05106)). This repository holds the router and its routing head"
-        + (", and the experts." if _complete(experts) else "; experts are loaded from where the table says."),
+        + _where(config, experts),
         "## Use",
-        _usage(experts),
+        _usage([] if config.compiled else experts),
         "## Experts",
         _table(experts),
     ]
-    if any(_missing(expert) for expert in experts):
+    if config.compiled:
+        sections += ["## Compiled experts", _compiled(config.compiled, report)]
+    elif any(_missing(expert) for expert in experts):
         sections.append(
             "Experts marked *local* are folders on the machine that wrote this card, by name; tell the loader where "
             "yours are, as above. Their weights are compared with the hashes in `config.json`."
@@ -77,6 +81,42 @@ def model_card(config: Any, *, base_name: str | None = None) -> str:
         _CITATION,
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _where(config: Any, experts: list[ExpertReference]) -> str:
+    """The end of the sentence on what the repository holds."""
+    if config.compiled:
+        return ", and the experts as adapters of the router; the table says what they were compiled from."
+    return ", and the experts." if _complete(experts) else "; experts are loaded from where the table says."
+
+
+def _compiled(compiled: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+    """What compiled experts are, and how near they come to the experts."""
+    text = (
+        f"Each expert is a LoRA of the router, of rank {compiled['rank']}, that reads the router's key/value cache: two "
+        "forwards a token, whatever the number of experts. `from_pretrained(..., compiled=False)` loads the experts "
+        "themselves."
+    )
+    if report is None:
+        return text
+    lines = ["| expert | selected | KL | agreement |", "|---|---|---|---|"]
+    for name, numbers in report["experts"].items():
+        kl, agreement = numbers["kl"], numbers["agreement"]
+        shown = ("-", "-") if kl is None else (f"{kl:.4f}", f"{agreement:.1%}")
+        lines.append(f"| {name} | {numbers['share']:.1%} | {shown[0]} | {shown[1]} |")
+    fused = report["fused"]
+    lines.append(f"| fused | | {fused['kl']:.4f} | {fused['agreement']:.1%} |")
+    exact = fused["exact"]
+    return "\n\n".join(
+        [
+            text,
+            f"On {report['rows']} held-out rows ({report['tokens']} tokens) beside the experts themselves, KL in nats a "
+            "token and agreement of the likeliest token:",
+            "\n".join(lines),
+            f"Rows of which every token is the likeliest: {exact['uncompiled']:.1%} before, {exact['compiled']:.1%} "
+            "compiled.",
+        ]
+    )
 
 
 def _front_matter(bases: list[str]) -> str:

@@ -17,6 +17,9 @@ from ebpo_core.files import write_text
 from ebpo_core.models import load_model, resolve_model
 
 from .card import model_card
+from .compiled.experts import CompiledExperts
+from .compiled.files import copy_adapters, router_hash
+from .compiled.loading import load_compiled
 from .config import FusionRouteConfig
 from .context import shortest_context
 from .decoding.routing import STORED_OPTIONS, RoutingOptions
@@ -154,6 +157,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         expert_paths: Mapping[str, Any] | None = None,
         verify_experts: bool = True,
         trust_remote_code: bool | None = False,
+        compiled: bool = True,
         **kwargs: Any,
     ) -> Any:
         """``PreTrainedModel.from_pretrained``, and the experts.
@@ -161,20 +165,30 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         Args:
             pretrained_model_name_or_path, args, kwargs: as in transformers; ``dtype`` is also that of experts whose
                 reference names none.
-            load_experts: False loads the router alone, e.g. to train from an expert cache.
+            load_experts: False loads the router alone, e.g. to train from an expert cache; compiled experts are left
+                out for good.
             expert_paths: where experts are now, by name: a path, a dict of the fields of
                 :class:`~.experts.references.ExpertReference` that change, or a loaded model.
             verify_experts: False accepts experts whose weights, or code, are no longer those of the checkpoint.
             trust_remote_code: run the Python code of experts that the checkpoint was made with it for.
+            compiled: of a checkpoint whose experts are compiled, False loads the experts that they were compiled from,
+                and leaves the compiled ones out for good.
 
         Raises:
             ValueError: an expert is missing, its weights or its code changed, its code is not allowed, or its
-                vocabulary is too narrow.
+                vocabulary is too narrow; of compiled ones, the router has changed, or ``expert_paths`` are given.
         """
         kwargs.setdefault("use_safetensors", True)
         trust = bool(trust_remote_code)  # the auto classes pass None on
-        if load_experts:
-            known = _stored_experts(pretrained_model_name_or_path, kwargs)
+        config = _stored_config(pretrained_model_name_or_path, kwargs)
+        adapted = config.compiled if compiled and load_experts else None
+        if adapted and expert_paths:
+            raise ValueError(
+                f"expert_paths names {list(expert_paths)}, and the checkpoint's experts are compiled, so none is "
+                "loaded: leave expert_paths out, or pass compiled=False"
+            )
+        if load_experts and not adapted:
+            known = [ExpertReference.from_dict(expert) for expert in config.experts or []]
             wanted = overridden(known, expert_paths)
             where: Any = {"base_dir": pretrained_model_name_or_path, "revision": kwargs.get("revision")}
             check_code(wanted, trust_remote_code=trust, verify=verify_experts, **where)
@@ -183,7 +197,8 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         model.trust_remote_code = trust
         stored = [ExpertReference.from_dict(expert) for expert in model.config.experts]
         wanted = overridden(stored, expert_paths)
-        if load_experts:
+        model.config.compiled = adapted
+        if load_experts and not adapted:
             experts = Experts.load(
                 wanted,
                 base_dir=pretrained_model_name_or_path,
@@ -210,6 +225,11 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             model.config.experts = [
                 expert.anchored(pretrained_model_name_or_path, missing_ok=True).to_dict() for expert in known
             ]
+        if adapted:
+            references = [ExpertReference.from_dict(expert) for expert in model.config.experts]
+            where = {"revision": kwargs.get("revision"), "verify": verify_experts}
+            experts = load_compiled(model.router, adapted, references, pretrained_model_name_or_path, **where)
+            object.__setattr__(model, "_experts", experts)
         return loaded
 
     def save_pretrained(
@@ -228,7 +248,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         check_saving(kwargs, ["save_experts"])
         folder = Path(save_directory)
         experts: Experts = self.experts
-        kept = self.config.experts
+        kept, kept_compiled = self.config.experts, self.config.compiled
         main = kwargs.get("is_main_process", True)
         if main:
             if save_experts and not len(experts):
@@ -252,12 +272,19 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                         f"need expert_paths={{{reference.name!r}: ...}}, unless it is saved with save_experts=True"
                     )
             self.config.experts = [reference.to_dict() for reference in references]
+            if isinstance(experts, CompiledExperts):
+                experts.check_unchanged()
+                copy_adapters(experts.folder, experts.names, folder)
         try:
             result = super().save_pretrained(save_directory, *args, **kwargs)
+            if main and isinstance(experts, CompiledExperts):
+                # The same router, which may have been rounded to another dtype.
+                self.config.compiled = {**self.config.compiled, "router": router_hash(folder)}
+                self.config.save_pretrained(folder)
             if main and not (folder / _CARD).exists():
                 write_text(folder / _CARD, model_card(self.config))
         finally:
-            self.config.experts = kept
+            self.config.experts, self.config.compiled = kept, kept_compiled
         return result
 
     def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -268,14 +295,15 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
-def _stored_experts(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> list[ExpertReference]:
-    """The experts of a checkpoint, from its config alone; ``kwargs`` are those of ``from_pretrained``."""
+def _stored_config(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> FusionRouteConfig:
+    """The config of a checkpoint, before anything is loaded; ``kwargs`` are those of ``from_pretrained``."""
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         taken = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
         where = {key: kwargs[key] for key in taken if kwargs.get(key) is not None}
         config = FusionRouteConfig.from_pretrained(name if config is None else config, **where)
-    return [ExpertReference.from_dict(expert) for expert in config.experts or []]
+    stored: Any = config
+    return stored  # type: ignore[no-any-return]
 
 
 def _check_router(router: Any) -> None:

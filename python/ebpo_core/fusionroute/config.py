@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .compiled.fields import check_fields
 from .context import context_length
 from .decoding.routing import STORED_OPTIONS, RoutingOptions
 from .keywords import unexpected
@@ -33,8 +34,8 @@ class FusionRouteConfig(PreTrainedConfig):
         max_position_embeddings: tokens that all models read, prompt and answer together; by default the router's.
         alpha, complementary, route, hysteresis, expert_prefill, expert_cache_budget: defaults of decoding, see
             :class:`~.decoding.routing.RoutingOptions`.
-        compiled: None, or of a compiled checkpoint a dict: "rank" and "scale" (alpha / rank) of the experts' adapters,
-            and "router", the hash of the weights that they were made for.
+        compiled: None, or of compiled experts ``{"rank": r, "scale": alpha / r, "router": hash}``, see
+            :mod:`~.compiled.loading`: ``experts`` are then what they were compiled from, and are not loaded.
         fusionroute_version: version of this format.
 
     Raises:
@@ -56,7 +57,7 @@ class FusionRouteConfig(PreTrainedConfig):
     hysteresis: float | int = 0.0
     expert_prefill: str = "lazy"
     expert_cache_budget: int | None = None
-    compiled: dict[str, Any] | None = None
+    compiled: dict[str, Any] | bool | None = None
     fusionroute_version: int = VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -87,6 +88,7 @@ class FusionRouteConfig(PreTrainedConfig):
         for name in ("attn_implementation", "experts_implementation"):
             # Left out, they would be reset in the router's config, which is the very object that a loaded router uses.
             kwargs.setdefault(name, getattr(router, f"_{name}", None))
+        self.compiled = check_fields(self.compiled)
         self.options()  # raises for values that do not fit
         super().__post_init__(**kwargs)
 

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ebpo_core.kernels import select_add_argmax, select_add_sample
 
 from .compat import CACHE
+from .compiled.experts import check_options
 from .decoding.cache import FusionRouteCache
 from .decoding.drafts import check_croppable, check_draft_tokens, check_drafts, decode
 from .decoding.recorder import RoutingRecorder
@@ -96,6 +97,8 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         check_draft_tokens(draft_tokens, kwargs)
         given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
         options = self.config.options().updated(**given)
+        if self.compiled is not None:
+            check_options(options)
         permitted_rows(options, self.experts.names)  # wrong names are found before the router reads the prompt
         recorder = RoutingRecorder() if output_routing else None
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
@@ -169,7 +172,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         cache = model_kwargs.get(CACHE)
         if given is None and isinstance(cache, Cache):
             check_cached(self.router, self.experts)
-            model_kwargs[CACHE] = FusionRouteCache(cache, self.experts)
+            model_kwargs[CACHE] = FusionRouteCache(cache, self._with_caches)
         if drafts is not None:
             check_croppable(drafts, model_kwargs[CACHE], self.experts)
         options = _options_of(self)

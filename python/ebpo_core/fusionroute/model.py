@@ -16,6 +16,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .checkpoint import CheckpointMixin
 from .compat import CACHE
+from .compiled.experts import CompiledExperts, check_options
+from .compiled.lending import LendingCache
 from .config import FusionRouteConfig
 from .context import check_length
 from .decoding.cache import FusionRouteCache
@@ -140,6 +142,25 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         return experts
 
     @property
+    def compiled(self) -> CompiledExperts | None:
+        """The experts, where they are compiled; else None."""
+        experts = self.experts
+        return experts if isinstance(experts, CompiledExperts) else None
+
+    def train(self, mode: bool = True) -> Any:
+        """``nn.Module.train``.
+
+        Raises:
+            ValueError: training a router whose experts are compiled, and belong to it as it is.
+        """
+        if mode and self.compiled is not None:
+            raise ValueError(
+                "the experts are compiled for this router, which must stay as it is: to train it, load the checkpoint "
+                "with compiled=False, and compile again afterwards"
+            )
+        return super().train(mode)
+
+    @property
     def base_model(self) -> nn.Module:
         """The router's backbone (what feeds its LM head)."""
         backbone: nn.Module = self.router.base_model
@@ -249,7 +270,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             use_cache = not one_pass and all(map(keeps_cache, models))
         if use_cache and state is None:
             check_cached(self.router, self.experts)
-            state = FusionRouteCache(DynamicCache(config=self.config.get_text_config()), self.experts)
+            state = FusionRouteCache(DynamicCache(config=self.config.get_text_config()), self._with_caches)
         self._check_mode(state, router_only, logits_to_keep)
         # Before the router runs: a bad argument must leave the cache as it was.
         B, V = len(input_ids), int(self.config.vocab_size or 0)
@@ -262,17 +283,21 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         given = position_ids if call is None else None  # `generate` counts them
         asked = () if router_only else self.experts
         eager = options.expert_prefill == "eager"  # which runs all of them
+        if self.compiled is not None and not router_only:
+            check_options(options)
         check_length(self, new.mask.shape[1], given, asked, None if eager else allowed)
 
         # 1. The router: logits at the K positions asked for, [B, K, V_router], hidden states at all, [B, S, D].
         keep = _kept(logits_to_keep, input_ids.shape[1])
+        router_cache = None if state is None else state.router
+        router_cache = router_cache if router_only else self._lent(router_cache)
         router_logits, hidden, out = self._run_router(
             keep,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=new.positions,
-            use_cache=bool(use_cache),
-            **{CACHE: None if state is None else state.router},
+            use_cache=bool(use_cache) or isinstance(router_cache, LendingCache),
+            **{CACHE: router_cache},
             **kwargs,
         )
         # Collected first: an output's items, `output[0]` among them, have the order in which they were set.
@@ -288,10 +313,10 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         result |= {"routing_weights": weights, "expert_ids": ids}
 
         # 3. The experts, each for the rows and positions that selected it.
-        if state is None:
+        if state is None and not isinstance(router_cache, LendingCache):
             expert_logits = full_logits(self.experts, ids, new, attention_mask, logits_to_keep)
         else:
-            expert_logits = self._run_experts(state, new, selected, ids, options)
+            expert_logits = self._run_experts(state, new, selected, ids, options, router_cache, logits_to_keep)
         if call is not None and call.recorder is not None:
             share = selected_share(weights, ids.clamp(min=0), allowed)
             call.recorder.add(new.mask.shape[1], ids, share, expert_logits.argmax(ids, V))
@@ -349,11 +374,32 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
             runs = runs & active_rows[:, None].to(runs.device)
         return weights, selected, torch.where(runs, ids, -1)
 
+    @property
+    def _with_caches(self) -> Any:
+        """The experts that keep caches of their own: none of the compiled ones."""
+        return self.experts if self.compiled is None else ()
+
+    def _lent(self, cache: Any) -> Any:
+        """The cache for the router's forward: where experts are compiled, one that lends them what the router saw."""
+        return cache if self.compiled is None else self.compiled.lend(cache)
+
     def _run_experts(
-        self, state: FusionRouteCache, new: NewTokens, selected: Tensor, ids: Tensor, options: RoutingOptions
+        self,
+        state: Any,
+        new: NewTokens,
+        selected: Tensor,
+        ids: Tensor,
+        options: RoutingOptions,
+        router_cache: Any,
+        logits_to_keep: int | Tensor = 0,
     ) -> ExpertLogits:
-        """The experts ``ids`` of the last K columns, through the cache, which takes the new columns in."""
-        wanted = state.append(new, selected, ids)
+        """The experts ``ids`` of the last K columns, through the cache, which takes the new columns in.
+
+        Compiled ones read what ``router_cache``, of :meth:`_lent`, has seen; then ``state`` may be None.
+        """
+        wanted = [] if state is None else state.append(new, selected, ids)
+        if self.compiled is not None:
+            return self.compiled.selected_logits(router_cache, new, ids, logits_to_keep)
         state.budget = options.expert_cache_budget
         if options.expert_prefill == "eager" and not new.seen.shape[1]:
             state.read_with_the_others(wanted)

@@ -1,4 +1,4 @@
-"""The ``fusionroute`` command: ``train``, ``generate``, ``show``, ``eval``, ``demo``, ``convert`` and ``merge``."""
+"""The ``fusionroute`` command: ``train``, ``generate``, ``show``, ``eval``, ``demo``, ``convert``, ``compile`` and ``merge``."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ COMMANDS = {
         "write a checkpoint whose experts are plain folders, as vLLM needs it",
         "ebpo_core.fusionroute.cli.convert",
         ("torch", "transformers"),
+    ),
+    "compile": Command(
+        "distil the experts into adapters of the router: two forwards a token for any number of experts",
+        "ebpo_core.fusionroute.cli.compile",
+        ("torch", "transformers", "peft", "rich"),
     ),
     "merge": Command(
         "merge fine-tuned models of one base by their weights (task arithmetic, DARE, TIES), a baseline",

@@ -55,7 +55,7 @@ def check_rows(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
         raise ValueError(f"limit={limit}: expected a whole number of rows, at least 1")
     if arguments.data is None and arguments.train_on != "completion":
         raise ValueError(f"train-on={arguments.train_on!r}: is of --data; in preference rows completions have labels")
-    _template(arguments)
+    chat_template(arguments)
     return True
 
 
@@ -68,7 +68,7 @@ def evaluate_rows(arguments: argparse.Namespace) -> int:
     # Rows that cannot be read are found out before minutes of loading.
     tokenizer = load_tokenizer(arguments)
     size = None if arguments.limit is None else int(arguments.limit)
-    shared: dict[str, Any] = {"max_length": arguments.max_length, "chat_template_kwargs": _template(arguments)}
+    shared: dict[str, Any] = {"max_length": arguments.max_length, "chat_template_kwargs": chat_template(arguments)}
     samples = pairs = None
     if arguments.data is not None:
         rows = load_rows("data", arguments.data, arguments.dataset_split, size)
@@ -96,7 +96,12 @@ def evaluate_rows(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _template(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def chat_template(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The value of ``--chat-template-kwargs``.
+
+    Raises:
+        ValueError: no JSON object.
+    """
     text = arguments.chat_template_kwargs
     if text is None:
         return None

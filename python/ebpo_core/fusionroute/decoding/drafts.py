@@ -225,6 +225,7 @@ class _Drafter:
         token = text.last().to(device)
         running = torch.tensor(room, device=device) > 0
         drafts, logits, hidden, over = [], [], [], ~running
+        router_cache = model._lent(cache.router)
         for step in range(k):
             drafts.append(token)
             out, state, _ = model._run_router(
@@ -233,7 +234,7 @@ class _Drafter:
                 attention_mask=mask[:, : seen.shape[1] + step + 1].long() if masked else None,
                 position_ids=positions[:, step : step + 1],
                 use_cache=True,
-                **{CACHE: cache.router},
+                **{CACHE: router_cache},
             )
             logits.append(out[..., :V])
             hidden.append(state)
@@ -248,7 +249,7 @@ class _Drafter:
         weights, selected, ids = model._select(
             torch.cat(hidden, dim=1), new, None, cache, self.options, self._allowed, running
         )
-        experts = model._run_experts(cache, new, selected, ids, self.options)
+        experts = model._run_experts(cache, new, selected, ids, self.options, router_cache)
         fused = experts.added_to(torch.cat(logits, dim=1), self.options.alpha, self.options.complementary)
         tokens = self.draws.of(fused, text.lengths).to(device)
         guesses = torch.cat([*drafts[1:], token], dim=1) if self.length.adapts else new.ids[:, 1:]

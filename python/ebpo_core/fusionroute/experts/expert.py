@@ -50,7 +50,7 @@ class Expert:
         self.vocab_size = self.width = _logit_width(model)
         self._substitutes: Substitutes | None = None
         self.reference = replace(reference, vocab_size=self.vocab_size)
-        self._versions = _versions(model)
+        self._versions = versions(model)
         if reference.substitutes:
             self.substitute({int(lacking): own for lacking, own in reference.substitutes.items()})
         self._switch, self._pool = switch, pool
@@ -86,7 +86,7 @@ class Expert:
     @property
     def touched(self) -> bool:
         """True if an optimizer, or anything else that torch counts, has written to its weights since it was made."""
-        now = _versions(self.model)
+        now = versions(self.model)
         return any(now.get(name, version) > version for name, version in self._versions.items())
 
     def __call__(self, **kwargs: Any) -> Any:
@@ -147,7 +147,7 @@ class Expert:
         return f"Expert({self.name!r}, {type(self.model).__name__}, {self.model.dtype}, {self.device})"
 
 
-def _versions(model: Any) -> dict[str, int]:
+def versions(model: Any) -> dict[str, int]:
     """How often each parameter was written to in place; those of inference mode are not counted."""
     named = model.named_parameters()
     return {name: value._version for name, value in named if not value.is_inference()}

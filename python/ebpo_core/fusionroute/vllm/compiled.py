@@ -3,8 +3,6 @@
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,25 +10,24 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from ebpo_core.fusionroute.compiled.targets import HEAD
 from ebpo_core.fusionroute.config import FusionRouteConfig
-from ebpo_core.fusionroute.experts.files import ADAPTER_WEIGHTS
 
-from .lowrank import AdaptedHead, LowRank, Selection
+from .adapters import stacked_adapters
+from .lowrank import AdaptedHead, Selection
 from .routed import Part, RoutedModel, Weights, model_part
-from .stacks import adapted_stack
+from .stacks import NAME, adapted_stack
 from .submodels import build
 
-_PEFT = "base_model.model."
 _PIECES = {
-    "self_attn.q_proj": ("self_attn.qkv_proj", 0),
-    "self_attn.o_proj": ("self_attn.o_proj", 0),
-    "mlp.gate_proj": ("mlp.gate_up_proj", 0),
-    "mlp.up_proj": ("mlp.gate_up_proj", 1),
-    "mlp.down_proj": ("mlp.down_proj", 0),
+    "q_proj": ("self_attn.qkv_proj", 0),
+    "o_proj": ("self_attn.o_proj", 0),
+    "gate_proj": ("mlp.gate_up_proj", 0),
+    "up_proj": ("mlp.gate_up_proj", 1),
+    "down_proj": ("mlp.down_proj", 0),
 }
-"""Adapted layers as transformers has them, and where they are in vLLM's."""
+"""Adapted layers of transformers, and where they are in vLLM's."""
 
 
 class CompiledFusionRouteForCausalLM(RoutedModel):
@@ -49,11 +46,12 @@ class CompiledFusionRouteForCausalLM(RoutedModel):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config: Any = vllm_config.model_config
         config: FusionRouteConfig = model_config.hf_config
-        compiled: dict[str, Any] = config.compiled or {}
+        compiled: dict[str, Any] = config.compiled or {}  # type: ignore[assignment]
         own = (config.router_config, model_config.model)
         super().__init__(config, build(vllm_config, *own, "router", prefix))
+        self._checkpoint, self._revision = str(model_config.model), model_config.revision
         rows = vllm_config.scheduler_config.max_num_batched_tokens
-        self.selection = Selection(rows, config.num_experts, int(compiled["rank"]), float(compiled["scale"]))
+        self.selection = Selection(rows, config.num_experts, int(compiled["rank"]))
         self.adapted = adapted_stack(vllm_config, *own, self.router, self.selection, prefix)
         router: Any = self.router
         # Gemma 2, which knows tied embeddings only, has no head of its own.
@@ -62,22 +60,20 @@ class CompiledFusionRouteForCausalLM(RoutedModel):
         # Inputs of the adapted stack, at one place in memory: a CUDA graph replays what it was captured with.
         self.register_buffer("_ids", torch.zeros(rows, dtype=torch.int64), persistent=False)
         self.register_buffer("_positions", torch.zeros(rows, dtype=torch.int64), persistent=False)
-        self.secondary_weights = [
-            DefaultModelLoader.Source(
-                str(_folder(config, index)),
-                None,
-                prefix=f"adapter_{index}.",
-                allow_patterns_overrides=[ADAPTER_WEIGHTS],
-            )
-            for index in range(config.num_experts)
-        ]
 
     def parts(self) -> dict[str, Part]:
-        parts = {"router": model_part("router", "router", self.router)}
-        for index, expert in enumerate(self.config.experts or []):
-            title = f"the adapter of expert {expert['name']!r} ({_folder(self.config, index)})"
-            parts[f"adapter_{index}"] = Part(title, partial(self._load_adapter, index))
-        return parts
+        return {"router": model_part("router", "router", self.router)}
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        """The router's weights, the route head's, and the adapters, which have files of their own."""
+        loaded = super().load_weights(weights)
+        adapters = stacked_adapters(self.config, self._checkpoint, self._revision)
+        for name, down in adapters.down.items():
+            path, piece = self._place(name)
+            terms: Any = self.get_submodule(path)
+            terms.load(piece, down, adapters.up[name])
+            loaded |= {f"{path}.lora_A", f"{path}.lora_B"}
+        return loaded
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
@@ -137,41 +133,10 @@ class CompiledFusionRouteForCausalLM(RoutedModel):
         indices: Tensor | None = getattr(one, "logits_indices_padded", None)
         return indices, 0 if indices is None else int(one.num_logits_indices)
 
-    def _load_adapter(self, expert: int, weights: Weights) -> list[str]:
-        """Put the weights of one adapter, named as PEFT names them, into their places among all.
-
-        Raises:
-            ValueError: a name or a shape that does not fit, or one that is missing.
-        """
-        places = self._places()
-        missing = {(path, matrix) for path in places for matrix in ("lora_A", "lora_B")}
-        loaded = []
-        for name, tensor in weights:
-            path, _, rest = name.removeprefix(_PEFT).partition(".lora_")
-            matrix = f"lora_{rest.removesuffix('.weight')}"
-            if (path, matrix) not in missing:
-                raise ValueError(f"{name} is not a weight of a compiled expert")
-            missing.remove((path, matrix))
-            module, piece, terms = places[path]
-            terms.load(expert, piece, matrix, tensor)
-            loaded.append(f"{module}.{matrix}")
-        if missing:
-            path, matrix = sorted(missing)[0]
-            raise ValueError(f"{matrix} of {path} is missing")
-        return loaded
-
-    def _places(self) -> dict[str, tuple[str, int, LowRank]]:
-        """Of each adapted layer, by transformers' name: the module that holds its adapters, and which piece it is."""
-        places = {"lm_head": ("head.terms", 0, self.head.terms)}
-        model: Any = self.adapted
-        for index, layer in enumerate(model.model.layers):
-            for theirs, (ours, piece) in _PIECES.items():
-                module = f"adapted.model.layers.{index}.{ours}.terms"
-                places[f"model.layers.{index}.{theirs}"] = (module, piece, layer.get_submodule(ours).terms)
-        return places
-
-
-def _folder(config: FusionRouteConfig, index: int) -> Path:
-    """Where the adapter of an expert is: the start of the engine has left it in the config."""
-    experts: list[dict[str, Any]] = config.experts or []
-    return Path(config.adapters, experts[index]["name"])
+    def _place(self, name: str) -> tuple[str, int]:
+        """The module that holds the adapters of transformers' module ``name``, and which piece of it that is."""
+        if name == HEAD:
+            return "head.terms", 0
+        layer, _, module = name.rpartition(".self_attn." if ".self_attn." in name else ".mlp.")
+        ours, piece = _PIECES[module]
+        return f"{NAME}.{layer}.{ours}.terms", piece

@@ -1,4 +1,4 @@
-"""The low-rank terms of compiled experts: ``scale * B_e (A_e x)``, e another expert for each row.
+"""The low-rank terms of compiled experts: ``B_e (A_e x)``, e another expert for each row, the scale within B.
 
 All experts' A are stacked, and so are their B. A row is multiplied by all of them, and the products of the experts that
 it did not select are set to zero between the two: two plain matrix products a layer, without a gather. Of n experts of
@@ -21,26 +21,22 @@ class Selection(nn.Module):
     """The experts that the rows of the running step selected, as a mask over the stacked products.
 
     Attributes:
-        mask: ``[rows, n r]``: the scale in the columns of the row's expert, 0 in the others. One piece of memory for
-            all layers and steps, so that compiled code (and a CUDA graph) finds it.
+        mask: ``[rows, n r]``: 1 in the columns of the row's expert, 0 in the others. One piece of memory for all
+            layers and steps, so that compiled code (and a CUDA graph) finds it.
     """
 
     mask: Tensor
 
-    def __init__(self, rows: int, num_experts: int, rank: int, scale: float) -> None:
+    def __init__(self, rows: int, num_experts: int, rank: int) -> None:
         super().__init__()
-        self.num_experts, self.rank, self.scale = num_experts, rank, scale
+        self.num_experts, self.rank = num_experts, rank
         # One row more than a step can have: compilation must not find that they are as many.
         self.register_buffer("mask", torch.zeros(rows + 1, num_experts * rank), persistent=False)
 
     def choose(self, ids: Tensor) -> None:
         """Set the mask's first rows for ``ids``, ``[rows]`` int64."""
-        self.mask[: len(ids)] = self.of(ids)
-
-    def of(self, ids: Tensor) -> Tensor:
-        """The mask of ``ids``, ``[rows, n r]``."""
         experts = torch.arange(self.num_experts, device=ids.device).repeat_interleave(self.rank)
-        return (ids[:, None] == experts).to(self.mask.dtype) * self.scale
+        self.mask[: len(ids)] = ids[:, None] == experts
 
 
 class Shard(NamedTuple):
@@ -48,10 +44,13 @@ class Shard(NamedTuple):
 
     start: int
     size: int
-    total: int
+
+    @property
+    def cut(self) -> slice:
+        return slice(self.start, self.start + self.size)
 
 
-class LowRank(nn.Module):
+class LowRankTerms(nn.Module):
     """The stacked adapters of one linear layer, or of several that are one layer in vLLM (gate and up; q of q, k, v).
 
     Args:
@@ -73,27 +72,17 @@ class LowRank(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(len(self.outputs) * k, inputs.size), requires_grad=False)
         self.lora_B = nn.Parameter(torch.zeros(sum(self.widths), k), requires_grad=False)
 
-    def load(self, expert: int, piece: int, name: str, tensor: Tensor) -> None:
-        """Put one expert's ``lora_A`` or ``lora_B`` of one piece into its place, cut to this rank.
+    def load(self, piece: int, down: Tensor, up: Tensor) -> None:
+        """Put the adapters of one piece into their places, cut to this rank.
 
-        Raises:
-            ValueError: a shape that does not fit.
+        Args:
+            piece: of the outputs.
+            down, up: of all experts, ``[n, r, in]`` and, with the scale in it, ``[n, r, out]``.
         """
-        r = self.selection.rank
-        if name == "lora_A":
-            shard, whole = self.inputs, [r, self.inputs.total]
-            start = (piece * self.selection.num_experts + expert) * r
-            place = self.lora_A[start : start + r]
-            part = tensor[:, shard.start : shard.start + shard.size]
-        else:
-            shard, whole = self.outputs[piece], [self.outputs[piece].total, r]
-            start = sum(self.widths[:piece])
-            place = self.lora_B[start : start + shard.size, expert * r : (expert + 1) * r]
-            part = tensor[shard.start : shard.start + shard.size]
-        if list(tensor.shape) != whole:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {whole}")
+        k, shard, start = self.selection.mask.shape[1], self.outputs[piece], sum(self.widths[:piece])
         with torch.no_grad():
-            place.copy_(part)
+            self.lora_A[piece * k : (piece + 1) * k] = down.flatten(0, 1)[:, self.inputs.cut]
+            self.lora_B[start : start + shard.size] = up.flatten(0, 1)[:, shard.cut].T
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Add the terms of ``x``, ``[rows, inputs]``, to the beginning of ``out``, ``[rows, outputs or more]``.
@@ -136,15 +125,15 @@ def adapted(layer: Any, base: Any, selection: Selection) -> None:
         base: the router's.
         selection: of the step.
     """
-    rank, ranks, width = layer.tp_rank, layer.tp_size, layer.input_size_per_partition
+    rank, width = layer.tp_rank, layer.input_size_per_partition
     pieces = list(layer.output_partition_sizes)
     if isinstance(layer, QKVParallelLinear):
         pieces = pieces[:1]
     if isinstance(layer, RowParallelLinear):
-        inputs, outputs = Shard(rank * width, width, ranks * width), [Shard(0, piece, piece) for piece in pieces]
+        inputs, outputs = Shard(rank * width, width), [Shard(0, piece) for piece in pieces]
     else:
-        inputs, outputs = Shard(0, width, width), [Shard(rank * piece, piece, ranks * piece) for piece in pieces]
-    layer.terms = LowRank(selection, inputs, outputs)
+        inputs, outputs = Shard(0, width), [Shard(rank * piece, piece) for piece in pieces]
+    layer.terms = LowRankTerms(selection, inputs, outputs)
     bias = layer._parameters.pop("bias", None)
     layer._parameters.clear()
     layer.register_parameter("bias", None if bias is None else base.bias)
@@ -173,6 +162,6 @@ class AdaptedHead(nn.Module):
         self.base = base
         self.tp_size = base.tp_size
         own, width = base.shard_indices, base.embedding_dim
-        vocabulary = Shard(own.org_vocab_start_index, own.num_org_elements, base.org_vocab_size)  # without padding
-        self.terms = LowRank(selection, Shard(0, width, width), [vocabulary])
+        vocabulary = Shard(own.org_vocab_start_index, own.num_org_elements)  # without padding
+        self.terms = LowRankTerms(selection, Shard(0, width), [vocabulary])
         self.quant_method = _HeadMethod()

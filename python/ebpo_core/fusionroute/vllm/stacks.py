@@ -16,15 +16,6 @@ from .lowrank import Selection, adapted
 from .submodels import build
 
 NAME = "adapted"
-FAMILIES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-)
-"""vLLM's models of which this form is tested: dense layers of q, k, v and o, and of gate, up and down."""
 
 
 def adapted_stack(

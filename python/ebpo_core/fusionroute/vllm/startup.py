@@ -24,7 +24,7 @@ from ebpo_core.fusionroute.experts.hashes import check_sources
 from ebpo_core.fusionroute.experts.naming import overridden
 from ebpo_core.fusionroute.experts.references import ExpertReference
 
-from .adapters import found
+from .adapters import check_compiled
 from .columns import extra_columns
 from .counters import publish
 from .guard import processor_name
@@ -56,7 +56,7 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
     def verify_and_update_model_config(model_config: Any) -> None:
         """Experts resolved to local folders, the vocabulary widened, the context as long as every sub-model's.
 
-        Of a compiled checkpoint, the adapters are found in their place, and the experts not looked for.
+        Of a compiled checkpoint, the adapters are looked at in their place, and the experts not looked for.
 
         Raises:
             FileNotFoundError, OSError, ValueError: an expert is missing, changed, too narrow, or of a kind that vLLM
@@ -157,15 +157,14 @@ def resolved(config: FusionRouteConfig, model: str, revision: str | None) -> lis
 
 
 def _start_compiled(model_config: Any, config: FusionRouteConfig) -> None:
-    """A compiled checkpoint's adapters found; its model taken for the one of router and experts.
+    """A compiled checkpoint's adapters looked at; its model taken for the one of router and experts.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`.adapters.found` says.
+        FileNotFoundError, ValueError: as :func:`.adapters.check_compiled` says.
     """
     router = view(model_config, config.router_config, model_config.model)
     (architecture,) = router.hf_config.architectures[:1]
-    folder = found(config, architecture, model_config.model, model_config.revision)
-    config.adapters = str(folder)
+    check_compiled(config, architecture, model_config.model, model_config.revision)
     config.architectures = [COMPILED_ARCHITECTURE]
 
 

@@ -1,0 +1,222 @@
+"""``compile``: a checkpoint whose experts are adapters of its router, distilled one after the other."""
+
+# mypy: disable-error-code="no-untyped-call"
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from ebpo_core.files import read_json, write_json, write_text
+from ebpo_core.fusionroute.card import model_card
+from ebpo_core.fusionroute.config import FusionRouteConfig
+from ebpo_core.fusionroute.experts.files import ADAPTER_WEIGHTS, free_folder
+from ebpo_core.fusionroute.experts.tokenizers import fingerprint
+from ebpo_core.fusionroute.model import FusionRouteForCausalLM
+from ebpo_core.fusionroute.training.data import tokenize_samples
+from ebpo_core.fusionroute.training.sequences import TokenSequences
+from ebpo_core.progress import bar
+
+from .distillation import Distillation, Distiller, Shown, selecting
+from .files import COMPILED_FOLDER, REPORT, read_adapters, require_peft, router_hash, write_adapter
+from .report import compare
+from .targets import target_modules
+
+FORM, VERSION = "fusionroute compilation", 1
+_STATE = "compiling.json"  # in `compiled/` until everything is there
+_HELD_OUT = 20  # without rows of their own, every 20th row is held out
+
+
+def compile(  # noqa: A001 -- the word of the documentation; used as a name of this package, not alone
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    data: Iterable[Mapping[str, Any]],
+    *,
+    eval_data: Iterable[Mapping[str, Any]] | None = None,
+    rank: int = Distillation.rank,
+    alpha: float | None = None,
+    steps: int = Distillation.steps,
+    batch_size: int = Distillation.batch_size,
+    learning_rate: float = Distillation.learning_rate,
+    other_weight: float = Distillation.other_weight,
+    seed: int = Distillation.seed,
+    max_length: int | None = None,
+    train_on: Literal["completion", "all"] = "completion",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    save_steps: int = 200,
+    expert_paths: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Compile the experts of a checkpoint into adapters of its router, and write the compiled checkpoint.
+
+    Each expert, of whatever architecture, is the teacher of one LoRA of the router: on the router's keys and values it
+    learns to give the expert's distribution, at the labels of ``data``. A run that was killed goes on when it is
+    started again with the same arguments.
+
+    Args:
+        checkpoint: folder or hub id of a FusionRoute checkpoint.
+        output: folder of the compiled one; new, empty, or of a run that was killed.
+        data: rows of SFT data, see :func:`~..training.data.tokenize_samples`.
+        eval_data: held-out rows for the report; None holds back every 20th row of ``data``.
+        rank, alpha, steps, batch_size, learning_rate, other_weight, seed: see :class:`~.distillation.Distillation`.
+        max_length, train_on, chat_template_kwargs: as for :func:`~..training.data.tokenize_samples`.
+        save_steps: how often the state of an expert's training is saved, in steps.
+        expert_paths, trust_remote_code: as for ``from_pretrained``.
+        device: of the models; by default where they load, the CPU.
+        console: for bars and lines; None is silent.
+
+    Returns:
+        The report on held-out rows, see :func:`~.report.compare`; it is in ``compiled/report.json`` and the card, too.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ImportError, ValueError: what does not fit, with the remedy.
+    """
+    require_peft()
+    if save_steps < 1:
+        raise ValueError(f"save_steps={save_steps!r}: expected a whole number of at least 1")
+    settings = Distillation(rank, alpha, steps, batch_size, learning_rate, other_weight, seed)
+    screen = Console(quiet=True) if console is None else console
+    folder = Path(output).expanduser().resolve()
+    going_on = (folder / COMPILED_FOLDER / _STATE).is_file()
+    if not going_on:
+        free_folder(folder)
+    # 1. The model with its experts, whose router must be of a family that can lend its cache; and the data.
+    model = FusionRouteForCausalLM.from_pretrained(
+        checkpoint, compiled=False, expert_paths=expert_paths, trust_remote_code=trust_remote_code
+    )
+    model = (model if device is None else model.to(device)).eval().requires_grad_(False)
+    target_modules(model.router)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    options: dict[str, Any] = {
+        "max_length": max_length,
+        "train_on": train_on,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
+    train, held_out = _split(data, eval_data, tokenizer, options)
+    for sequences in (train, held_out):
+        sequences.check(int(model.config.vocab_size))
+    made_from = {
+        "settings": {**asdict(settings), "alpha": settings.lora_alpha},
+        "router": model_hash(model),
+        "experts": {expert.name: expert.hash for expert in model.experts},
+        "tokenizer": fingerprint(tokenizer),
+        "data": train.fingerprint,
+        "eval_data": held_out.fingerprint,
+    }
+    _begin(folder, made_from, going_on)
+    # 2. The experts, one by one.
+    _distil(model, train, settings, folder, save_steps, screen, _base_name(model, checkpoint))
+    # 3. What it cost, on rows that none of them saw.
+    names = model.experts.names
+    adapters = read_adapters(folder, names, target_modules(model.router), settings.rank, settings.scale)
+    report = {"rank": settings.rank, "settings": made_from["settings"], **compare(model, adapters, held_out)}
+    # 4. The checkpoint: complete once its config says that it is compiled, and the state is gone.
+    model.config.expert_prefill, model.config.expert_cache_budget = "lazy", None  # of caches that there are no more
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / COMPILED_FOLDER / REPORT, report)
+    config = FusionRouteConfig.from_pretrained(folder)
+    config.compiled = {"rank": settings.rank, "scale": settings.scale, "router": router_hash(folder)}
+    config.save_pretrained(folder)
+    write_text(folder / "README.md", model_card(config, report=report))
+    (folder / COMPILED_FOLDER / _STATE).unlink()
+    return report
+
+
+def _split(
+    data: Iterable[Mapping[str, Any]],
+    eval_data: Iterable[Mapping[str, Any]] | None,
+    tokenizer: Any,
+    options: Mapping[str, Any],
+) -> tuple[TokenSequences, TokenSequences]:
+    """The rows to train on, and the held-out ones, tokenized."""
+    rows = list(data)
+    held_out = rows[::_HELD_OUT] if eval_data is None else list(eval_data)
+    if eval_data is None:
+        rows = [row for i, row in enumerate(rows) if i % _HELD_OUT]
+    found = []
+    for name, part in (("data", rows), ("eval_data", held_out)):
+        sequences = tokenize_samples(part, tokenizer, **options)
+        if not len(sequences):
+            raise ValueError(
+                f"{name} has no row with a label ({sequences.dropped} lost theirs to max_length; without eval_data "
+                f"every {_HELD_OUT}th row is held out): give more rows"
+            )
+        found.append(sequences)
+    return found[0], found[1]
+
+
+def model_hash(model: Any) -> str:
+    """The hash of the model's own weights in memory, by which a run that goes on knows its router."""
+    from ebpo_core.fusionroute.experts.hashes import tensors_hash
+
+    return tensors_hash(model.state_dict())
+
+
+def _base_name(model: Any, checkpoint: str | os.PathLike[str]) -> str:
+    return str(getattr(model.config.router_config, "_name_or_path", "") or os.fspath(checkpoint))
+
+
+def _begin(folder: Path, made_from: Mapping[str, Any], going_on: bool) -> None:
+    """Note what the run is made from, or compare it with what a killed one was.
+
+    Raises:
+        ValueError: the folder is of a run with other settings, data or models.
+    """
+    state = folder / COMPILED_FOLDER / _STATE
+    if not going_on:
+        state.parent.mkdir(parents=True, exist_ok=True)
+        write_json(state, {"format": FORM, "version": VERSION, **made_from})
+        return
+    then = read_json(state, form=FORM, version=VERSION, what="state of a compilation")
+    changed = [name for name, value in made_from.items() if then.get(name) != value]
+    if "settings" in changed:
+        old, new = then.get("settings") or {}, made_from["settings"]
+        changed = [f"{name} ({old.get(name)}, now {new[name]})" for name in new if old.get(name) != new[name]]
+    if changed:
+        raise ValueError(
+            f"output={str(folder)!r} is of a run that was killed, and this one differs in {', '.join(changed)}: start "
+            "it as it was, or give another folder"
+        )
+
+
+def _distil(
+    model: Any,
+    train: TokenSequences,
+    settings: Distillation,
+    folder: Path,
+    save_steps: int,
+    console: Console,
+    base: str,
+) -> None:
+    """Train what is missing of the adapters."""
+    missing = [
+        (index, name)
+        for index, name in enumerate(model.experts.names)
+        if not (folder / COMPILED_FOLDER / name / ADAPTER_WEIGHTS).is_file()
+    ]
+    if not missing:
+        return
+    selects = selecting(model, train)
+    for index, name in missing:
+        state = folder / COMPILED_FOLDER / f"{name}.state.safetensors"
+        distiller = Distiller(model, index, train, settings, selects[:, index], state)
+        with bar(console, f"Expert {name}", settings.steps, distiller.step) as shown:
+            distiller.run(_shown_on(shown), save_steps)
+        place = folder / COMPILED_FOLDER / name
+        write_adapter(place, distiller.down, distiller.up, settings.lora_alpha, base)
+        state.unlink(missing_ok=True)
+
+
+def _shown_on(shown: Any) -> Callable[[int, Shown], None]:
+    def on_step(step: int, now: Shown) -> None:
+        shown.update(step, f"KL {now.kl:.4f}  agreement {now.agreement:.1%}")
+
+    return on_step

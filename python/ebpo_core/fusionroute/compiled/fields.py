@@ -1,0 +1,22 @@
+"""What a checkpoint's config says of its compiled experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_FIELDS: dict[str, Any] = {"rank": int, "scale": (int, float), "router": str}  # of `compiled` in a checkpoint's config
+
+
+def check_fields(compiled: Any) -> dict[str, Any] | None:
+    """The config's ``compiled``, or None where it says that nothing is.
+
+    Raises:
+        ValueError: not of the form ``{"rank": r, "scale": alpha / r, "router": hash}``.
+    """
+    if not compiled:
+        return None
+    wrong = not isinstance(compiled, Mapping) or compiled.keys() != _FIELDS.keys()
+    if wrong or not all(isinstance(compiled[name], kind) for name, kind in _FIELDS.items()) or compiled["rank"] < 1:
+        raise ValueError(f"compiled is {compiled!r}: expected None, or {{'rank': r, 'scale': alpha / r, 'router': hash}}")
+    return dict(compiled)
