@@ -78,7 +78,7 @@ def save_adapter(folder: Path, router: PreTrainedModel, rank: int, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     down, up = {}, {}
     for name, module in target_modules(router).items():
-        std = float(module.weight.std()) * 0.1 * rank**-0.5
+        std = float(module.weight.detach().std()) * 0.1 * rank**-0.5
         down[name] = torch.randn(rank, module.in_features, generator=generator)
         up[name] = torch.randn(module.out_features, rank, generator=generator) * std
     write_adapter(folder, down, up, rank, "router")
