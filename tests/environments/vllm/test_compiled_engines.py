@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoints import VOCAB, WIDE, load, prompts, tied
