@@ -21,9 +21,10 @@ thread on each core but one, which is for its scheduler, its server and, here, t
 ``VLLM_CPU_OMP_THREADS_BIND=0,1`` the worker has both of two; where it was tried its threads, which wait for each other
 beside a scheduler that polls, were slower than one.
 
-Tokens of vLLM and of "one by one" are compared with the static batch's, and counted up to a request's first difference.
-In float32 a difference is an error unless the two best tokens or the two best experts are nearly tied. In bfloat16 none
-is: random weights are close to a tie every few tokens there, and "one by one" differs from the batch, too.
+Tokens of vLLM and of "one by one" are compared with the static batch's of the same checkpoint, and counted up to a
+request's first difference. In float32 a difference is an error unless the two best tokens or the two best experts are
+nearly tied. In bfloat16 none is: random weights are close to a tie every few tokens there, and "one by one" differs
+from the batch, too.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ from transformers.utils import logging
 from ebpo_core.fusionroute import FusionRouteForCausalLM, RoutingTrace
 
 VLLM, COMPILED, STATIC, ONE = "vllm", "compiled", "static batch", "one by one"
+STATIC_COMPILED = "static batch, compiled"
 ROUTER, LORA = "router alone", "one LoRA per request"
 SERVED = (VLLM, COMPILED, ROUTER, LORA)
 GENERATE = "generate"  # static batch and one by one
@@ -70,6 +72,7 @@ SYSTEMS = (*SERVED, GENERATE)
 Runs = dict[tuple[str, int], list[Run]]
 GOAL = (32, 2.0)  # clients, times one by one
 GOALS_COMPILED = {3: 1.8, 7: 3.3}  # by the number of experts, times run-all, for as many clients
+PAIRS = ((VLLM, ONE), (VLLM, STATIC), (COMPILED, VLLM), (COMPILED, ROUTER), (COMPILED, STATIC_COMPILED))
 MEMORY_GOAL = 1.3  # of a compiled checkpoint, times the router alone
 FIRST_WORD = 3  # ids before it are special
 
@@ -143,17 +146,15 @@ def ask_servers(
         return runs, {system: resident(server.process.pid) for system, (server, _) in servers.items()}
 
 
-def run_generate(model: FusionRouteForCausalLM, dtype: str, cases: list[Case], args: argparse.Namespace) -> Runs:
-    """The runs of ours."""
+def run_batches(name: str, model: FusionRouteForCausalLM, cases: list[Case], args: argparse.Namespace) -> Runs:
+    """The runs of ours, as many rows at once as there are clients."""
     runs: Runs = {}
     for case in cases:
         batches(model, case._replace(prompts=case.prompts[: case.clients], new=min(4, case.new)))
     for case in cases:
-        runs[STATIC, case.clients] = [batches(model, case) for _ in range(args.rounds)]
-        print(f"{dtype}, static batch, {case.clients}: {runs[STATIC, case.clients][0].seconds:.1f} s", flush=True)
-    prompts = cases[-1].prompts[: args.one_by_one]
-    single = [batches(model, Case(prompts, 1, args.new)) for _ in range(args.rounds)]
-    return runs | {(ONE, case.clients): single for case in cases}
+        runs[name, case.clients] = [batches(model, case) for _ in range(args.rounds)]
+        print(f"{model.dtype}, {name}, {case.clients}: {runs[name, case.clients][0].seconds:.1f} s", flush=True)
+    return runs
 
 
 def measure(checkpoint: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -170,26 +171,35 @@ def measure(checkpoint: str, dtype: str, args: argparse.Namespace) -> dict[str, 
         print("vllm: left out (this environment has none: run this file where vLLM and ebpo-core are installed)")
     else:
         runs, memory = ask_servers(checkpoint, dtype, cases, args)
-    model = None
+    same: dict[str, tuple[FusionRouteForCausalLM, str]] = {}  # of a system, whose tokens are the same, and in which run
     if GENERATE in args.systems:
         model = FusionRouteForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).to(args.device)
         result["routing"] = routing(generate(model, prompts[:4], args.new, output_routing=True).routing)
-        runs |= run_generate(model, dtype, cases, args)
+        runs |= run_batches(STATIC, model, cases, args)
+        single = [batches(model, Case(prompts[: args.one_by_one], 1, args.new)) for _ in range(args.rounds)]
+        runs |= {(ONE, case.clients): single for case in cases}
         memory[GENERATE] = resident()
+        same |= dict.fromkeys((VLLM, ONE), (model, STATIC))
+        if COMPILED in args.systems:
+            folder = service(COMPILED, checkpoint, args).checkpoint
+            model = FusionRouteForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(args.device)
+            runs |= run_batches(STATIC_COMPILED, model, cases, args)
+            same[COMPILED] = model, STATIC_COMPILED
 
     rows = []
     for case in cases:
         c = case.clients
-        for system in (system for system in (*SERVED, STATIC, ONE) if (system, c) in runs):
+        for system in (system for system in (*SERVED, STATIC, STATIC_COMPILED, ONE) if (system, c) in runs):
             row_runs = runs[system, c]
             answers = [answer for run in row_runs for answer in run.answers]
             if system == ONE:
                 answers = [answer for run in row_runs for answer in queued(run, c, len(case.prompts))]
             row = summary(system, c, row_runs, answers)
-            if model is not None and system in (VLLM, ONE):  # the same model as the static batch
-                both = [zip(case.prompts, runs[STATIC, c][0].answers, run.answers, strict=False) for run in row_runs]
-                same = [agreed(model, p, a.tokens, b.tokens, dtype) for pairs in both for p, a, b in pairs]
-                row |= {"tokens_compared": len(same) * args.new, "tokens_agreed": sum(same)}
+            if system in same:
+                model, batch = same[system]
+                both = [zip(case.prompts, runs[batch, c][0].answers, run.answers, strict=False) for run in row_runs]
+                equal = [agreed(model, p, a.tokens, b.tokens, dtype) for pairs in both for p, a, b in pairs]
+                row |= {"tokens_compared": len(equal) * args.new, "tokens_agreed": sum(equal)}
             rows.append(row)
     return {"rows": rows, "ratios": ratios(rows, memory, args), **result, "resident_bytes": memory}
 
@@ -199,7 +209,7 @@ def ratios(rows: list[dict[str, Any]], memory: dict[str, int], args: argparse.Na
     rate = {(row["system"], row["concurrency"]): row["tokens_per_s"] for row in rows}
     found = []
     for c in args.concurrency:
-        for one, other in ((VLLM, ONE), (VLLM, STATIC), (COMPILED, VLLM), (COMPILED, ROUTER), (COMPILED, STATIC)):
+        for one, other in PAIRS:
             if (one, c) in rate and (other, c) in rate:
                 goal = {(VLLM, ONE): GOAL[1], (COMPILED, VLLM): GOALS_COMPILED.get(args.experts)}.get((one, other))
                 ratio = rate[one, c] / rate[other, c]
