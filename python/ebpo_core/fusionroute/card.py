@@ -62,7 +62,7 @@ def model_card(config: Any, *, base_name: str | None = None, report: Mapping[str
             "yours are, as above. Their weights are compared with the hashes in `config.json`."
         )
     with_code = [f"`{expert.name}`" for expert in experts if expert.code_hash]
-    if with_code:
+    if with_code and not config.compiled:
         sections.append(
             f"{', '.join(with_code)}: models with Python code of their own, which `trust_remote_code=True` allows to "
             "run; it is compared with the hashes in `config.json`, too."
@@ -93,9 +93,9 @@ def _where(config: Any, experts: list[ExpertReference]) -> str:
 def _compiled(compiled: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
     """What compiled experts are, and how near they come to the experts."""
     text = (
-        f"Each expert is a LoRA of the router, of rank {compiled['rank']}, that reads the router's key/value cache: two "
-        "forwards a token, whatever the number of experts. `from_pretrained(..., compiled=False)` loads the experts "
-        "themselves."
+        f"Each expert is a LoRA of the router, of rank {compiled['rank']}, that reads the router's key/value cache: "
+        "two forwards a token, whatever the number of experts. `from_pretrained(..., compiled=False)` loads the "
+        "experts themselves."
     )
     if report is None:
         return text
@@ -107,16 +107,11 @@ def _compiled(compiled: Mapping[str, Any], report: Mapping[str, Any] | None) -> 
     fused = report["fused"]
     lines.append(f"| fused | | {fused['kl']:.4f} | {fused['agreement']:.1%} |")
     exact = fused["exact"]
-    return "\n\n".join(
-        [
-            text,
-            f"On {report['rows']} held-out rows ({report['tokens']} tokens) beside the experts themselves, KL in nats a "
-            "token and agreement of the likeliest token:",
-            "\n".join(lines),
-            f"Rows of which every token is the likeliest: {exact['uncompiled']:.1%} before, {exact['compiled']:.1%} "
-            "compiled.",
-        ]
-    )
+    rows = f"{report['rows']} held-out rows ({report['tokens']} tokens)"
+    above = f"On {rows}, beside the experts themselves: KL in nats a token, agreement of the likeliest token."
+    before, after = exact["uncompiled"], exact["compiled"]
+    below = f"Rows of which every token is the likeliest: {before:.1%} uncompiled, {after:.1%} compiled."
+    return "\n\n".join([text, above, "\n".join(lines), below])
 
 
 def _front_matter(bases: list[str]) -> str:

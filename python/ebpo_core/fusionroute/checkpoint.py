@@ -279,7 +279,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             result = super().save_pretrained(save_directory, *args, **kwargs)
             if main and isinstance(experts, CompiledExperts):
                 # The same router, which may have been rounded to another dtype.
-                self.config.compiled = {**self.config.compiled, "router": router_hash(folder)}
+                self.config.compiled = {**(kept_compiled or {}), "router": router_hash(folder)}
                 self.config.save_pretrained(folder)
             if main and not (folder / _CARD).exists():
                 write_text(folder / _CARD, model_card(self.config))

@@ -57,7 +57,7 @@ class FusionRouteConfig(PreTrainedConfig):
     hysteresis: float | int = 0.0
     expert_prefill: str = "lazy"
     expert_cache_budget: int | None = None
-    compiled: dict[str, Any] | bool | None = None
+    compiled: dict[str, Any] | None = None
     fusionroute_version: int = VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -102,6 +102,8 @@ class FusionRouteConfig(PreTrainedConfig):
             )
         known = {field.name for field in fields(cls)} | _NAMES
         kept = {name: value for name, value in config_dict.items() if name in known}
+        if kwargs.pop("compiled", None) is False:  # as the auto classes pass it on from `from_pretrained`
+            kept["compiled"] = None
         return super().from_dict(kept, **kwargs)
 
     @property

@@ -184,6 +184,11 @@ def _opened(checkpoint: str | os.PathLike[str], revision: str | None) -> tuple[P
             f"checkpoint={os.fspath(checkpoint)!r}: its config has model_type {kind!r} and "
             f"{len(config.get('experts') or [])} experts; give a FusionRoute checkpoint, as save_pretrained writes it"
         )
+    if config.get("compiled"):
+        raise ValueError(
+            f"checkpoint={os.fspath(checkpoint)!r} has compiled experts, which are no models to convert: convert the "
+            "checkpoint that it was compiled from"
+        )
     FusionRouteConfig.from_pretrained(folder)  # of a version and with values that this package reads
     return folder, config
 

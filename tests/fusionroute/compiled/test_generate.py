@@ -145,7 +145,12 @@ def test_one_adapted_token_per_token_and_no_second_cache(model: FusionRouteForCa
     assert cache.expert_bytes == 0
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     alone = model.router.generate(
-        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
         return_dict_in_generate=True,
     )
     assert held == sum(layer.keys.nbytes + layer.values.nbytes for layer in alone[CACHE].layers)
@@ -158,7 +163,7 @@ def test_drafts_are_verified_in_one_adapted_chunk(model: FusionRouteForCausalLM)
     assert columns.calls[:2] == [9, 1]
     rounds, at = 0, 2
     while at < len(columns.calls):  # k steps of the router, then one chunk of k
-        k = next(n for n in range(1, 5) if columns.calls[at + n] == n and n > 1 or at + n + 1 == len(columns.calls))
+        k = next(n for n in range(1, 5) if (columns.calls[at + n] == n and n > 1) or at + n + 1 == len(columns.calls))
         assert columns.calls[at : at + k] == [1] * k
         rounds, at = rounds + 1, at + k + 1
     assert 1 < rounds <= 8

@@ -1,4 +1,4 @@
-"""The ``fusionroute`` command: ``train``, ``generate``, ``show``, ``eval``, ``demo``, ``convert``, ``compile`` and ``merge``."""
+"""The ``fusionroute`` command, whose sub-commands are :data:`COMMANDS`."""
 
 from __future__ import annotations
 

@@ -43,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-length", type=int, help="cut longer rows at their end")
     parser.add_argument(
-        "--train-on", choices=("completion", "all"), default="completion", help="tokens that count (default: %(default)s)"
+        "--train-on",
+        choices=("completion", "all"),
+        default="completion",
+        help="tokens that count (default: %(default)s)",
     )
     parser.add_argument("--chat-template-kwargs", metavar="JSON", help="further arguments of the chat template")
     parser.add_argument("--save-steps", type=int, default=200, help="steps between saved states (default: %(default)s)")

@@ -1,6 +1,7 @@
 """``fusionroute show``: a routing trace in the terminal, and as a self-contained HTML page.
 
-The trace is read from files, or a server is asked and the trace is that of its answer.
+The trace is read from files, or a server is asked and the trace is that of its answer. Of a checkpoint's folder it says
+what is in it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebpo_core.fusionroute.cli.ask import add_flags, ask, check
+from ebpo_core.fusionroute.cli.describe import description
 from ebpo_core.fusionroute.traces.page import DEFAULT_TITLE, write_page
 from ebpo_core.fusionroute.traces.show import has_color, print_traces
 from ebpo_core.fusionroute.traces.trace import dump, load
@@ -30,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         "traces",
         nargs="*",
         metavar="TRACE",
-        help="JSON or JSON Lines, e.g. from generate --routing",
+        help="JSON or JSON Lines, e.g. from generate --routing; or folders of checkpoints, to be described",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page to this file")
     parser.add_argument(
@@ -48,6 +50,12 @@ def main(argv: Sequence[str]) -> int:
     add_flags(parser)
     arguments = parser.parse_args(argv)
     check(parser, arguments)
+    folders = [path for path in map(Path, arguments.traces) if path.is_dir()]
+    if folders:
+        if len(folders) != len(arguments.traces) or arguments.html is not None:
+            parser.error("folders of checkpoints are described alone: leave traces and --html out")
+        print(*map(description, folders), sep="\n\n")
+        return 0
     if arguments.open == "yes" and arguments.html is None:
         raise ValueError("open='yes': there is no page to open; write one with --html FILE")
     target, color = console(arguments.color), COLORS[arguments.color]

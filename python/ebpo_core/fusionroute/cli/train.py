@@ -70,6 +70,18 @@ def check_experts(arguments: TrainArguments, name: str, kind: str) -> None:
         raise ValueError("expert_paths and experts: give the first for a checkpoint, the second for a new router")
 
 
+def check_trainable(name: str, revision: str | None) -> None:
+    """Raise a ValueError for a checkpoint whose experts are compiled for its router as it is."""
+    from ebpo_core.fusionroute.config import FusionRouteConfig
+
+    where: dict[str, Any] = {"revision": revision}
+    if FusionRouteConfig.from_pretrained(name, **where).compiled:
+        raise ValueError(
+            f"model_name_or_path={name!r} has experts that are compiled for its router as it is: train the checkpoint "
+            "that it was compiled from, and compile again afterwards"
+        )
+
+
 def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tuple[Any, Any]:
     """The model to train and its tokenizer: a checkpoint, or a router with a fresh route head over ``experts``.
 
@@ -101,6 +113,7 @@ def load_model(arguments: TrainArguments, config: Any, model_config: Any) -> tup
     model: Any
     tokenizer: Any
     if kind == CHECKPOINT:
+        check_trainable(name, revision)
         model = FusionRouteForCausalLM.from_pretrained(
             name,
             dtype=dtype,

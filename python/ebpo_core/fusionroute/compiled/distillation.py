@@ -1,4 +1,4 @@
-"""One expert distilled into an adapter of the router: KL(expert || adapted stream) at the positions that have labels."""
+"""One expert distilled into an adapter of the router: KL(expert || adapted stream) at positions with labels."""
 
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
@@ -111,10 +111,9 @@ class Batch(NamedTuple):
 @torch.no_grad()
 def read_batch(model: Any, sequences: TokenSequences, rows: list[int]) -> Batch:
     """Rows of ``sequences``, after the router has read them and its route head has selected experts."""
-    ids, mask, labels, keep = (
-        torch.from_numpy(part).to(model.device) if isinstance(part, np.ndarray) else part
-        for part in sequences.padded(rows)
-    )
+    padded = sequences.padded(rows)
+    keep = padded.keep
+    ids, mask, labels = (torch.from_numpy(part).to(model.device) for part in padded[:3])
     cache = lending(model.router, None)
     logits, hidden, _ = model._run_router(
         slice(-keep, None), input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE: cache}

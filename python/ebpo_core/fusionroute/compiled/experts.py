@@ -80,7 +80,7 @@ class CompiledExpert(Expert):
     def touched(self) -> bool:
         return False
 
-    def lacks_token(self, token: int) -> bool:
+    def lacks_token(self, token: int) -> bool:  # noqa: ARG002
         """False: it reads what the router reads."""
         return False
 
@@ -173,7 +173,7 @@ class CompiledExperts(Experts):
     def changed(self) -> list[str]:
         return []
 
-    def save_into(self, checkpoint_dir: str | os.PathLike[str]) -> list[ExpertReference]:
+    def save_into(self, checkpoint_dir: str | os.PathLike[str]) -> list[ExpertReference]:  # noqa: ARG002
         raise ValueError(
             "save_experts=True, and the experts are compiled, so none is loaded: load the checkpoint with "
             "compiled=False, or save without save_experts, which keeps the compiled ones"

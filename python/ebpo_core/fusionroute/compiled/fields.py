@@ -18,5 +18,7 @@ def check_fields(compiled: Any) -> dict[str, Any] | None:
         return None
     wrong = not isinstance(compiled, Mapping) or compiled.keys() != _FIELDS.keys()
     if wrong or not all(isinstance(compiled[name], kind) for name, kind in _FIELDS.items()) or compiled["rank"] < 1:
-        raise ValueError(f"compiled is {compiled!r}: expected None, or {{'rank': r, 'scale': alpha / r, 'router': hash}}")
+        raise ValueError(
+            f"compiled is {compiled!r}: expected None, or {{'rank': r, 'scale': alpha / r, 'router': hash}}"
+        )
     return dict(compiled)

@@ -51,7 +51,9 @@ def require_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"compiling experts writes adapters of the package 'peft', which is missing: {EXTRA}") from error
+        raise ImportError(
+            f"compiling experts writes adapters of the package 'peft', which is missing: {EXTRA}"
+        ) from error
 
 
 class _Tensors(Mapping[str, Tensor]):
@@ -147,7 +149,9 @@ def _read_adapter(
     config = json.loads(file.read_text(encoding="utf-8"))
     for name, plain in _PLAIN.items():
         if config.get(name, plain) not in (plain, None):
-            raise ValueError(f"expert {expert!r}: its adapter has {name}={config[name]!r}, expected {plain!r}: {remedy}")
+            raise ValueError(
+                f"expert {expert!r}: its adapter has {name}={config[name]!r}, expected {plain!r}: {remedy}"
+            )
     if config.get("r") != rank or abs(config.get("lora_alpha", 0) / rank - scale) > 1e-6 * abs(scale):
         raise ValueError(
             f"expert {expert!r}: its adapter has r={config.get('r')} and lora_alpha={config.get('lora_alpha')}, the "
@@ -178,7 +182,7 @@ def copy_adapters(source: str | os.PathLike[str], names: Sequence[str], target: 
     missing = [name for name in files if not (origin / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{str(origin)!r}, which the compiled experts were loaded from, lacks {missing[:3]}: restore it before saving"
+            f"{str(origin)!r}, which the compiled experts were loaded from, lacks {missing[:3]}: restore it, then save"
         )
     for name in [*files, *([REPORT] if (origin / REPORT).is_file() else [])]:
         (goal / name).parent.mkdir(parents=True, exist_ok=True)

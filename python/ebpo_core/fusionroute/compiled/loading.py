@@ -12,6 +12,7 @@ from .experts import CompiledExperts
 from .files import compiled_folder, read_adapters, router_hash
 from .targets import target_modules
 
+
 def load_compiled(
     router: Any,
     compiled: Mapping[str, Any],
@@ -43,8 +44,6 @@ def load_compiled(
             "compiled=False, which loads the experts themselves"
         )
     modules = target_modules(router)
-    adapters = read_adapters(
-        folder, [each.name for each in known], modules, compiled["rank"], float(compiled["scale"])
-    )
+    adapters = read_adapters(folder, [each.name for each in known], modules, compiled["rank"], float(compiled["scale"]))
     adapters.to(router.device, router.dtype)
     return CompiledExperts(router, adapters, known, folder)

@@ -58,9 +58,9 @@ def compare(model: Any, adapters: LowRank, sequences: TokenSequences) -> dict[st
             mine = (batch.selected == index)[where]
             kl = divergence(target[where], student[where]).double()
             same = target[where].argmax(-1) == student[where].argmax(-1)
-            own[index] += torch.stack(
-                [mine.sum(), kl[mine].sum(), same[mine].sum(), kl.sum(), same.sum()]
-            ).double().cpu()
+            own[index] += (
+                torch.stack([mine.sum(), kl[mine].sum(), same[mine].sum(), kl.sum(), same.sum()]).double().cpu()
+            )
             targets.append(target)
             students.append(student)
         fused += _fused(batch, torch.stack(targets), torch.stack(students), options)

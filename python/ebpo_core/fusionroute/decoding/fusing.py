@@ -18,7 +18,7 @@ from .history import NewTokens
 
 
 class Part(NamedTuple):
-    """Logits of one expert, ``[m, V_expert]``: line i belongs to position ``positions[i]`` of row ``rows[i]``.
+    """Logits of one expert, or of all, ``[m, V_expert]``: line i is of position ``positions[i]`` of row ``rows[i]``.
 
     Rows are in ascending order. All K positions are numbered from 0.
     """
@@ -33,7 +33,7 @@ class ExpertLogits:
     """The experts' logits at K positions of a batch, each expert's only where it was selected.
 
     Attributes:
-        parts: one per expert, in their order.
+        parts: one per expert, in their order; or one for all of them, where compiled experts run together.
         positions: K.
     """
 
@@ -47,7 +47,8 @@ class ExpertLogits:
             rows: how many rows of the batch selected an expert there.
 
         Returns:
-            ``[rows, V]`` if all of them selected one expert; else n tensors, ``[rows that selected it, V_i]`` each.
+            ``[rows, V]`` if all of them selected one expert, or the experts ran together; else n tensors,
+            ``[rows that selected it, V_i]`` each.
         """
         last = [
             part.logits if self.positions == 1 else part.logits[part.positions == self.positions - 1]
