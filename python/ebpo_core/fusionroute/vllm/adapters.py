@@ -34,7 +34,7 @@ def stacked_adapters(config: FusionRouteConfig, model: str, revision: str | None
     Raises:
         FileNotFoundError, ValueError: as for :func:`~ebpo_core.fusionroute.compiled.files.read_adapters`.
     """
-    compiled: dict[str, Any] = config.compiled or {}  # type: ignore[assignment]
+    compiled: dict[str, Any] = config.compiled or {}
     with torch.device("meta"):
         router = AutoModelForCausalLM.from_config(config.router_config)
     names = [str(expert["name"]) for expert in config.experts or []]
@@ -53,7 +53,7 @@ def check_compiled(config: FusionRouteConfig, architecture: str, model: str, rev
         FileNotFoundError, ValueError: a router of another family, or not the one that the adapters were made for, or
             adapters that are missing or do not fit it.
     """
-    compiled: dict[str, Any] = config.compiled or {}  # type: ignore[assignment]
+    compiled: dict[str, Any] = config.compiled or {}
     if architecture not in FAMILIES:
         raise ValueError(
             f"the router is a {architecture}: vLLM serves compiled checkpoints of {', '.join(FAMILIES)}; use the "

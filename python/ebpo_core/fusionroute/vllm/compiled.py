@@ -46,7 +46,7 @@ class CompiledFusionRouteForCausalLM(RoutedModel):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config: Any = vllm_config.model_config
         config: FusionRouteConfig = model_config.hf_config
-        compiled: dict[str, Any] = config.compiled or {}  # type: ignore[assignment]
+        compiled: dict[str, Any] = config.compiled or {}
         own = (config.router_config, model_config.model)
         super().__init__(config, build(vllm_config, *own, "router", prefix))
         self._checkpoint, self._revision = str(model_config.model), model_config.revision
