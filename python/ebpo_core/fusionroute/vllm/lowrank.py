@@ -1,9 +1,10 @@
 """The low-rank terms of compiled experts: ``B_e (A_e x)``, e another expert for each row, the scale within B.
 
 All experts' A are stacked, and so are their B. A row is multiplied by all of them, and the products of the experts that
-it did not select are set to zero between the two: two plain matrix products a layer, without a gather. Of n experts of
-rank r, n r columns are computed where r are needed; up to a few hundred of them that is less than reading A and B row
-by row, as soon as a batch has more rows than there are experts.
+it did not select are set to zero between the two: two plain matrix products a layer, without a gather or a wait for the
+device. On one core of an AMD EPYC this is faster than gathering A and B row by row for 1 to 64 rows, 3 and 7 experts,
+ranks 8 and 64. One product for each expert is faster where n r is near the layer's own width and a batch has more than
+a few rows, but its shapes depend on the selection, which compiled code and CUDA graphs cannot have.
 """
 
 # mypy: disable-error-code="no-untyped-call"
