@@ -85,7 +85,7 @@ class CompiledFusionRouteForCausalLM(RoutedModel):
         del intermediate_tensors, inputs_embeds  # of pipeline stages and prompts of embeddings: refused at the start
         input_ids = self.clamped(input_ids)
         hidden: Tensor = self.router(input_ids, positions)
-        wanted, count = self._wanted()
+        wanted, count = self._wanted(len(hidden))
         if wanted is None:
             rows, ids, places = hidden, input_ids, positions
         else:
@@ -124,14 +124,16 @@ class CompiledFusionRouteForCausalLM(RoutedModel):
             fused[:, :V] = expert
         return self.with_routing(fused, ids, self.routing_weights(hidden), expert.argmax(-1))
 
-    def _wanted(self) -> tuple[Tensor | None, int]:
+    def _wanted(self, tokens: int) -> tuple[Tensor | None, int]:
         """Indices of the tokens whose logits are wanted, perhaps padded, and their number; None for all of them."""
         metadata: Any = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # a run without requests, for memory's or compilation's sake
-            return None, 0
+            return None, tokens
         one = metadata[self._reader]
         indices: Tensor | None = getattr(one, "logits_indices_padded", None)
-        return indices, 0 if indices is None else int(one.num_logits_indices)
+        if indices is None or one.num_logits_indices == tokens:  # as many are as many in order: no prompt is among them
+            return None, tokens
+        return indices, int(one.num_logits_indices)
 
     def _place(self, name: str) -> tuple[str, int]:
         """The module that holds the adapters of transformers' module ``name``, and which piece of it that is."""
