@@ -33,7 +33,8 @@ def adapted_stack(
         selection: of the step.
     """
     with torch.device("meta"):  # no memory: every tensor of it is given up below
-        stack = build(vllm_config, hf_config, folder, NAME, prefix)
+        sizes = (selection.num_experts, selection.rank)
+        stack = build(vllm_config, hf_config, folder, NAME, prefix, sizes=sizes)
     _share(stack, router, selection, vllm_config.compilation_config.static_forward_context)
     left = [name for name, tensor in (*stack.named_parameters(), *stack.named_buffers()) if tensor.is_meta]
     if left:
