@@ -40,7 +40,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from serving import checkpoints
@@ -58,6 +58,7 @@ from serving.answering import (
     resident,
     start,
 )
+from serving.offline import Engine, ask_engine
 from transformers import AutoConfig
 from transformers.utils import logging
 
@@ -92,7 +93,7 @@ def routing(traces: Sequence[RoutingTrace]) -> dict[str, Any]:
 def summary(system: str, clients: int, runs: list[Run], answers: list[Answer]) -> dict[str, Any]:
     """A row of the table: medians over rounds for rates, over all requests for latencies."""
     latencies = sorted(answer.latency for answer in answers)
-    return {
+    row = {
         "system": system,
         "concurrency": clients,
         "requests_timed": sum(len(run.answers) for run in runs),
@@ -101,27 +102,36 @@ def summary(system: str, clients: int, runs: list[Run], answers: list[Answer]) -
         "latency_s": {"median": statistics.median(latencies), "p95": latencies[-(-95 * len(latencies) // 100) - 1]},
         "first_token_s": statistics.median(answer.first for answer in answers),
     }
+    if all(run.cpu for run in runs):
+        row["tokens_per_cpu_s"] = statistics.median(
+            sum(len(a.tokens) for a in run.answers) / (run.cpu or 1) for run in runs
+        )
+    return row
 
 
-class Service(NamedTuple):
-    """What is served: a checkpoint, further flags of the server, the names that requests ask for in turn."""
-
-    checkpoint: str
-    flags: list[str]
-    models: list[str]
-
-
-def service(system: str, checkpoint: str, args: argparse.Namespace) -> Service:
-    """The server of a system; of the checkpoint with random weights, others lie beside it."""
+def engine(system: str, checkpoint: str) -> Engine:
+    """What is served; of the checkpoint with random weights, the others lie beside it."""
     if system == VLLM:
-        return Service(checkpoint, [], [NAME])
+        return Engine(checkpoint, {})
     beside = Path(checkpoint).parent
     if system != LORA:
-        return Service(str(beside / (checkpoints.COMPILED if system == COMPILED else checkpoints.ROUTER)), [], [NAME])
-    names = [f"expert{number}" for number in range(1, args.experts + 1)]
-    adapters = [f"{name}={beside / checkpoints.COMPILED / 'compiled' / name}" for name in names]
-    flags = ["--enable-lora", "--max-loras", str(args.experts), "--max-lora-rank", str(args.rank)]
-    return Service(str(beside / checkpoints.ROUTER), [*flags, "--lora-modules", *adapters], names)
+        return Engine(str(beside / (checkpoints.COMPILED if system == COMPILED else checkpoints.ROUTER)), {})
+    adapters = sorted((beside / checkpoints.COMPILED / "compiled").iterdir())
+    return Engine(str(beside / checkpoints.ROUTER), {adapter.name: str(adapter) for adapter in adapters})
+
+
+def ask_engines(
+    checkpoint: str, dtype: str, cases: list[Case], args: argparse.Namespace
+) -> tuple[Runs, dict[str, int]]:
+    """The runs of every engine in this process, and its memory."""
+    runs: Runs = {}
+    memory = {}
+    for system in (one for one in SERVED if one in args.systems):
+        found, memory[system] = ask_engine(engine(system, checkpoint), dtype, cases, args)
+        runs |= {(system, clients): each for clients, each in found.items()}
+        for clients, each in found.items():
+            print(f"{dtype}, {system}, {clients}: {each[0].seconds:.1f} s, {each[0].cpu:.1f} CPU s", flush=True)
+    return runs, memory
 
 
 def ask_servers(
@@ -133,8 +143,14 @@ def ask_servers(
     with ExitStack() as stack:
         servers: dict[str, tuple[Server, list[str]]] = {}
         for system in (one for one in SERVED if one in args.systems):
-            folder, flags, models = service(system, checkpoint, args)
-            servers[system] = stack.enter_context(start(folder, dtype, args, flags)), models
+            served = engine(system, checkpoint)
+            flags: list[str] = []
+            if served.adapters:
+                adapters = [f"{name}={path}" for name, path in served.adapters.items()]
+                flags = ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(args.rank)]
+                flags += ["--lora-modules", *adapters]
+            server = stack.enter_context(start(served.checkpoint, dtype, args, flags))
+            servers[system] = server, list(served.adapters) or [NAME]
         for case in cases:
             for server, models in servers.values():
                 ask(server, case._replace(prompts=case.prompts[: case.clients], new=min(4, case.new)), models)
@@ -170,7 +186,7 @@ def measure(checkpoint: str, dtype: str, args: argparse.Namespace) -> dict[str, 
     if importlib.util.find_spec("vllm") is None:
         print("vllm: left out (this environment has none: run this file where vLLM and ebpo-core are installed)")
     else:
-        runs, memory = ask_servers(checkpoint, dtype, cases, args)
+        runs, memory = (ask_engines if args.offline else ask_servers)(checkpoint, dtype, cases, args)
     same: dict[str, tuple[FusionRouteForCausalLM, str]] = {}  # of a system, whose tokens are the same, and in which run
     if GENERATE in args.systems:
         model = FusionRouteForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).to(args.device)
@@ -181,7 +197,7 @@ def measure(checkpoint: str, dtype: str, args: argparse.Namespace) -> dict[str, 
         memory[GENERATE] = resident()
         same |= dict.fromkeys((VLLM, ONE), (model, STATIC))
         if COMPILED in args.systems:
-            folder = service(COMPILED, checkpoint, args).checkpoint
+            folder = engine(COMPILED, checkpoint).checkpoint
             model = FusionRouteForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(args.device)
             runs |= run_batches(STATIC_COMPILED, model, cases, args)
             same[COMPILED] = model, STATIC_COMPILED
@@ -206,7 +222,8 @@ def measure(checkpoint: str, dtype: str, args: argparse.Namespace) -> dict[str, 
 
 def ratios(rows: list[dict[str, Any]], memory: dict[str, int], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What one system's rate, or memory, is of another's, and whether the goal was met where it has one."""
-    rate = {(row["system"], row["concurrency"]): row["tokens_per_s"] for row in rows}
+    kind = "tokens_per_cpu_s" if args.offline else "tokens_per_s"
+    rate = {(row["system"], row["concurrency"]): row[kind] for row in rows if kind in row}
     found = []
     for c in args.concurrency:
         for one, other in PAIRS:
@@ -226,14 +243,15 @@ def ratios(rows: list[dict[str, Any]], memory: dict[str, int], args: argparse.Na
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    columns = ["dtype", "clients", "system", "tok/s", "latency p50 s", "p95 s", "first token p50 s"]
+    columns = ["dtype", "clients", "system", "tok/s", "tok per CPU s", "latency p50 s", "p95 s", "first token p50 s"]
     columns += ["tokens up to the first difference"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for dtype, result in results.items():
         for r in result["rows"]:
             same = f"{r['tokens_agreed']} of {r['tokens_compared']}" if "tokens_agreed" in r else "-"
+            cpu = f"{r['tokens_per_cpu_s']:.1f}" if "tokens_per_cpu_s" in r else "-"
             lines.append(
-                f"| {dtype} | {r['concurrency']} | {r['system']} | {r['tokens_per_s']:.1f} "
+                f"| {dtype} | {r['concurrency']} | {r['system']} | {r['tokens_per_s']:.1f} | {cpu} "
                 f"| {r['latency_s']['median']:.2f} | {r['latency_s']['p95']:.2f} | {r['first_token_s']:.2f} | {same} |"
             )
     for dtype, result in results.items():
@@ -264,6 +282,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="also write the numbers here, as JSON")
     parser.add_argument("--checkpoint", help="a FusionRoute checkpoint, in place of random weights")
     parser.add_argument("--experts", type=positive, default=3, help="of the checkpoint with random weights")
+    parser.add_argument("--offline", action="store_true", help="no servers: engines in this process, by CPU time")
     parser.add_argument("--rank", type=positive, default=8, help="of its compiled experts")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="by default vllm, compiled and generate")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])

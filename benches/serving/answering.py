@@ -32,10 +32,11 @@ class Answer(NamedTuple):
 
 
 class Run(NamedTuple):
-    """All requests of one case, and the seconds that they took together."""
+    """All requests of one case, and the seconds that they took together, and of CPU time where it was counted."""
 
     answers: list[Answer]
     seconds: float
+    cpu: float | None = None
 
 
 class Case(NamedTuple):
