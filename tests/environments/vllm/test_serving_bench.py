@@ -15,7 +15,7 @@ COMPARED, BATCHES = ("vllm", "compiled", "one by one"), ("static batch", "static
 CLIENTS, REQUESTS_EACH, NEW, ONE_BY_ONE = [1, 4], 2, 8, 3  # of the smoke run
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # several servers, on a busy machine
 def test_the_smoke_run_measures_all_of_them_and_their_tokens_agree(tmp_path: Path) -> None:
     out = tmp_path / "serve.json"
     command = [sys.executable, str(BENCH), "--smoke", "--dtype", "float32", "bfloat16", "--output", str(out)]
