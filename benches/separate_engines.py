@@ -38,7 +38,8 @@ from typing import Any
 import torch
 from decode import NUM_EXPERTS, check_tokens, lazy
 from lazy_serving import PATTERNS, RUN_ALL, Design, Machine, choices, cores, modelled, read
-from serve import FIRST_WORD, SMOLLM2, TINY, confine, positive, save_checkpoint
+from serve import FIRST_WORD, confine, positive
+from serving.checkpoints import FUSED, SMOLLM2, TINY, save_checkpoints
 from serving.separate import ENVIRONMENT, Child, SeparateEngines
 from transformers.utils import logging
 
@@ -291,7 +292,8 @@ def main() -> None:
     ).tolist()
     cases: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
-        checkpoint = save_checkpoint(Path(folder), sizes, NUM_EXPERTS)
+        save_checkpoints(Path(folder), sizes, NUM_EXPERTS)
+        checkpoint = Path(folder, FUSED)
         if importlib.util.find_spec("vllm") is None:
             print("run-all, sessions, calls: left out (run this file where vLLM and ebpo-core are installed)")
         else:

@@ -2,12 +2,15 @@
 
     .venv-vllm/bin/python benches/serve.py                      # a checkpoint of SmolLM2-135M's sizes, random weights
     .venv-vllm/bin/python benches/serve.py --dtype float32 bfloat16 --output out.json
+    .venv-vllm/bin/python benches/serve.py --experts 7 --systems vllm compiled "router alone" "one LoRA per request"
     .venv-vllm/bin/python benches/serve.py --checkpoint ./my-fusionroute --experts 3 --concurrency 1 8 32
     python benches/serve.py --smoke                             # tiny sizes; without vLLM only what is ours
 
-Three ways to answer c clients, each of which sends its next request when its last one is answered; all begin at once:
-"vllm" is the plugin behind vLLM's OpenAI server, asked by c streaming clients; "static batch" is one call of
-``generate`` with c rows after another; "one by one" is ``generate`` with one row, the other clients waiting in a queue.
+Ways to answer c clients, each of which sends its next request when its last one is answered; all begin at once:
+"vllm" is the plugin behind vLLM's OpenAI server, asked by c streaming clients, every expert running for every token;
+"compiled" is the same with the experts compiled into adapters; "router alone" is vLLM without FusionRoute, and "one
+LoRA per request" vLLM with the same adapters on the router, each request naming one. "generate" stands for two: "static
+batch" is one call of it with c rows after another; "one by one" is one row, the other clients waiting in a queue.
 Latency is from sending to the last token, the wait included. Ours does not stream: its first token comes with the
 last. What one row takes does not depend on how many wait, so "one by one" is timed once (``--one-by-one`` requests)
 and its latencies at c clients follow from those times. Greedy, ``ignore_eos``, equal lengths, the same prompts for
@@ -18,9 +21,10 @@ thread on each core but one, which is for its scheduler, its server and, here, t
 ``VLLM_CPU_OMP_THREADS_BIND=0,1`` the worker has both of two; where it was tried its threads, which wait for each other
 beside a scheduler that polls, were slower than one.
 
-Tokens of vLLM and of "one by one" are compared with the static batch's, and counted up to a request's first difference.
-In float32 a difference is an error unless the two best tokens or the two best experts are nearly tied. In bfloat16 none
-is: random weights are close to a tie every few tokens there, and "one by one" differs from the batch, too.
+Tokens of vLLM and of "one by one" are compared with the static batch's of the same checkpoint, and counted up to a
+request's first difference. In float32 a difference is an error unless the two best tokens or the two best experts are
+nearly tied. In bfloat16 none is: random weights are close to a tie every few tokens there, and "one by one" differs
+from the batch, too.
 """
 
 from __future__ import annotations
@@ -34,65 +38,44 @@ import platform
 import statistics
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from serving.answering import Answer, Case, Run, agreed, ask, batches, generate, queued, resident, start
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from serving import checkpoints
+from serving.answering import (
+    NAME,
+    Answer,
+    Case,
+    Run,
+    Server,
+    agreed,
+    ask,
+    batches,
+    generate,
+    queued,
+    resident,
+    start,
+)
+from serving.offline import Engine, ask_engine
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM, RoutingTrace
 
-VLLM, STATIC, ONE = "vllm", "static batch", "one by one"
+VLLM, COMPILED, STATIC, ONE = "vllm", "compiled", "static batch", "one by one"
+STATIC_COMPILED = "static batch, compiled"
+ROUTER, LORA = "router alone", "one LoRA per request"
+SERVED = (VLLM, COMPILED, ROUTER, LORA)
+GENERATE = "generate"  # static batch and one by one
+SYSTEMS = (*SERVED, GENERATE)
+Runs = dict[tuple[str, int], list[Run]]
 GOAL = (32, 2.0)  # clients, times one by one
-SMOLLM2: dict[str, Any] = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 2048,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-    "tie_word_embeddings": True,
-    "initializer_range": 1 / 24,
-}
-TINY: dict[str, Any] = {
-    **SMOLLM2,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "initializer_range": 0.2,
-}
+GOALS_COMPILED = {3: 1.8, 7: 3.3}  # by the number of experts, times run-all, for as many clients
+PAIRS = ((VLLM, ONE), (VLLM, STATIC), (COMPILED, VLLM), (COMPILED, ROUTER), (COMPILED, STATIC_COMPILED))
+MEMORY_GOAL = 1.3  # of a compiled checkpoint, times the router alone
 FIRST_WORD = 3  # ids before it are special
-
-
-# ------------------------------------------------------------------------------------------------------- the checkpoint
-
-
-def save_checkpoint(folder: Path, sizes: dict[str, Any], num_experts: int) -> Path:
-    """A router and experts with weights of fixed seeds, each expert in a folder of its own; float32."""
-    config = LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    paths = {}
-    for seed in range(1, num_experts + 1):
-        torch.manual_seed(seed)
-        paths[f"expert{seed}"] = str(folder / f"expert{seed}")
-        AutoModelForCausalLM.from_config(config).save_pretrained(paths[f"expert{seed}"])
-    torch.manual_seed(0)
-    model = FusionRouteForCausalLM.from_experts(AutoModelForCausalLM.from_config(config), paths)
-    with torch.no_grad():
-        # Normalised hidden states have entries of about 1: routing weights, too.
-        model.route_head.weight.normal_(std=config.hidden_size**-0.5, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(folder / "fused")
-    words = {"<unk>": 0, **{f"w{index}": index for index in range(1, config.vocab_size)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106 -- not a password
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "fused")  # noqa: S106
-    return folder / "fused"
 
 
 def routing(traces: Sequence[RoutingTrace]) -> dict[str, Any]:
@@ -110,7 +93,7 @@ def routing(traces: Sequence[RoutingTrace]) -> dict[str, Any]:
 def summary(system: str, clients: int, runs: list[Run], answers: list[Answer]) -> dict[str, Any]:
     """A row of the table: medians over rounds for rates, over all requests for latencies."""
     latencies = sorted(answer.latency for answer in answers)
-    return {
+    row = {
         "system": system,
         "concurrency": clients,
         "requests_timed": sum(len(run.answers) for run in runs),
@@ -119,79 +102,140 @@ def summary(system: str, clients: int, runs: list[Run], answers: list[Answer]) -
         "latency_s": {"median": statistics.median(latencies), "p95": latencies[-(-95 * len(latencies) // 100) - 1]},
         "first_token_s": statistics.median(answer.first for answer in answers),
     }
+    if all(run.cpu for run in runs):
+        row["tokens_per_cpu_s"] = statistics.median(
+            sum(len(a.tokens) for a in run.answers) / (run.cpu or 1) for run in runs
+        )
+    return row
+
+
+def engine(system: str, checkpoint: str) -> Engine:
+    """What is served; of the checkpoint with random weights, the others lie beside it."""
+    if system == VLLM:
+        return Engine(checkpoint, {})
+    beside = Path(checkpoint).parent
+    if system != LORA:
+        return Engine(str(beside / (checkpoints.COMPILED if system == COMPILED else checkpoints.ROUTER)), {})
+    adapters = sorted((beside / checkpoints.COMPILED / "compiled").iterdir())
+    return Engine(str(beside / checkpoints.ROUTER), {adapter.name: str(adapter) for adapter in adapters})
+
+
+def ask_engines(
+    checkpoint: str, dtype: str, cases: list[Case], args: argparse.Namespace
+) -> tuple[Runs, dict[str, int]]:
+    """The runs of every engine in this process, and its memory."""
+    runs: Runs = {}
+    memory = {}
+    for system in (one for one in SERVED if one in args.systems):
+        found, memory[system] = ask_engine(engine(system, checkpoint), dtype, cases, args)
+        runs |= {(system, clients): each for clients, each in found.items()}
+        for clients, each in found.items():
+            print(f"{dtype}, {system}, {clients}: {each[0].seconds:.1f} s, {each[0].cpu:.1f} CPU s", flush=True)
+    return runs, memory
+
+
+def ask_servers(
+    checkpoint: str, dtype: str, cases: list[Case], args: argparse.Namespace
+) -> tuple[Runs, dict[str, int]]:
+    """The runs of every server, and their resident memory. All of them are up, and asked in turn, case by case: what
+    else the machine does falls on all."""
+    runs: Runs = {}
+    with ExitStack() as stack:
+        servers: dict[str, tuple[Server, list[str]]] = {}
+        for system in (one for one in SERVED if one in args.systems):
+            served = engine(system, checkpoint)
+            flags: list[str] = []
+            if served.adapters:
+                adapters = [f"{name}={path}" for name, path in served.adapters.items()]
+                flags = ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(args.rank)]
+                flags += ["--lora-modules", *adapters]
+            server = stack.enter_context(start(served.checkpoint, dtype, args, flags))
+            servers[system] = server, list(served.adapters) or [NAME]
+        for case in cases:
+            for server, models in servers.values():
+                ask(server, case._replace(prompts=case.prompts[: case.clients], new=min(4, case.new)), models)
+            for _ in range(args.rounds):
+                for system, (server, models) in servers.items():
+                    run = ask(server, case, models)
+                    runs.setdefault((system, case.clients), []).append(run)
+                    print(f"{dtype}, {system}, {case.clients}: {run.seconds:.1f} s", flush=True)
+        return runs, {system: resident(server.process.pid) for system, (server, _) in servers.items()}
+
+
+def run_batches(name: str, model: FusionRouteForCausalLM, cases: list[Case], args: argparse.Namespace) -> Runs:
+    """The runs of ours, as many rows at once as there are clients."""
+    runs: Runs = {}
+    for case in cases:
+        batches(model, case._replace(prompts=case.prompts[: case.clients], new=min(4, case.new)))
+    for case in cases:
+        runs[name, case.clients] = [batches(model, case) for _ in range(args.rounds)]
+        print(f"{model.dtype}, {name}, {case.clients}: {runs[name, case.clients][0].seconds:.1f} s", flush=True)
+    return runs
 
 
 def measure(checkpoint: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One dtype: the server first, then, when it has ended, ours."""
+    """One dtype: the servers first, then, when they have ended, ours."""
     vocab_size = AutoConfig.from_pretrained(checkpoint).vocab_size
     most = max(args.concurrency) * args.requests_per_client
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(FIRST_WORD, vocab_size, (most, args.prompt), generator=generator).tolist()
-    cases = [Case(prompts[: c * args.requests_per_client], c, args.new) for c in args.concurrency]
-    runs: dict[tuple[str, int], list[Run]] = {}
+    cases = [Case(prompts[: c * args.requests_per_client], c, args.new) for c in sorted(args.concurrency)]
+    runs: Runs = {}
     memory: dict[str, int] = {}
+    result: dict[str, Any] = {}
     if importlib.util.find_spec("vllm") is None:
         print("vllm: left out (this environment has none: run this file where vLLM and ebpo-core are installed)")
     else:
-        with start(checkpoint, dtype, args) as server:
-            for case in cases:
-                ask(server, case._replace(prompts=case.prompts[: case.clients], new=min(4, case.new)))
-            for case in cases:
-                runs[VLLM, case.clients] = [ask(server, case) for _ in range(args.rounds)]
-                print(f"{dtype}, vllm, {case.clients}: {runs[VLLM, case.clients][0].seconds:.1f} s", flush=True)
-            memory[VLLM] = resident(server.process.pid)
-
-    model = FusionRouteForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).to(args.device)
-    traces = generate(model, prompts[:4], args.new, output_routing=True).routing
-    for case in cases:
-        batches(model, case._replace(prompts=case.prompts[: case.clients], new=min(4, case.new)))
-    for case in cases:
-        runs[STATIC, case.clients] = [batches(model, case) for _ in range(args.rounds)]
-        print(f"{dtype}, static batch, {case.clients}: {runs[STATIC, case.clients][0].seconds:.1f} s", flush=True)
-    single = [batches(model, Case(prompts[: args.one_by_one], 1, args.new)) for _ in range(args.rounds)]
-    memory["generate"] = resident()
+        runs, memory = (ask_engines if args.offline else ask_servers)(checkpoint, dtype, cases, args)
+    same: dict[str, tuple[FusionRouteForCausalLM, str]] = {}  # of a system, whose tokens are the same, and in which run
+    if GENERATE in args.systems:
+        model = FusionRouteForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).to(args.device)
+        result["routing"] = routing(generate(model, prompts[:4], args.new, output_routing=True).routing)
+        runs |= run_batches(STATIC, model, cases, args)
+        single = [batches(model, Case(prompts[: args.one_by_one], 1, args.new)) for _ in range(args.rounds)]
+        runs |= {(ONE, case.clients): single for case in cases}
+        memory[GENERATE] = resident()
+        same |= dict.fromkeys((VLLM, ONE), (model, STATIC))
+        if COMPILED in args.systems:
+            folder = engine(COMPILED, checkpoint).checkpoint
+            model = FusionRouteForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(args.device)
+            runs |= run_batches(STATIC_COMPILED, model, cases, args)
+            same[COMPILED] = model, STATIC_COMPILED
 
     rows = []
     for case in cases:
         c = case.clients
-        runs[ONE, c] = single
-        for system in (VLLM, STATIC, ONE):
-            if (system, c) not in runs:
-                continue
+        for system in (system for system in (*SERVED, STATIC, STATIC_COMPILED, ONE) if (system, c) in runs):
             row_runs = runs[system, c]
             answers = [answer for run in row_runs for answer in run.answers]
             if system == ONE:
                 answers = [answer for run in row_runs for answer in queued(run, c, len(case.prompts))]
             row = summary(system, c, row_runs, answers)
-            if system != STATIC:  # with which they are compared
-                both = [zip(case.prompts, runs[STATIC, c][0].answers, run.answers, strict=False) for run in row_runs]
-                same = [agreed(model, p, a.tokens, b.tokens, dtype) for pairs in both for p, a, b in pairs]
-                row |= {"tokens_compared": len(same) * args.new, "tokens_agreed": sum(same)}
+            if system in same:
+                model, batch = same[system]
+                both = [zip(case.prompts, runs[batch, c][0].answers, run.answers, strict=False) for run in row_runs]
+                equal = [agreed(model, p, a.tokens, b.tokens, dtype) for pairs in both for p, a, b in pairs]
+                row |= {"tokens_compared": len(equal) * args.new, "tokens_agreed": sum(equal)}
             rows.append(row)
-    return {
-        "rows": rows,
-        "ratios": ratios(rows, args.concurrency),
-        "routing": routing(traces),
-        "resident_bytes": memory,
-    }
+    return {"rows": rows, "ratios": ratios(rows, memory, args), **result, "resident_bytes": memory}
 
 
-def ratios(rows: list[dict[str, Any]], concurrency: Sequence[int]) -> list[dict[str, Any]]:
-    """What vLLM's rate is of the others', and whether the goal was met where it has one; empty without vLLM."""
-    rate = {(row["system"], row["concurrency"]): row["tokens_per_s"] for row in rows}
+def ratios(rows: list[dict[str, Any]], memory: dict[str, int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What one system's rate, or memory, is of another's, and whether the goal was met where it has one."""
+    kind = "tokens_per_cpu_s" if args.offline else "tokens_per_s"
+    rate = {(row["system"], row["concurrency"]): row[kind] for row in rows if kind in row}
     found = []
-    for c in concurrency:
-        if (VLLM, c) in rate:
-            single = rate[VLLM, c] / rate[ONE, c]
-            met = single >= GOAL[1] if c == GOAL[0] else None
-            found.append(
-                {
-                    "concurrency": c,
-                    "vllm_to_one_by_one": single,
-                    "vllm_to_static_batch": rate[VLLM, c] / rate[STATIC, c],
-                    "met": met,
-                }
-            )
+    for c in args.concurrency:
+        for one, other in PAIRS:
+            if (one, c) in rate and (other, c) in rate:
+                goal = {(VLLM, ONE): GOAL[1], (COMPILED, VLLM): GOALS_COMPILED.get(args.experts)}.get((one, other))
+                ratio = rate[one, c] / rate[other, c]
+                met = None if goal is None or c != GOAL[0] else ratio >= goal
+                found.append({"concurrency": c, "of": one, "to": other, "ratio": ratio, "goal": goal, "met": met})
+    if COMPILED in memory and ROUTER in memory:
+        ratio = memory[COMPILED] / memory[ROUTER]
+        found.append({"of": "memory, compiled", "to": ROUTER, "ratio": ratio, "goal": MEMORY_GOAL})
+        found[-1] |= {"met": ratio <= MEMORY_GOAL}
     return found
 
 
@@ -199,27 +243,27 @@ def ratios(rows: list[dict[str, Any]], concurrency: Sequence[int]) -> list[dict[
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    columns = ["dtype", "clients", "system", "tok/s", "latency p50 s", "p95 s", "first token p50 s"]
+    columns = ["dtype", "clients", "system", "tok/s", "tok per CPU s", "latency p50 s", "p95 s", "first token p50 s"]
     columns += ["tokens up to the first difference"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for dtype, result in results.items():
         for r in result["rows"]:
-            same = f"{r['tokens_agreed']} of {r['tokens_compared']}" if "tokens_agreed" in r else "(reference)"
+            same = f"{r['tokens_agreed']} of {r['tokens_compared']}" if "tokens_agreed" in r else "-"
+            cpu = f"{r['tokens_per_cpu_s']:.1f}" if "tokens_per_cpu_s" in r else "-"
             lines.append(
-                f"| {dtype} | {r['concurrency']} | {r['system']} | {r['tokens_per_s']:.1f} "
+                f"| {dtype} | {r['concurrency']} | {r['system']} | {r['tokens_per_s']:.1f} | {cpu} "
                 f"| {r['latency_s']['median']:.2f} | {r['latency_s']['p95']:.2f} | {r['first_token_s']:.2f} | {same} |"
             )
     for dtype, result in results.items():
         lines.append("")
         for r in result["ratios"]:
-            goal = "" if r["met"] is None else f"; goal >= {GOAL[1]:.0f}x one by one: {'' if r['met'] else 'not '}met"
-            lines.append(
-                f"{dtype}, {r['concurrency']} clients: vllm is {r['vllm_to_one_by_one']:.2f}x one by one, "
-                f"{r['vllm_to_static_batch']:.2f}x the static batch{goal}"
-            )
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in result["routing"]["shares"].items())
-        run_length = result["routing"]["mean_run_length"]
-        lines.append(f"{dtype}, routing: {shares}; runs of {run_length:.1f} tokens on average")
+            clients = f", {r['concurrency']} clients" if "concurrency" in r else ""
+            goal = "" if r["met"] is None else f"; goal {r['goal']}x {'' if r['met'] else 'not '}met"
+            lines.append(f"{dtype}{clients}: {r['of']} is {r['ratio']:.2f}x {r['to']}{goal}")
+        if "routing" in result:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in result["routing"]["shares"].items())
+            run_length = result["routing"]["mean_run_length"]
+            lines.append(f"{dtype}, routing: {shares}; runs of {run_length:.1f} tokens on average")
         memory = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in result["resident_bytes"].items())
         lines.append(f"{dtype}, resident memory: {memory}")
     return "\n".join(lines)
@@ -238,6 +282,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="also write the numbers here, as JSON")
     parser.add_argument("--checkpoint", help="a FusionRoute checkpoint, in place of random weights")
     parser.add_argument("--experts", type=positive, default=3, help="of the checkpoint with random weights")
+    parser.add_argument("--offline", action="store_true", help="no servers: engines in this process, by CPU time")
+    parser.add_argument("--rank", type=positive, default=8, help="of its compiled experts")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="by default vllm, compiled and generate")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--concurrency", nargs="+", type=positive, default=[1, 8, 32], help="clients")
     parser.add_argument("--requests-per-client", type=positive, default=2, help="one after another")
@@ -252,6 +299,10 @@ def arguments() -> argparse.Namespace:
         "--enforce-eager", action=argparse.BooleanOptionalAction, help="vLLM compiles nothing; the default on a CPU"
     )
     args = parser.parse_args()
+    if args.systems is None:
+        args.systems = [VLLM, GENERATE] if args.checkpoint else [VLLM, COMPILED, GENERATE]
+    if args.checkpoint and not {VLLM, GENERATE}.issuperset(args.systems):
+        parser.error(f"--checkpoint goes with --systems {VLLM} {GENERATE} only")
     if args.enforce_eager is None:
         args.enforce_eager = args.device == "cpu"
     if args.smoke:
@@ -277,8 +328,10 @@ def main() -> None:
     cores = confine(args.threads)
     results = {}
     with tempfile.TemporaryDirectory(prefix="serve-") as folder:
-        sizes = TINY if args.smoke else SMOLLM2
-        checkpoint = args.checkpoint or str(save_checkpoint(Path(folder), sizes, args.experts))
+        if args.checkpoint is None:
+            sizes = checkpoints.TINY if args.smoke else checkpoints.SMOLLM2
+            checkpoints.save_checkpoints(Path(folder), sizes, args.experts, args.rank)
+        checkpoint = args.checkpoint or str(Path(folder, checkpoints.FUSED))
         for dtype in args.dtype:
             results[dtype] = measure(checkpoint, dtype, args)
     processor = platform.processor() or platform.machine()

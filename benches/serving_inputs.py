@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from decode import synthetic
-from serve import SMOLLM2
+from serving.checkpoints import SMOLLM2
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 

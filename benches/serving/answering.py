@@ -1,4 +1,4 @@
-"""The three ways to answer concurrent clients that ``benches/serve.py`` measures, and whether their tokens agree."""
+"""The ways to answer concurrent clients that ``benches/serve.py`` measures, and whether their tokens agree."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +32,11 @@ class Answer(NamedTuple):
 
 
 class Run(NamedTuple):
-    """All requests of one case, and the seconds that they took together."""
+    """All requests of one case, and the seconds that they took together, and of CPU time where it was counted."""
 
     answers: list[Answer]
     seconds: float
+    cpu: float | None = None
 
 
 class Case(NamedTuple):
@@ -45,7 +47,7 @@ class Case(NamedTuple):
     new: int
 
 
-async def _ask(url: str, case: Case) -> Run:
+async def _ask(url: str, case: Case, models: Sequence[str]) -> Run:
     import openai
 
     answers: dict[int, Answer] = {}
@@ -55,7 +57,7 @@ async def _ask(url: str, case: Case) -> Run:
             begin = time.perf_counter()
             first, tokens = 0.0, []
             stream = await client.completions.create(
-                model=NAME,
+                model=models[index % len(models)],
                 prompt=case.prompts[index],
                 max_tokens=case.new,
                 temperature=0,
@@ -80,9 +82,9 @@ async def _ask(url: str, case: Case) -> Run:
     return Run([answers[index] for index in range(len(case.prompts))], seconds)
 
 
-def ask(server: Server, case: Case) -> Run:
-    """Concurrent clients of the server."""
-    return asyncio.run(_ask(server.url, case))
+def ask(server: Server, case: Case, models: Sequence[str] = (NAME,)) -> Run:
+    """Concurrent clients of the server; requests go to its ``models`` in turn."""
+    return asyncio.run(_ask(server.url, case, models))
 
 
 def generate(model: FusionRouteForCausalLM, prompts: list[list[int]], new: int, **options: Any) -> Any:
@@ -113,11 +115,13 @@ def queued(run: Run, clients: int, requests: int) -> list[Answer]:
     return [Answer([], wait, wait) for wait in waits]
 
 
-def start(checkpoint: str, dtype: str, args: argparse.Namespace) -> AbstractContextManager[Server]:
-    """vLLM's server of the checkpoint."""
+def start(
+    checkpoint: str, dtype: str, args: argparse.Namespace, more: Sequence[str] = ()
+) -> AbstractContextManager[Server]:
+    """vLLM's server of the checkpoint, with ``more`` flags."""
     port = free_port()
     flags = ["--dtype", dtype, "--max-model-len", str(args.prompt + args.new), "--no-enable-prefix-caching"]
-    flags += ["--max-num-seqs", str(max(args.concurrency))] + ["--enforce-eager"] * args.enforce_eager
+    flags += ["--max-num-seqs", str(max(args.concurrency))] + ["--enforce-eager"] * args.enforce_eager + [*more]
     cache = [f"VLLM_CPU_KVCACHE_SPACE={args.kv_cache}"] if args.device == "cpu" else []
     return serving_command(["env", *cache, *command(Path(checkpoint), port, *flags)], f"http://127.0.0.1:{port}")
 

@@ -51,8 +51,8 @@ def save_checkpoint(
         if isinstance(family, Path):
             paths[name] = family
             continue
-        paths[name] = save_tiny(folder / name, family, number, **{**WIDE, **_tied(family), **settings})
-    save_tiny(folder / "router", router, 0, **WIDE, **_tied(router))
+        paths[name] = save_tiny(folder / name, family, number, **{**WIDE, **tied(family), **settings})
+    save_tiny(folder / "router", router, 0, **WIDE, **tied(router))
     model = FusionRouteForCausalLM.from_experts(
         folder / "router", {n: str(path) for n, path in paths.items()}, **options
     )
@@ -63,7 +63,8 @@ def save_checkpoint(
     return folder / "fused"
 
 
-def _tied(family: str) -> dict[str, Any]:
+def tied(family: str) -> dict[str, Any]:
+    """Whether the LM head is the embedding matrix, as vLLM expects it of a family."""
     return {"tie_word_embeddings": family in ("gemma2", "gemma3")}
 
 
@@ -72,8 +73,10 @@ def load(checkpoint: Path, **live: PreTrainedModel) -> FusionRouteForCausalLM:
 
     Gemma 2 needs eager attention there: the other kinds leave its soft cap out.
     """
-    names = [expert["name"] for expert in json.loads((checkpoint / "config.json").read_text())["experts"]]
-    eager: dict[str, Any] = {name: {"attn_implementation": "eager"} for name in names}
+    config = json.loads((checkpoint / "config.json").read_text())
+    if config.get("compiled"):  # there are no experts to load
+        return FusionRouteForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    eager: dict[str, Any] = {expert["name"]: {"attn_implementation": "eager"} for expert in config["experts"]}
     return FusionRouteForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", expert_paths=eager | live)
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ebpo_core.fusionroute.vllm.columns import decode, routing_ids
 
 
-def main() -> None:
+def answered(asked: dict[str, Any], prepare: Callable[[Any], None] | None = None) -> tuple[Any, list[dict[str, Any]]]:
+    """An engine, on which ``prepare`` was called, and its answers to what was asked."""
     from vllm import LLM, SamplingParams
 
-    asked: dict[str, Any] = json.loads(sys.argv[1])
     engine = {
         "dtype": "float32",
         "max_num_seqs": 8,
@@ -24,6 +25,8 @@ def main() -> None:
         **asked["engine"],
     }
     llm = LLM(model=asked["model"], **engine)
+    if prepare is not None:
+        prepare(llm)
     ids = routing_ids(asked["vocab_size"], asked["num_experts"])
     sampling = SamplingParams(
         temperature=0, max_tokens=asked["new"], ignore_eos=True, logprobs=len(ids), logprob_token_ids=ids
@@ -34,6 +37,11 @@ def main() -> None:
         best = output.outputs[0]
         columns = [decode([row[one].logprob for one in ids]) for row in best.logprobs]
         answers.append({"tokens": list(best.token_ids), "routing": columns})
+    return llm, answers
+
+
+def main() -> None:
+    llm, answers = answered(json.loads(sys.argv[1]))
     print(json.dumps({"answers": answers, "max_model_len": llm.model_config.max_model_len}))
 
 

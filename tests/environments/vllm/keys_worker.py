@@ -1,6 +1,6 @@
 """By which keys vLLM would find again what it compiled of each expert, as JSON, without building or compiling any.
 
-python keys_worker.py '[["folder of expert 0", "folder of expert 1"], ...]' '{"model": checkpoint}'
+python keys_worker.py '[["folder of expert 0", ["folder of expert 1", [sizes]]], ...]' '{"model": checkpoint}'
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ def main() -> None:
     config = EngineArgs(dtype="float32", **json.loads(sys.argv[2])).create_engine_config()
     for folders in json.loads(sys.argv[1]):
         keys.append([])
-        for slot, folder in enumerate(folders):
-            reference = ExpertReference(name=f"slot{slot}", path=folder)
-            submodels.build(config, submodels.expert_config(reference), folder, f"expert_{slot}", "")
+        for slot, each in enumerate(folders):
+            folder, sizes = (each, ()) if isinstance(each, str) else each
+            own = submodels.expert_config(ExpertReference(name=f"slot{slot}", path=folder))
+            submodels.build(config, own, folder, f"expert_{slot}", "", sizes=sizes)
     print(json.dumps(keys))
 
 

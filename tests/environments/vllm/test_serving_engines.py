@@ -146,7 +146,7 @@ def test_compiled_code_is_found_again_by_slot_and_configuration(tmp_path: Path) 
     checkpoint = save_checkpoint(tmp_path, "llama", {"one": ("llama", {}), "two": ("qwen2", {})})
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
 
-    def keys(*pairs: list[str]) -> list[list[list[str]]]:
+    def keys(*pairs: list[Any]) -> list[list[list[str]]]:
         """Of each pair of experts and each slot: vLLM's hash, and the tag."""
         worker = WORKER.with_name("keys_worker.py")
         command = [sys.executable, str(worker), json.dumps(pairs), json.dumps({"model": str(checkpoint)})]
@@ -155,8 +155,13 @@ def test_compiled_code_is_found_again_by_slot_and_configuration(tmp_path: Path) 
         found: list[list[list[str]]] = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    before, again, swapped, twice = keys([one, two], [one, two], [two, one], [one, one])
+    before, again, swapped, twice, few, many = keys(
+        [one, two], [one, two], [two, one], [one, one], [one, [two, [3, 8]]], [one, [two, [7, 8]]]
+    )
     assert before == again
+    assert few[0] == many[0] == before[0]
+    for part in (0, 1):  # adapters of so many experts and of such a rank
+        assert len({before[1][part], few[1][part], many[1][part]}) == 3
     assert twice == [before[0], swapped[1]]
     for part in (0, 1):
         assert len({key[part] for key in (*before, *swapped)}) == 4

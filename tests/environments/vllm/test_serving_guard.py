@@ -128,6 +128,17 @@ def test_requests_that_name_extra_ids_are_refused(parameters: dict[str, Any]) ->
     wider.validate_params(SamplingParams(**parameters))
 
 
+def test_log_probabilities_of_prompts_are_refused_where_the_checkpoint_is_compiled() -> None:
+    compiled, plain = by_name([guard.processor_name(V, compiled=True), guard.processor_name(V)])
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs is 0: a compiled checkpoint"):
+        compiled.validate_params(SamplingParams(prompt_logprobs=0))
+    compiled.validate_params(SamplingParams(logprobs=1))
+    plain.validate_params(SamplingParams(prompt_logprobs=0))
+    with pytest.raises(VLLMValidationError, match="carry the routing"):
+        compiled.validate_params(SamplingParams(stop_token_ids=[V]))
+    assert pickle.loads(pickle.dumps(compiled)) is compiled
+
+
 def test_the_guards_class_is_found_by_its_name_alone() -> None:
     (found,) = by_name([guard.processor_name(V)])
     assert found is by_name([guard.processor_name(V)])[0]

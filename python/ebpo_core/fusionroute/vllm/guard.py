@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from .counters import Counts, open_counts
 
-_PREFIX = "Vocabulary"
+_PREFIX, _COMPILED = "Vocabulary", "CompiledVocabulary"
 
 
 class _Selections:
@@ -71,14 +71,23 @@ class RoutingGuard(LogitsProcessor):  # type: ignore[misc]
     """vLLM's logits processor of a served FusionRoute model; its subclasses know their vocabulary, see below."""
 
     vocab_size: ClassVar[int]
+    compiled: ClassVar[bool]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse requests that name extra ids, where they would change what is emitted.
+        """Refuse requests that name extra ids, where they would change what is emitted, and log-probabilities of
+        prompts where not all of a prompt is read for them.
 
         Raises:
             VLLMValidationError: which the server answers with status 400.
         """
+        if cls.compiled and sampling_params.prompt_logprobs is not None:
+            raise VLLMValidationError(
+                f"prompt_logprobs is {sampling_params.prompt_logprobs}: a compiled checkpoint fuses the logits of new "
+                "tokens only; leave it out (and echo), or serve the checkpoint that was compiled",
+                parameter="prompt_logprobs",
+                value=sampling_params.prompt_logprobs,
+            )
         named: dict[str, Iterable[int] | None] = {
             "allowed_token_ids": sampling_params.allowed_token_ids,
             "logit_bias": sampling_params.logit_bias,
@@ -139,19 +148,21 @@ class RoutingGuard(LogitsProcessor):  # type: ignore[misc]
             row.settle(self._counts)
 
 
-def processor_name(vocab_size: int) -> str:
-    """The name by which vLLM finds the guard of a vocabulary of V ids."""
-    return f"{__name__}:{_PREFIX}{vocab_size}"
+def processor_name(vocab_size: int, *, compiled: bool = False) -> str:
+    """The name by which vLLM finds the guard of a vocabulary of V ids, of a compiled checkpoint or of another."""
+    return f"{__name__}:{_COMPILED if compiled else _PREFIX}{vocab_size}"
 
 
 def __getattr__(name: str) -> Any:
     # vLLM checks a request by calling a class method that learns of nothing but the request, in processes that share
-    # only names with this one. So the class' name carries V, and the class is made when it is looked up.
-    digits = name.removeprefix(_PREFIX)
-    if name.startswith(_PREFIX) and digits.isdecimal():
-        guard = type(name, (RoutingGuard,), {"vocab_size": int(digits), "__module__": __name__})
-        globals()[name] = guard
-        return guard
+    # only names with this one. So the class' name carries what it needs, and the class is made when it is looked up.
+    for prefix in (_PREFIX, _COMPILED):
+        digits = name.removeprefix(prefix)
+        if name.startswith(prefix) and digits.isdecimal():
+            known = {"vocab_size": int(digits), "compiled": prefix == _COMPILED, "__module__": __name__}
+            guard = type(name, (RoutingGuard,), known)
+            globals()[name] = guard
+            return guard
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,6 +9,9 @@ import logging
 
 ARCHITECTURE = "FusionRouteForCausalLM"
 MODEL = "ebpo_core.fusionroute.vllm.model:FusionRouteForCausalLM"
+COMPILED_ARCHITECTURE = "CompiledFusionRouteForCausalLM"
+"""Of no checkpoint: the start of the engine puts it in the place of the other where a checkpoint is compiled."""
+COMPILED_MODEL = f"ebpo_core.fusionroute.vllm.compiled:{COMPILED_ARCHITECTURE}"
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +27,12 @@ def register() -> None:
         from .startup import Startup, known_to
 
         known_to(Startup, ARCHITECTURE)
+        known_to(Startup, COMPILED_ARCHITECTURE)
         from vllm import ModelRegistry
     except ImportError as error:
         logger.warning("ebpo-core cannot serve FusionRoute checkpoints in this vLLM: %s", error)
         return
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        # By name: the class is imported in the processes that run it, after vLLM has chosen their device.
-        ModelRegistry.register_model(ARCHITECTURE, MODEL)
+    for architecture, model in ((ARCHITECTURE, MODEL), (COMPILED_ARCHITECTURE, COMPILED_MODEL)):
+        if architecture not in ModelRegistry.get_supported_archs():
+            # By name: the class is imported in the processes that run it, after vLLM has chosen their device.
+            ModelRegistry.register_model(architecture, model)

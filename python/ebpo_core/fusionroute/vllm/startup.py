@@ -24,9 +24,11 @@ from ebpo_core.fusionroute.experts.hashes import check_sources
 from ebpo_core.fusionroute.experts.naming import overridden
 from ebpo_core.fusionroute.experts.references import ExpertReference
 
+from .adapters import check_compiled
 from .columns import extra_columns
 from .counters import publish
 from .guard import processor_name
+from .plugin import COMPILED_ARCHITECTURE
 from .submodels import expert_config, view
 
 logger = init_logger(__name__)
@@ -54,13 +56,19 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
     def verify_and_update_model_config(model_config: Any) -> None:
         """Experts resolved to local folders, the vocabulary widened, the context as long as every sub-model's.
 
+        Of a compiled checkpoint, the adapters are looked at in their place, and the experts not looked for.
+
         Raises:
             FileNotFoundError, OSError, ValueError: an expert is missing, changed, too narrow, or of a kind that vLLM
                 does not load.
         """
         config: FusionRouteConfig = model_config.hf_config
-        experts = resolved(config, model_config.model, model_config.revision)
-        config.experts = [expert.to_dict() for expert in experts]
+        experts: list[ExpertReference] = []
+        if config.compiled is None:
+            experts = resolved(config, model_config.model, model_config.revision)
+            config.experts = [expert.to_dict() for expert in experts]
+        else:
+            _start_compiled(model_config, config)
         V, longest = int(config.vocab_size or 0), int(model_config.max_model_len)
         mixture = _mixture_of(view(model_config, config.router_config, model_config.model), "the router")
         for expert in experts:
@@ -84,7 +92,7 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
             logger.info("max_model_len is %d, the shortest context among router and experts", longest)
             model_config.max_model_len = longest
         text = copy.copy(config.text_config)
-        text.vocab_size = V + extra_columns(len(experts))
+        text.vocab_size = V + extra_columns(config.num_experts)
         model_config.hf_text_config = text
         model_config.model_arch_config = model_config.get_model_arch_config()
         # vLLM prepares its ranks for mixtures of experts if the engine's model is one; here any part may be.
@@ -117,7 +125,11 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
                 raise ValueError(f"FusionRoute in vLLM does not support {what}: start the server without it")
         _select_runner()
         names = [str(expert["name"]) for expert in config.experts or []]
-        processor = processor_name(int(config.vocab_size or 0))
+        processor = processor_name(int(config.vocab_size or 0), compiled=config.compiled is not None)
+        if config.compiled is not None:
+            # vLLM's name for what the adapted stack does: it reads a cache that the router writes, and in a prompt
+            # the tokens whose logits are wanted. Without it, vLLM would not tell the model which these are.
+            vllm_config.cache_config.kv_sharing_fast_prefill = True
         others = [given for given in model_config.logits_processors or [] if given != processor]
         model_config.logits_processors = [*others, processor]
         publish(names, int(config.vocab_size or 0))
@@ -142,6 +154,18 @@ def resolved(config: FusionRouteConfig, model: str, revision: str | None) -> lis
     base = checkpoint_folder(wanted, model, revision)
     verify = bool(getattr(config, "verify_experts", True))
     return [_resolved(expert.anchored(base), verify) for expert in wanted]
+
+
+def _start_compiled(model_config: Any, config: FusionRouteConfig) -> None:
+    """A compiled checkpoint's adapters looked at; its model taken for the one of router and experts.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`.adapters.check_compiled` says.
+    """
+    router = view(model_config, config.router_config, model_config.model)
+    (architecture,) = router.hf_config.architectures[:1]
+    check_compiled(config, architecture, model_config.model, model_config.revision)
+    config.architectures = [COMPILED_ARCHITECTURE]
 
 
 def _resolved(expert: ExpertReference, verify: bool) -> ExpertReference:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,9 @@ def view(model_config: Any, hf_config: Any, folder: str) -> Any:
     return own
 
 
-def build(vllm_config: VllmConfig, hf_config: Any, folder: str, name: str, prefix: str) -> nn.Module:
+def build(
+    vllm_config: VllmConfig, hf_config: Any, folder: str, name: str, prefix: str, *, sizes: Sequence[int] = ()
+) -> nn.Module:
     """The model of ``hf_config`` without weights, as module ``name`` of the composite at ``prefix``.
 
     The engine's configuration is taken over with everything that depends on the model replaced by the sub-model's own.
@@ -59,6 +62,7 @@ def build(vllm_config: VllmConfig, hf_config: Any, folder: str, name: str, prefi
         name: such as ``expert_0``: vLLM takes the one number in a layer's name for the layer's index, so the expert's
             must not stand alone between dots.
         prefix: of the composite, usually empty.
+        sizes: that compiled code of it will contain and its configuration does not.
     """
     full_name = f"{prefix}.{name}" if prefix else name
     model_config = view(vllm_config.model_config, hf_config, folder)
@@ -70,8 +74,9 @@ def build(vllm_config: VllmConfig, hf_config: Any, folder: str, name: str, prefi
     cache_config.sliding_window = model_config.get_sliding_window() if slides else None
     quantisation = own_quantisation(vllm_config, model_config, full_name)
     # vLLM finds compiled code again by a hash of the configuration. Neither the module's name, which the code may
-    # contain, nor a quantisation that the engine brings would have a part in it.
-    model_config.hf_config.compiled_as = [full_name, None if quantisation is None else quantisation.get_name()]
+    # contain, nor a quantisation that the engine brings would have a part in it, nor other sizes than its own.
+    method = None if quantisation is None else quantisation.get_name()
+    model_config.hf_config.compiled_as = [full_name, method, *sizes]
     own = replace(vllm_config, model_config=model_config, cache_config=cache_config, quant_config=quantisation)
     # The tag names a folder of compiled code within one that vLLM may have chosen by another sub-model's hash.
     with set_model_tag(f"{name}-{own.compute_hash()}"):
