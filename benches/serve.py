@@ -123,15 +123,14 @@ def engine(system: str, checkpoint: str) -> Engine:
 def ask_engines(
     checkpoint: str, dtype: str, cases: list[Case], args: argparse.Namespace
 ) -> tuple[Runs, dict[str, int]]:
-    """The runs of every engine in this process, and its memory."""
+    """The runs of every engine in this process; no memory."""
     runs: Runs = {}
-    memory = {}
     for system in (one for one in SERVED if one in args.systems):
-        found, memory[system] = ask_engine(engine(system, checkpoint), dtype, cases, args)
+        found = ask_engine(engine(system, checkpoint), dtype, cases, args)
         runs |= {(system, clients): each for clients, each in found.items()}
         for clients, each in found.items():
             print(f"{dtype}, {system}, {clients}: {each[0].seconds:.1f} s, {each[0].cpu:.1f} CPU s", flush=True)
-    return runs, memory
+    return runs, {}
 
 
 def ask_servers(

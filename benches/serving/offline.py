@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .answering import Answer, Case, Run, resident
+from .answering import Answer, Case, Run
 
 
 class Engine(NamedTuple):
@@ -24,18 +24,14 @@ class Engine(NamedTuple):
     adapters: dict[str, str]
 
 
-def ask_engine(
-    engine: Engine, dtype: str, cases: list[Case], args: argparse.Namespace
-) -> tuple[dict[int, list[Run]], int]:
-    """The runs of each case by its clients, and the memory that the process has more than without the engine."""
+def ask_engine(engine: Engine, dtype: str, cases: list[Case], args: argparse.Namespace) -> dict[int, list[Run]]:
+    """The runs of each case by its clients. Memory is not told: what one engine frees, the next one takes."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(args.kv_cache)
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     torch.set_num_threads(1)  # threads that wait for each other would be counted
-    gc.collect()
-    before = resident()
     lora: dict[str, Any] = {}
     if engine.adapters:
         lora = {"enable_lora": True, "max_loras": len(engine.adapters), "max_lora_rank": args.rank}
@@ -54,10 +50,9 @@ def ask_engine(
     for case in cases:
         _run(llm, named, case._replace(prompts=case.prompts[: case.clients], new=min(4, case.new)))
         runs[case.clients] = [_run(llm, named, case) for _ in range(args.rounds)]
-    grown = resident() - before
     del llm
     gc.collect()
-    return runs, grown
+    return runs
 
 
 def _run(llm: Any, named: list[Any], case: Case) -> Run:
