@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusionroute_hub import hub_stand_in
 from fusionroute_oracle import VOCAB, fusionroute, padded_prompts
 from fusionroute_tiny import FAMILIES, save_tiny, tiny_config, tiny_model, tiny_tokenizer
 from safetensors import safe_open
@@ -268,20 +269,35 @@ def test_an_expert_changed_in_memory_is_warned_of_or_copied_as_it_is(
     assert greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "copied")) == expected
 
 
-def test_the_hub_gets_our_card(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """push_to_hub writes transformers' empty form over the card, then uploads: what is uploaded is our card again."""
-    from transformers.utils.hub import PushToHubMixin
+@pytest.fixture
+def commits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, bytes]]:
+    """What was sent to the hub, a dict of files for each commit."""
+    sent: list[dict[str, bytes]] = []
+    hub_stand_in(monkeypatch, sent.append)
+    return sent
 
-    sent: list[str] = []
-    monkeypatch.setattr(
-        PushToHubMixin,
-        "_upload_modified_files",
-        lambda _self, folder, *_a, **_k: sent.append((Path(folder) / "README.md").read_text()),
-    )
+
+def test_the_hub_gets_our_card(model: Any, tmp_path: Path, commits: list[dict[str, bytes]]) -> None:
+    """push_to_hub writes transformers' empty form over the card, then uploads: what is uploaded is our card again."""
     model.save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("# Model Card for Model ID\n")
-    model._upload_modified_files(tmp_path, "someone/fused")
-    assert "2601.05106" in sent[0]
+    model._upload_modified_files(tmp_path, "someone/fused", {})
+    assert b"2601.05106" in commits[0]["README.md"]
+    assert commits[0]["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_the_hub_gets_what_was_saved_alone_and_copied_experts_whole(
+    model: Any, tmp_path: Path, commits: list[dict[str, bytes]]
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "private.txt").write_text("mine")
+    (tmp_path / "log.txt").write_text("mine")
+    model.save_pretrained(tmp_path, save_experts=True, push_to_hub=True, repo_id="someone/fused")
+    [sent] = commits
+    here = {file.relative_to(tmp_path).as_posix(): file for file in tmp_path.rglob("*") if file.is_file()}
+    assert set(sent) == {name for name in here if not name.startswith(("notes/", "log"))}
+    assert sum(name.startswith("experts/") for name in sent) >= 2 * len(model.experts)
+    assert all(sent[name] == here[name].read_bytes() for name in sent)
 
 
 # --------------------------------------------------------------------------------------------------------- from_experts

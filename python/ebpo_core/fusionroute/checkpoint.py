@@ -18,17 +18,18 @@ from ebpo_core.models import load_model, resolve_model
 
 from .card import model_card
 from .compiled.experts import CompiledExperts
-from .compiled.files import copy_adapters, read_report, router_hash
+from .compiled.files import COMPILED_FOLDER, copy_adapters, read_report, router_hash
 from .compiled.loading import load_compiled
 from .config import FusionRouteConfig
 from .context import shortest_context
 from .decoding.routing import STORED_OPTIONS, RoutingOptions
 from .experts.experts import Experts
 from .experts.naming import overridden
-from .experts.references import ExpertReference
+from .experts.references import EXPERTS_FOLDER, ExpertReference
 from .experts.remote_code import check_code, has_own_class, is_code_of_a_folder
 from .experts.vocabulary import shared_vocabulary
 from .families import check_router
+from .hub import upload
 from .keywords import check_saving, loading_arguments
 
 if TYPE_CHECKING:
@@ -278,21 +279,29 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         try:
             result = super().save_pretrained(save_directory, *args, **kwargs)
             if main and isinstance(experts, CompiledExperts):
-                # The same router, which may have been rounded to another dtype.
-                self.config.compiled = {**(kept_compiled or {}), "router": router_hash(folder)}
-                self.config.save_pretrained(folder)
+                self._write_compiled_config(folder)
             if main and not (folder / _CARD).exists():
                 write_text(folder / _CARD, model_card(self.config, report=read_report(folder)))
         finally:
             self.config.experts, self.config.compiled = kept, kept_compiled
         return result
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """On the way to the hub: our model card in place of transformers' empty form."""
-        card = Path(working_dir) / _CARD
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, files_timestamps: Mapping[str, float], **how: Any
+    ) -> Any:
+        """On the way to the hub: our model card in place of transformers' empty form, and experts and adapters too."""
+        folder = Path(working_dir)
+        card = folder / _CARD
         if not card.exists() or "2601.05106" not in card.read_text(encoding="utf-8"):
-            write_text(card, model_card(self.config, report=read_report(card.parent)))
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+            write_text(card, model_card(self.config, report=read_report(folder)))
+        if self.config.compiled is not None:  # `save_pretrained` does so at its end, which is after an upload
+            self._write_compiled_config(folder)
+        return upload(folder, repo_id, files_timestamps, (EXPERTS_FOLDER, COMPILED_FOLDER), **how)
+
+    def _write_compiled_config(self, folder: Path) -> None:
+        """Note the hash of the router as it was just written, which may have been rounded to another dtype."""
+        self.config.compiled = {**(self.config.compiled or {}), "router": router_hash(folder)}
+        self.config.save_pretrained(folder)
 
 
 def _stored_config(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> FusionRouteConfig:

@@ -3,9 +3,7 @@
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
-from contextvars import ContextVar
 from dataclasses import dataclass
-from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,6 +26,7 @@ from .experts.experts import Experts
 from .families import check_cached, check_router, keeps_cache
 from .generation import FusionRouteGenerationMixin, current_call
 from .keywords import check_forward
+from .router import at, kept, run_router
 
 if TYPE_CHECKING:
     from typing import Any as PreTrainedModel
@@ -35,38 +34,7 @@ else:
     from transformers import PreTrainedModel
 
 
-class _HeadInput:
-    """The input of the router's LM head in one forward: all S positions are kept, and those asked for passed on."""
-
-    def __init__(self, head: nn.Module, keep: slice | Tensor | None) -> None:
-        self.head, self.keep = head, keep
-        self.seen: list[Tensor] = []
-
-
-# Set while `_run_router` listens. Per thread, so that calls may run side by side.
-_head_input: ContextVar[_HeadInput | None] = ContextVar("fusionroute_lm_head_input", default=None)
 _OWN = ("fuse", "router_only", "active_rows", "logits_to_keep")  # of the forward's keywords, those that are ours alone
-_listening = Lock()  # threads that run a model's first forward side by side must not register the hook twice
-
-
-def _listen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    heard = _head_input.get()
-    if heard is None or module is not heard.head:  # a head that PEFT has wrapped since still has the hook
-        return None
-    heard.seen.append(inputs[0])
-    return None if heard.keep is None else (_at(heard.keep, inputs[0]), *inputs[1:])
-
-
-def _kept(logits_to_keep: int | Tensor, columns: int) -> slice | Tensor | None:
-    """The positions whose logits are asked for, as an index; None for all ``columns``."""
-    if isinstance(logits_to_keep, Tensor):
-        return logits_to_keep
-    return slice(-logits_to_keep, None) if 0 < logits_to_keep < columns else None
-
-
-def _at(keep: slice | Tensor | None, columns: Tensor) -> Tensor:
-    """The positions ``keep`` of ``[B, S, ...]``."""
-    return columns if keep is None else columns[:, keep]
 
 
 @dataclass
@@ -288,10 +256,11 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         check_length(self, new.mask.shape[1], given, asked, None if eager else allowed)
 
         # 1. The router: logits at the K positions asked for, [B, K, V_router], hidden states at all, [B, S, D].
-        keep = _kept(logits_to_keep, input_ids.shape[1])
+        keep = kept(logits_to_keep, input_ids.shape[1])
         router_cache = None if state is None else state.router
         router_cache = router_cache if router_only else self._lent(router_cache)
-        router_logits, hidden, out = self._run_router(
+        router_logits, hidden, out = run_router(
+            self.router,
             keep,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -304,7 +273,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         result: dict[str, Any] = {CACHE: state if use_cache else None, "routing_weights": None}
         result |= {name: getattr(out, name, None) for name in ("hidden_states", "attentions")}
         if router_only:
-            weights = self._routing_weights(_at(keep, hidden))
+            weights = self._routing_weights(at(keep, hidden))
             result |= {"routing_weights": weights, "logits": router_logits[..., :V]}
             return FusionRouteOutput(**result, expert_ids=weights.detach().argmax(-1))
 
@@ -365,11 +334,11 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         """
         routed = None if options.hysteresis else keep
         previous = state.last_selected(new.seen) if options.hysteresis and state is not None else None
-        weights = self._routing_weights(_at(routed, hidden))
-        selected = select(weights, options, allowed, previous, _at(routed, new.real))
-        ids, runs = selected, _at(keep, new.real)
+        weights = self._routing_weights(at(routed, hidden))
+        selected = select(weights, options, allowed, previous, at(routed, new.real))
+        ids, runs = selected, at(keep, new.real)
         if routed is not keep:
-            weights, ids = _at(keep, weights), _at(keep, selected)
+            weights, ids = at(keep, weights), at(keep, selected)
         if active_rows is not None:
             runs = runs & active_rows[:, None].to(runs.device)
         return weights, selected, torch.where(runs, ids, -1)
@@ -404,30 +373,6 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         if options.expert_prefill == "eager" and not new.seen.shape[1]:
             state.read_with_the_others(wanted)
         return lazy_logits(self.experts, state, wanted, ids.device)
-
-    def _run_router(self, keep: slice | Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor, Any]:
-        """Run the router, its LM head on the positions ``keep`` alone.
-
-        Returns:
-            Its logits, ``[B, K, V_router]``; the input that its LM head has at all positions, ``[B, S, D]``; its output
-            object.
-        """
-        head = self.router.get_output_embeddings()
-        with _listening:
-            if _listen not in head._forward_pre_hooks.values():
-                head.register_forward_pre_hook(_listen)
-        heard = _HeadInput(head, keep)
-        token = _head_input.set(heard)
-        try:
-            out = self.router(**inputs, return_dict=True)
-        finally:
-            _head_input.reset(token)
-        if len(heard.seen) != 1:
-            raise ValueError(
-                f"the router {type(self.router).__name__} called its LM head {len(heard.seen)} times in one forward: "
-                "FusionRoute needs a causal LM that calls the module get_output_embeddings() returns once"
-            )
-        return out.logits, heard.seen[0], out
 
     def _routing_weights(self, hidden: Tensor) -> Tensor:
         """``W h_t``, ``[B, K, n]`` in the dtype of W, for ``[B, K, D]``; under autocast too."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fusionroute_compiled import ALPHA, RANK, load_compiled, save_compiled
+from fusionroute_hub import hub_stand_in
 from fusionroute_oracle import padded_prompts
 from fusionroute_tiny import save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
@@ -189,3 +190,23 @@ def test_evaluation_and_a_tokenizer_go_on_as_before(checkpoint: Path) -> None:
     found = evaluate_samples(model, tokenize_samples(rows, tiny_tokenizer()))
     assert list(found["models"]["experts"]) == ["llama0", "llama1", "llama2"]
     assert found["models"]["fusionroute"]["loss"] > 0
+
+
+def test_the_hub_gets_the_adapters_and_the_hash_of_the_router_that_goes_with_them(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit(files: dict[str, bytes]) -> None:
+        for name, content in files.items():
+            place = tmp_path / "hub" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+
+    hub_stand_in(monkeypatch, commit)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)  # another router, by its hash
+    model.push_to_hub("someone/compiled")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.bfloat16)
+    assert torch.equal(logits(loaded), logits(model))
+    (tmp_path / "hub").rename(tmp_path / "first")
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/compiled")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.bfloat16)
+    assert torch.equal(logits(loaded), logits(model))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ebpo_core.files import write_bytes
 from ebpo_core.fusionroute.compat import CACHE
 from ebpo_core.fusionroute.experts.expert import Expert
+from ebpo_core.fusionroute.router import run_router
 from ebpo_core.fusionroute.training.losses import IGNORE
 from ebpo_core.fusionroute.training.sequences import TokenSequences
 
@@ -115,8 +116,8 @@ def read_batch(model: Any, sequences: TokenSequences, rows: list[int]) -> Batch:
     keep = padded.keep
     ids, mask, labels = (torch.from_numpy(part).to(model.device) for part in padded[:3])
     cache = lending(model.router, None)
-    logits, hidden, _ = model._run_router(
-        slice(-keep, None), input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE: cache}
+    logits, hidden, _ = run_router(
+        model.router, slice(-keep, None), input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE: cache}
     )
     selected = model._routing_weights(hidden[:, -keep:-1]).argmax(-1)
     V = model.config.vocab_size

@@ -136,7 +136,8 @@ def read_adapters(
     read = [_read_adapter(checkpoint / COMPILED_FOLDER / name, name, modules, rank, scale) for name in names]
     down = {module: torch.stack([tensors[f"{module}.lora_A.weight"] for tensors in read]) for module in modules}
     up = {module: torch.stack([tensors[f"{module}.lora_B.weight"].T for tensors in read]) for module in modules}
-    return LowRank(down, {module: value * scale for module, value in up.items()})
+    # In float64, so that they are rounded once, to the router's dtype.
+    return LowRank(down, {module: value.double() * scale for module, value in up.items()})
 
 
 def _read_adapter(

@@ -25,6 +25,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ebpo_core.fusionroute.compat import CACHE
+from ebpo_core.fusionroute.router import run_router
 from ebpo_core.kernels import select_add_sample
 
 from .cache import FusionRouteCache
@@ -228,7 +229,8 @@ class _Drafter:
         router_cache = model._lent(cache.router)
         for step in range(k):
             drafts.append(token)
-            out, state, _ = model._run_router(
+            out, state, _ = run_router(
+                model.router,
                 None,
                 input_ids=token,
                 attention_mask=mask[:, : seen.shape[1] + step + 1].long() if masked else None,
@@ -291,7 +293,8 @@ def _complete(model: Any, cache: FusionRouteCache, facts: Tensor, mask: Tensor, 
     ids, positions, selected = torch.cat([facts, torch.stack([new, positions, routes])], dim=2)
     real = pad(mask, (0, N), value=True)
     cache.router = DynamicCache(config=model.config.get_text_config())
-    model._run_router(
+    run_router(
+        model.router,
         slice(-1, None),
         input_ids=ids,
         attention_mask=real.long(),
