@@ -19,8 +19,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
-def difference(c: Contrast | None) -> str:
-    return "" if c is None else f"{c.mean:+.1f} ({c.low:+.1f} to {c.high:+.1f})"
+def difference(c: Contrast | None, digits: int = 1) -> str:
+    return "" if c is None else f"{c.mean:+.{digits}f} ({c.low:+.{digits}f} to {c.high:+.{digits}f})"
 
 
 def progress(training: Any, _: Any, __: Any) -> str:
@@ -78,12 +78,10 @@ def outcomes(_: Any, cells: Any, __: Any) -> str:
     for G in (2, 4, 8):
         arms = cells.get(("countdown", "middle", G, ""), {})
         for name in OUTCOMES:
-            rate = "@" in name
-            c = paired(arms, "ebpo", "grpo", name, 100.0 if rate else 1.0)
+            unit, digits = (100.0, 1) if "@" in name else (1.0, 3)
+            c = paired(arms, "ebpo", "grpo", name, unit)
             if c is not None:
-                digits = ".1f" if rate else ".3f"
-                shown = f"{c.mean:+{digits}} ({c.low:+{digits}} to {c.high:+{digits}})"
-                rows.append([str(G), name, str(c.seeds), shown, f"{c.wins}/{c.seeds}"])
+                rows.append([str(G), name, str(c.seeds), difference(c, digits), f"{c.wins}/{c.seeds}"])
     return table(["G", "outcome", "pairs", "EBPO - GRPO (95 %)", "above"], rows)
 
 
@@ -109,18 +107,21 @@ def ladder(_: Any, cells: Any, __: Any) -> str:
 
 
 def _over_grpo(arms: Any, *names: str) -> str:
-    """Differences of every arm to GRPO in the named outcomes, which are rates."""
+    """Differences of every arm to GRPO in the named outcomes: rates in points, others in their own units."""
     rows = []
     for arm in arms:
         first = None if arm == "grpo" else paired(arms, arm, "grpo", names[0])
         if first is not None:
-            others = [difference(paired(arms, arm, "grpo", name)) for name in names[1:]]
-            rows.append([arm, str(first.seeds), difference(first), *others, f"{first.wins}/{first.seeds}"])
+            units = {name: (100.0, 1) if "@" in name else (1.0, 3) for name in names}
+            shown = [
+                difference(paired(arms, arm, "grpo", name, unit), digits) for name, (unit, digits) in units.items()
+            ]
+            rows.append([arm, str(first.seeds), *shown, f"{first.wins}/{first.seeds}"])
     return table(["arm", "pairs", *(f"{name} over GRPO (95 %)" for name in names), f"ahead in {names[0]}"], rows)
 
 
 def common(_: Any, cells: Any, __: Any) -> str:
-    return _over_grpo(cells.get(COMMON, {}), "pass@1", "pass@16", "maj@16")
+    return _over_grpo(cells.get(COMMON, {}), "pass@1", "pass@16", "maj@16", "entropy")
 
 
 def scale(_: Any, cells: Any, __: Any) -> str:
