@@ -127,17 +127,19 @@ def write_adapter(folder: Path, down: Mapping[str, Tensor], up: Mapping[str, Ten
 def read_adapters(
     checkpoint: Path, names: Sequence[str], modules: Mapping[str, nn.Linear], rank: int, scale: float
 ) -> LowRank:
-    """The adapters of a checkpoint, stacked in the order of ``names``, on the CPU.
+    """The adapters of a checkpoint, stacked in the order of ``names``, on the CPU and in float64.
 
     Raises:
         FileNotFoundError: an adapter is missing.
         ValueError: one that is not of this rank and scale, of other modules, or no plain LoRA.
     """
     read = [_read_adapter(checkpoint / COMPILED_FOLDER / name, name, modules, rank, scale) for name in names]
-    down = {module: torch.stack([tensors[f"{module}.lora_A.weight"] for tensors in read]) for module in modules}
-    up = {module: torch.stack([tensors[f"{module}.lora_B.weight"].T for tensors in read]) for module in modules}
-    # In float64, so that they are rounded once, to the router's dtype.
-    return LowRank(down, {module: value.double() * scale for module, value in up.items()})
+    # In float64, so that what the scale is multiplied into is rounded once, to the router's dtype.
+    down = {module: torch.stack([each[f"{module}.lora_A.weight"].double() for each in read]) for module in modules}
+    up = {
+        module: torch.stack([each[f"{module}.lora_B.weight"].T.double() * scale for each in read]) for module in modules
+    }
+    return LowRank(down, up)
 
 
 def _read_adapter(
