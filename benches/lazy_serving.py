@@ -253,8 +253,9 @@ def checks() -> list[tuple[str, int, float, float]]:
         prompt, steps = recorded["machine"]["prompt"], recorded["machine"]["steps"]
         for case in recorded["results"][model]:
             rows, switching, together = case["rows"], case["switching"], case["rows_switch"]
-            schedule = make_schedule(Case(rows, switching, together == "together"), steps)[1:]
-            plans, models = [list(plan) for plan in zip(*schedule, strict=True)], 1 + len(case["expert_steps"])
+            experts = len(case["expert_steps"])
+            schedule = make_schedule(Case(rows, switching, together == "together"), experts, steps)[1:]
+            plans, models = [list(plan) for plan in zip(*schedule, strict=True)], 1 + experts
             run_all, ours = (
                 modelled(cores(model), d, prompt + 1, plans, models, prompt) for d in (RUN_ALL, Design("lazy"))
             )
