@@ -193,7 +193,7 @@ impl<'a, T: Float> EqualGroups<'a, T> {
 }
 
 /// Rewards that are worth a thread: a quarter of a millisecond's, several times what it costs to start and join one.
-const PER_THREAD: usize = 1 << 20;
+const PER_THREAD: usize = 1 << 19;
 
 /// How many threads, up to `threads`, that many rewards are worth.
 fn worth(rewards: usize, threads: usize) -> usize {
