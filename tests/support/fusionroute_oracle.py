@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from fusionroute_tiny import tiny_model
 from torch import Tensor
@@ -12,6 +13,16 @@ from torch import Tensor
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 
 VOCAB = 200
+
+
+def softmax_in_the_models_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager attention (Gemma 2 has no other) takes its softmax in float32 even in a float64 model; undo that."""
+    original = torch.nn.functional.softmax
+
+    def softmax(x: Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+        return original(x, *args, dtype=torch.float64 if x.dtype == torch.float64 else dtype, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
 
 
 def fusionroute(

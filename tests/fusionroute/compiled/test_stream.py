@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from fusionroute_compiled import definition, load_compiled, reference_logits, save_compiled
-from fusionroute_oracle import fusionroute, padded_prompts
+from fusionroute_oracle import fusionroute, padded_prompts, softmax_in_the_models_dtype
 from fusionroute_tiny import FAMILIES, tiny_model
 from torch import Tensor
 
@@ -21,14 +20,8 @@ EXACT = 1e-9
 
 
 @pytest.fixture(autouse=True)
-def softmax_in_the_models_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager attention takes its softmax in float32 even in a float64 model; undo that."""
-    original = torch.nn.functional.softmax
-
-    def softmax(x: Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
-        return original(x, *args, dtype=torch.float64 if x.dtype == torch.float64 else dtype, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
+def exact_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    softmax_in_the_models_dtype(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusionroute_oracle import fusionroute, oracle_logits, padded_prompts
+from fusionroute_oracle import fusionroute, oracle_logits, padded_prompts, softmax_in_the_models_dtype
 from fusionroute_tiny import FAMILIES, SLIDING_FAMILIES, tiny_model
 from torch import Tensor
 
@@ -19,14 +19,8 @@ WINDOW = 8
 
 
 @pytest.fixture(autouse=True)
-def softmax_in_the_models_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager attention (Gemma 2 has no other) takes its softmax in float32 even in a float64 model; undo that."""
-    original = torch.nn.functional.softmax
-
-    def softmax(x: Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
-        return original(x, *args, dtype=torch.float64 if x.dtype == torch.float64 else dtype, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
+def exact_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    softmax_in_the_models_dtype(monkeypatch)
 
 
 class Conversation:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ebpo_core.cli.quiet import hide_loading_bars
-from ebpo_core.fusionroute.cli.held_out import chat_template
+from ebpo_core.fusionroute.cli.held_out import add_label_flags, chat_template
 from ebpo_core.fusionroute.cli.options import add_code_flag, add_expert_path_flag, named_paths
 
 if TYPE_CHECKING:
@@ -42,13 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         help="weight of positions at which another expert is selected (default: %(default)s)",
     )
     parser.add_argument("--max-length", type=int, help="cut longer rows at their end")
-    parser.add_argument(
-        "--train-on",
-        choices=("completion", "all"),
-        default="completion",
-        help="tokens that count (default: %(default)s)",
-    )
-    parser.add_argument("--chat-template-kwargs", metavar="JSON", help="further arguments of the chat template")
+    add_label_flags(parser)
     parser.add_argument("--save-steps", type=int, default=200, help="steps between saved states (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--device", help="e.g. cpu or cuda:1; by default the first GPU, else the CPU")

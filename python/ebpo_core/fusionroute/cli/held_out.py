@@ -25,13 +25,18 @@ def add_row_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", help="SFT rows: a .jsonl, .json, .parquet or .csv file, a saved data set, or a hub id")
     group.add_argument("--preferences", metavar="DATA", help="preference rows; same forms")
     group.add_argument("--dataset-split", default="train", help="of saved and hub data sets (default: %(default)s)")
-    group.add_argument(
+    add_label_flags(group)
+
+
+def add_label_flags(parser: argparse._ActionsContainer) -> None:
+    """``--train-on`` and ``--chat-template-kwargs`` (see :func:`chat_template`): which tokens of a row have labels."""
+    parser.add_argument(
         "--train-on",
         choices=("completion", "all"),
         default="completion",
         help="tokens that have labels (as in training)",
     )
-    group.add_argument("--chat-template-kwargs", metavar="JSON", help="further arguments of the chat template")
+    parser.add_argument("--chat-template-kwargs", metavar="JSON", help="further arguments of the chat template")
 
 
 def check_rows(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
