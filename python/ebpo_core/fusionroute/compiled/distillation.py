@@ -22,6 +22,7 @@ from ebpo_core.fusionroute.router import run_router
 from ebpo_core.fusionroute.training.losses import IGNORE
 from ebpo_core.fusionroute.training.sequences import TokenSequences
 
+from .beginning import initial_adapter
 from .lending import LendingCache
 from .lowrank import LowRank
 from .stream import adapted_logits, lending
@@ -188,7 +189,11 @@ class Distiller:
         self.model, self.index, self.sequences, self.settings = model, index, sequences, settings
         self.modules = target_modules(model.router)
         self.state_file = state
-        self.down, self.up = initial_adapter(self.modules, settings, index)
+        # A training that goes on has its adapter from the state.
+        stored = state if state is not None and state.is_file() else None
+        teacher = None if stored else model.experts[index]
+        seed = settings.seed * 1_000_003 + index
+        self.down, self.up = initial_adapter(self.modules, settings.rank, settings.scale, seed, teacher)
         # Beside a router in half precision, adapters are trained in float32.
         dtype = torch.promote_types(model.router.dtype, torch.float32)
         for tensors in (self.down, self.up):
@@ -201,8 +206,8 @@ class Distiller:
         )
         self.step = 0
         self._shown = torch.zeros(3)  # decayed sums: KL, agreement, count
-        if state is not None and state.is_file():
-            self._load(state)
+        if stored:
+            self._load(stored)
 
     def run(self, on_step: Callable[[int, Shown], None] = lambda _step, _shown: None, save_every: int = 0) -> None:
         """All steps that are left; ``on_step`` gets their number, and the state is saved every so many."""
@@ -273,19 +278,6 @@ class Distiller:
                 self.optimizer.state[value] = {
                     key: entry if key == "step" else entry.to(value.device) for key, entry in entries.items()
                 }
-
-
-def initial_adapter(
-    modules: dict[str, nn.Linear], settings: Distillation, index: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A and B by module name as PEFT begins with them: A uniform within 1 / sqrt(in), B zero."""
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-    down, up = {}, {}
-    for name, module in modules.items():
-        bound = 1 / math.sqrt(module.in_features)
-        down[name] = (torch.rand(settings.rank, module.in_features, generator=generator) * 2 - 1) * bound
-        up[name] = torch.zeros(module.out_features, settings.rank)
-    return down, up
 
 
 def selecting(model: Any, sequences: TokenSequences, tokens: int = 8192) -> NDArray[np.bool_]:
