@@ -123,7 +123,8 @@ wheel: build ## the wheel and the sdist, in dist/
 
 # Frameworks whose pins exclude the main environment: a folder tests/environments/<name>/ with requirements.txt, perhaps
 # overrides.txt, lock.txt made of them, tests, and perhaps tests.txt, a list of files of tests/ to run there too; each gets
-# an environment of its own, $(VENV)-<name>, with the wheel of this tree in it.
+# an environment of its own, $(VENV)-<name>, with the wheel of this tree in it. One that asks for pytest-xdist has JOBS
+# workers; the others' tests start processes themselves.
 .PHONY: test-integrations
 test-integrations: $(addprefix test-integration-,$(INTEGRATIONS)) ## the suites of frameworks that need an environment of their own
 	@$(if $(INTEGRATIONS),,echo "tests/environments/ holds no suite: nothing to run")
@@ -131,7 +132,8 @@ test-integrations: $(addprefix test-integration-,$(INTEGRATIONS)) ## the suites 
 .PHONY: $(addprefix test-integration-,$(INTEGRATIONS))
 $(addprefix test-integration-,$(INTEGRATIONS)): test-integration-%: $(VENV)-%/.stamp
 	$(call say,integration: $*)
-	$(CHECK_ENV) $(VENV)-$*/bin/pytest -p no:cacheprovider --import-mode=prepend $(ARGS) tests/environments/$* $$(cat tests/environments/$*/tests.txt 2>/dev/null)
+	$(CHECK_ENV) $(VENV)-$*/bin/pytest -p no:cacheprovider --import-mode=prepend $$(grep -q '^pytest-xdist' tests/environments/$*/requirements.txt && echo '-n $(JOBS) --dist loadfile') \
+	  $(ARGS) tests/environments/$* $$(cat tests/environments/$*/tests.txt 2>/dev/null)
 
 # Names and versions for Python 3.11 and later on every system. `lock` keeps the versions that still fit.
 .PHONY: lock update
