@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebpo_core.fusionroute.decoding.fusing import ExpertLogits, Part
 from ebpo_core.fusionroute.decoding.routing import RoutingOptions
 from ebpo_core.fusionroute.training.sequences import TokenSequences
 
@@ -92,9 +93,11 @@ def _fused(batch: Batch, targets: Tensor, students: Tensor, options: RoutingOpti
     """Sums over a batch, in the order of :func:`compare`'s "fused"; logits are ``[n, B, K - 1, V]``."""
     where, wanted = batch.labelled, batch.labels
     index = batch.selected[None, :, :, None].expand(1, *targets.shape[1:])
-    router = batch.router_logits.float()
+    rows, positions = where.nonzero(as_tuple=True)
     before, after = (
-        options.alpha * logits.gather(0, index)[0].float() + (router if options.complementary else 0)
+        ExpertLogits((Part(rows, positions, logits.gather(0, index)[0][where]),), where.shape[1]).added_to(
+            batch.router_logits, options.alpha, options.complementary
+        )
         for logits in (targets, students)
     )
     right = [(logits.argmax(-1) == wanted) for logits in (before, after)]
