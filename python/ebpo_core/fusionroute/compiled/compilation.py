@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ from .targets import target_modules
 
 FORM, VERSION = "fusionroute compilation", 1
 _STATE = "compiling.json"  # in `compiled/` until everything is there
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}")
 _HELD_OUT = 20  # without rows of their own, every 20th row is held out
 
 
@@ -87,6 +89,7 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     settings = Distillation(rank, alpha, steps, batch_size, learning_rate, other_weight, seed)
     screen = Console(quiet=True) if console is None else console
     folder = Path(output).expanduser().resolve()
+    _remove_unfinished(folder / COMPILED_FOLDER)
     going_on = (folder / COMPILED_FOLDER / _STATE).is_file()
     if not going_on:
         free_folder(folder)
@@ -206,6 +209,17 @@ def model_hash(model: Any) -> str:
     from ebpo_core.fusionroute.experts.hashes import tensors_hash
 
     return tensors_hash(model.state_dict())
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what :mod:`ebpo_core.files` left in ``compiled/`` when a run was killed, and the folder if it was new."""
+    if not (folder / _STATE).is_file() and any(not _UNFINISHED.fullmatch(file.name) for file in folder.glob("*")):
+        return  # no folder of a compilation
+    for file in [*folder.glob("*"), *folder.glob("*/*")]:
+        if _UNFINISHED.fullmatch(file.name) and file.is_file():
+            file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _begin(folder: Path, made_from: Mapping[str, Any], going_on: bool) -> None:

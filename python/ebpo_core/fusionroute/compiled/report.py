@@ -57,7 +57,7 @@ def compare(model: Any, adapters: LowRank, sequences: TokenSequences) -> dict[st
             target = expert_of(model, expert, batch)
             student = adapted_of(model, adapters, modules, batch, index)
             mine = (batch.selected == index)[where]
-            kl = divergence(target[where], student[where]).double()
+            kl = _kl(target[where], student[where])
             same = target[where].argmax(-1) == student[where].argmax(-1)
             own[index] += (
                 torch.stack([mine.sum(), kl[mine].sum(), same[mine].sum(), kl.sum(), same.sum()]).double().cpu()
@@ -102,7 +102,12 @@ def _fused(batch: Batch, targets: Tensor, students: Tensor, options: RoutingOpti
     )
     right = [(logits.argmax(-1) == wanted) for logits in (before, after)]
     same = (before.argmax(-1) == after.argmax(-1))[where]
-    sums = [divergence(before[where], after[where]).sum(), same.sum()]
+    sums = [_kl(before[where], after[where]).sum(), same.sum()]
     sums += [(one & where).sum() for one in right]
     sums += [(one | ~where).all(1).sum() for one in right]
     return torch.stack([value.double() for value in sums]).cpu()
+
+
+def _kl(target: Tensor, student: Tensor) -> Tensor:
+    """:func:`~.distillation.divergence`, float64 and never below 0, where rounding of equal ones would put it."""
+    return divergence(target, student).double().clamp(min=0)
