@@ -253,6 +253,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         B, V = len(input_ids), int(self.config.vocab_size or 0)
         if state is not None:
             state.check_rows(B)
+            state.check_experts(self._with_caches)
         allowed = None if router_only else permitted(options, self.experts.names, B, self.route_head.weight.device)
         if not router_only and input_ids.shape[1] != 1:
             self.experts.check_readable(input_ids, self.router.config.get_text_config().vocab_size)
