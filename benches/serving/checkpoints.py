@@ -81,4 +81,4 @@ def save_adapter(folder: Path, router: PreTrainedModel, rank: int, seed: int) ->
         std = float(module.weight.detach().std()) * 0.1 * rank**-0.5
         down[name] = torch.randn(rank, module.in_features, generator=generator)
         up[name] = torch.randn(module.out_features, rank, generator=generator) * std
-    write_adapter(folder, down, up, rank, "router")
+    write_adapter(folder, down, up, rank)

@@ -29,7 +29,7 @@ def save_compiled(
         modules = target_modules(model.router)
         down = {key: torch.randn(RANK, one.in_features, generator=generator) * spread for key, one in modules.items()}
         up = {key: torch.randn(one.out_features, RANK, generator=generator) * spread for key, one in modules.items()}
-        write_adapter(folder / COMPILED_FOLDER / name, down, up, ALPHA, "router")
+        write_adapter(folder / COMPILED_FOLDER / name, down, up, ALPHA)
     references = [expert.reference.to_dict() for expert in model.experts]
     model.save_pretrained(folder)
     model.config.experts = references

@@ -81,7 +81,7 @@ class Program(NamedTuple):
             # The reader of our output has left (`| head`). Python would complain again when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        except (ImportError, ValueError, TypeError, OSError) as error:
+        except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
             # Wrong input is worth one line. A module of our own that is missing is our mistake.
             if os.environ.get("EBPO_TRACEBACK") or (isinstance(error, ModuleNotFoundError) and _is_ours(error)):
                 raise

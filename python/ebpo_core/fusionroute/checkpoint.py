@@ -170,14 +170,16 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 out for good.
             expert_paths: where experts are now, by name: a path, a dict of the fields of
                 :class:`~.experts.references.ExpertReference` that change, or a loaded model.
-            verify_experts: False accepts experts whose weights, or code, are no longer those of the checkpoint.
+            verify_experts: False accepts experts whose weights, or code, are no longer those of the checkpoint; where
+                they are compiled, a router that is no longer the one they were compiled for.
             trust_remote_code: run the Python code of experts that the checkpoint was made with it for.
             compiled: of a checkpoint whose experts are compiled, False loads the experts that they were compiled from,
                 and leaves the compiled ones out for good.
 
         Raises:
             ValueError: an expert is missing, its weights or its code changed, its code is not allowed, or its
-                vocabulary is too narrow; of compiled ones, the router has changed, or ``expert_paths`` are given.
+                vocabulary is too narrow; of compiled ones, the router has changed, an adapter is broken, or
+                ``expert_paths`` or ``variant`` are given.
         """
         kwargs.setdefault("use_safetensors", True)
         trust = bool(trust_remote_code)  # the auto classes pass None on
@@ -188,10 +190,16 @@ class CheckpointMixin(Base):  # type: ignore[misc]
                 f"expert_paths names {list(expert_paths)}, and the checkpoint's experts are compiled, so none is "
                 "loaded: leave expert_paths out, or pass compiled=False"
             )
+        if adapted:
+            _check_variant(kwargs)
+        within = str(kwargs.get("subfolder") or "")
+        home: Any = pretrained_model_name_or_path
+        if within and Path(home).is_dir():
+            home = Path(home) / within
         if load_experts and not adapted:
             known = [ExpertReference.from_dict(expert) for expert in config.experts or []]
             wanted = overridden(known, expert_paths)
-            where: Any = {"base_dir": pretrained_model_name_or_path, "revision": kwargs.get("revision")}
+            where: Any = {"base_dir": home, "revision": kwargs.get("revision")}
             check_code(wanted, trust_remote_code=trust, verify=verify_experts, **where)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -202,7 +210,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         if load_experts and not adapted:
             experts = Experts.load(
                 wanted,
-                base_dir=pretrained_model_name_or_path,
+                base_dir=home,
                 revision=kwargs.get("revision"),
                 default_dtype=model.dtype,
                 device=model.device,
@@ -223,13 +231,12 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         else:
             # Saved elsewhere later, the references must not depend on this folder any more.
             known = [ExpertReference.parse(expert) for expert in wanted.values()]
-            model.config.experts = [
-                expert.anchored(pretrained_model_name_or_path, missing_ok=True).to_dict() for expert in known
-            ]
+            model.config.experts = [expert.anchored(home, missing_ok=True).to_dict() for expert in known]
         if adapted:
             references = [ExpertReference.from_dict(expert) for expert in model.config.experts]
             where = {"revision": kwargs.get("revision"), "verify": verify_experts}
-            experts = load_compiled(model.router, adapted, references, pretrained_model_name_or_path, **where)
+            where["subfolder"] = "" if home is not pretrained_model_name_or_path else within
+            experts = load_compiled(model.router, adapted, references, home, **where)
             object.__setattr__(model, "_experts", experts)
         return loaded
 
@@ -244,7 +251,8 @@ class CheckpointMixin(Base):  # type: ignore[misc]
 
         Raises:
             TypeError: a keyword that neither knows.
-            ValueError: ``save_experts`` where none are loaded.
+            ValueError: ``save_experts`` where none are loaded; of compiled ones, ``save_experts`` or ``variant``, or
+                weights that are not those of the checkpoint any more. Nothing is written then.
         """
         check_saving(kwargs, ["save_experts"])
         folder = Path(save_directory)
@@ -252,6 +260,10 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         kept, kept_compiled = self.config.experts, self.config.compiled
         main = kwargs.get("is_main_process", True)
         if main:
+            if isinstance(experts, CompiledExperts):
+                _check_variant(kwargs)
+                experts.check_unchanged(kwargs.get("state_dict") or self.state_dict())
+                read_report(Path(experts.folder))
             if save_experts and not len(experts):
                 raise ValueError("save_experts=True, but no experts are loaded: load the model with its experts")
             if save_experts:
@@ -267,14 +279,13 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             else:
                 references = [ExpertReference.from_dict(expert).stored(folder) for expert in kept or []]
             for reference in references:
-                if reference.path is None:
+                if reference.path is None and not isinstance(experts, CompiledExperts):
                     logger.warning(
                         f"expert {reference.name!r} was given as a model that was never saved: loading {folder} will "
                         f"need expert_paths={{{reference.name!r}: ...}}, unless it is saved with save_experts=True"
                     )
             self.config.experts = [reference.to_dict() for reference in references]
             if isinstance(experts, CompiledExperts):
-                experts.check_unchanged()
                 copy_adapters(experts.folder, experts.names, folder)
         try:
             result = super().save_pretrained(save_directory, *args, **kwargs)
@@ -302,6 +313,15 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         """Note the hash of the router as it was just written, which may have been rounded to another dtype."""
         self.config.compiled = {**(self.config.compiled or {}), "router": router_hash(folder)}
         self.config.save_pretrained(folder)
+
+
+def _check_variant(arguments: Mapping[str, Any]) -> None:
+    """Raise a ValueError for weights under another name than those whose hash compiled experts name."""
+    if arguments.get("variant") is not None:
+        raise ValueError(
+            f"variant={arguments['variant']!r}, and the experts are compiled: they belong to the one router whose hash "
+            "is in config.json; leave variant out, and give dtype"
+        )
 
 
 def _stored_config(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> FusionRouteConfig:

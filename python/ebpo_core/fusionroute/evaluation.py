@@ -85,10 +85,7 @@ class FusionRouteLM(HFLM):  # type: ignore[misc]
         info: dict[str, Any] = super().get_model_info()
         if isinstance(self.model, FusionRouteForCausalLM):
             info["fusionroute_options"] = dict(self.routing)
-            info["fusionroute_experts"] = {
-                expert.name: sum(parameter.numel() for parameter in expert.model.parameters())
-                for expert in self.model.experts
-            }
+            info["fusionroute_experts"] = {expert.name: expert.num_parameters for expert in self.model.experts}
         return info
 
 

@@ -153,7 +153,16 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         self.router.set_output_embeddings(value)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, for the router; V stays, unless the router becomes narrower than it."""
+        """transformers' own, for the router; V stays, unless the router becomes narrower than it.
+
+        Raises:
+            ValueError: a router whose experts are compiled, and belong to it as it is.
+        """
+        if self.compiled is not None:
+            raise ValueError(
+                "resize_token_embeddings, and the experts are compiled for this router, which must stay as it is: load "
+                "the checkpoint with compiled=False to resize it, and compile again afterwards"
+            )
         embeddings: Any = super().resize_token_embeddings(*args, **kwargs)
         text = self.router.config.get_text_config()
         text.vocab_size = embeddings.weight.shape[0]
@@ -244,6 +253,7 @@ class FusionRouteForCausalLM(CheckpointMixin, FusionRouteGenerationMixin, PreTra
         B, V = len(input_ids), int(self.config.vocab_size or 0)
         if state is not None:
             state.check_rows(B)
+            state.check_experts(self._with_caches)
         allowed = None if router_only else permitted(options, self.experts.names, B, self.route_head.weight.device)
         if not router_only and input_ids.shape[1] != 1:
             self.experts.check_readable(input_ids, self.router.config.get_text_config().vocab_size)

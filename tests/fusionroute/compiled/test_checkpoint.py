@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -102,13 +105,86 @@ def test_training_is_refused_with_the_remedy(checkpoint: Path) -> None:
     assert not model.training
 
 
-def test_a_router_changed_in_memory_is_not_saved(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_changed_in_memory_is_not_saved_whatever_way_it_changed(checkpoint: Path, tmp_path: Path) -> None:
+    def in_place(model: Any) -> None:
+        with torch.no_grad():
+            model.router.lm_head.weight.add_(1.0)
+
+    def uncounted(model: Any) -> None:
+        model.router.lm_head.weight.data.add_(1.0)
+
+    def assigned(model: Any) -> None:
+        other = {**model.state_dict(), "router.lm_head.weight": model.router.lm_head.weight + 1}
+        model.load_state_dict(other, assign=True)
+
+    def routes(model: Any) -> None:
+        model.route_head.weight.data.neg_()
+
+    for change in (in_place, uncounted, assigned, routes):
+        model = load_compiled(checkpoint)
+        change(model)
+        name = "route_head.weight" if change is routes else "router.lm_head.weight"
+        with pytest.raises(ValueError, match=rf"'{name}' was changed in memory.*compiled=False"):
+            model.save_pretrained(tmp_path / "changed")
     model = load_compiled(checkpoint)
-    with torch.no_grad():
-        model.router.lm_head.weight.add_(1.0)
-    with pytest.raises(ValueError, match=r"'lm_head.weight' was changed in memory"):
-        model.save_pretrained(tmp_path / "changed")
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="was changed in memory"):
+        model.save_pretrained(tmp_path / "changed", state_dict=state)
     assert not (tmp_path / "changed").exists()
+
+
+def test_copies_are_the_model_and_convert_for_themselves(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_compiled(checkpoint)
+    expected = logits(model)
+    twin = copy.deepcopy(model).to(torch.bfloat16)
+    assert not torch.equal(logits(twin), expected)
+    assert torch.equal(logits(model), expected)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again), expected)
+    again.save_pretrained(tmp_path / "again")
+    load_compiled(checkpoint, torch.bfloat16).float().save_pretrained(tmp_path / "rounded")
+    assert load_compiled(tmp_path / "rounded").dtype == torch.float32
+
+
+def test_resizing_and_variants_are_refused_with_the_remedy(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_compiled(checkpoint)
+    with pytest.raises(ValueError, match=r"resize_token_embeddings.*compiled=False"):
+        model.resize_token_embeddings(210)
+    assert model.config.vocab_size == 200
+    with pytest.raises(ValueError, match="variant='fp16', and the experts are compiled"):
+        model.save_pretrained(tmp_path / "variant", variant="fp16")
+    assert not (tmp_path / "variant").exists()
+    with pytest.raises(ValueError, match="variant='fp16', and the experts are compiled"):
+        FusionRouteForCausalLM.from_pretrained(checkpoint, variant="fp16")
+
+
+def test_a_subfolder_is_where_the_adapters_are(checkpoint: Path) -> None:
+    found = FusionRouteForCausalLM.from_pretrained(checkpoint.parent, subfolder=checkpoint.name)
+    assert torch.equal(logits(found), logits(load_compiled(checkpoint)))
+
+
+def test_saving_asks_for_no_paths_of_experts_that_are_not_loaded(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_compiled(checkpoint)
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(tmp_path / "copy")
+    assert "expert_paths" not in caplog.text
+
+
+def test_an_expert_counts_its_adapters_parameters(checkpoint: Path) -> None:
+    model = load_compiled(checkpoint)
+    stored = load_file(checkpoint / "compiled/llama1/adapter_model.safetensors")
+    assert model.experts["llama1"].num_parameters == sum(value.numel() for value in stored.values())
+
+
+def test_a_broken_report_is_found_before_anything_is_written(checkpoint: Path, tmp_path: Path) -> None:
+    report = checkpoint / "compiled/report.json"
+    for content, message in (("{", "is no JSON"), ("[]", "no JSON object"), ("{}", r"has the keys \[\] alone")):
+        report.write_text(content)
+        with pytest.raises(ValueError, match=f"report on compiled experts.*{message}.*delete it"):
+            load_compiled(checkpoint).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_compiled_false_loads_the_experts_and_load_experts_false_the_router(tmp_path: Path) -> None:
@@ -143,8 +219,10 @@ def test_what_has_no_meaning_is_refused(checkpoint: Path, tmp_path: Path) -> Non
         FusionRouteForCausalLM.from_pretrained(checkpoint, expert_paths={"llama0": "x"})
     with pytest.raises(ValueError, match="save_experts=True.*compiled=False"):
         load_compiled(checkpoint).save_pretrained(tmp_path / "copy", save_experts=True)
-    with pytest.raises(ValueError, match="compiled is .*expected None"):
-        FusionRouteConfig(compiled={"rank": 4})
+    good = {"rank": 4, "scale": 1.5, "router": "x"}
+    for wrong in ({"rank": 4}, {**good, "scale": float("nan")}, {**good, "scale": 0.0}, {**good, "rank": True}):
+        with pytest.raises(ValueError, match="compiled is .*expected None"):
+            FusionRouteConfig(compiled=wrong)
 
 
 def test_adapters_that_do_not_fit_are_refused(checkpoint: Path) -> None:
@@ -155,13 +233,25 @@ def test_adapters_that_do_not_fit_are_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"'llama1': its adapter does not fit the router, \['lm_head.lora_A"):
         load_compiled(checkpoint)
     save_file(tensors, weights)
-    for name, value in {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}, "bias": "all"}.items():
+    for broken in (torch.nan, torch.inf):
+        save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.full((RANK, 64), broken)}, weights)
+        with pytest.raises(ValueError, match=r"'llama1': .* no finite numbers, \['lm_head.lora_A"):
+            load_compiled(checkpoint)
+    save_file(tensors, weights)
+    kinds = {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}, "bias": "all"}
+    kinds |= {"peft_type": "IA3", "use_qalora": True, "layers_to_transform": [0], "alora_invocation_tokens": [5]}
+    for name, value in kinds.items():
         config.write_text(json.dumps({**settings, name: value}))
         with pytest.raises(ValueError, match=f"its adapter has {name}="):
             load_compiled(checkpoint)
-    config.write_text(json.dumps({**settings, "lora_alpha": ALPHA + 1}))
-    with pytest.raises(ValueError, match="the checkpoint's rank is 4 and its scale 1.5"):
-        load_compiled(checkpoint)
+    for change in ({"lora_alpha": ALPHA + 1}, {"lora_alpha": None}, {"lora_alpha": "6"}, {"r": 8}):
+        config.write_text(json.dumps({**settings, **change}))
+        with pytest.raises(ValueError, match="the checkpoint's rank is 4 and its scale 1.5"):
+            load_compiled(checkpoint)
+    for content, message in (("{", "is no JSON"), ("[]", "holds no JSON object")):
+        config.write_text(content)
+        with pytest.raises(ValueError, match=f"'llama1': .*adapter_config.json' {message}"):
+            load_compiled(checkpoint)
     config.unlink()
     with pytest.raises(FileNotFoundError, match="'llama1' is compiled, but .* is missing"):
         load_compiled(checkpoint)

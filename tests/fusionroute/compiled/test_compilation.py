@@ -211,7 +211,16 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ({"alpha": -1.0}, "alpha=-1.0: expected a positive number"),
         ({"other_weight": 2.0}, "other_weight=2.0: expected 0 to 1"),
         ({"seed": -1}, "seed=-1: expected"),
+        ({"seed": 2**62}, "below 2"),
+        ({"learning_rate": "1e-3"}, "learning_rate='1e-3': expected a number"),
+        ({"alpha": "x"}, "alpha='x': expected a number"),
+        ({"other_weight": None}, "other_weight=None: expected a number"),
         ({"save_steps": 0}, "save_steps=0: expected"),
+        ({"save_steps": 2.5}, "save_steps=2.5: expected"),
+        ({"train_on": "answers"}, "train_on='answers': expected 'completion' or 'all'"),
+        ({"max_length": 4}, "data has no row with a label .60 lost theirs to max_length"),
+        ({"eval_data": []}, "eval_data has no row with a label"),
+        ({"eval_data": [{"prompt": "w7"}]}, "eval_data: row 0: columns"),
     ],
 )
 def test_settings_that_do_not_fit_leave_nothing(
@@ -223,7 +232,7 @@ def test_settings_that_do_not_fit_leave_nothing(
 
 
 def test_too_few_rows_and_missing_peft(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="data has no row with a label"):
+    with pytest.raises(ValueError, match="data has one row with a label, which is held out.*eval_data"):
         compile_experts(checkpoint, tmp_path / "out", rows(1), **SHORT)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"'peft', which is missing: pip install \"ebpo-core\[fusionroute\]\""):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fusionroute_compiled import definition, load_compiled, save_compiled
-from fusionroute_oracle import padded_prompts
+from fusionroute_oracle import fusionroute, padded_prompts
 from torch import Tensor
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
@@ -119,6 +119,17 @@ def test_hysteresis_streaming_static_caches_and_chunked_prompts(model: FusionRou
     again = greedy(model, ids, hysteresis=0.3, output_routing=True, use_cache=False)
     assert torch.equal(held.sequences, again.sequences)
     assert held.routing[0] == again.routing[0]
+
+
+def test_a_cache_of_uncompiled_experts_is_refused_and_the_reverse(tmp_path: Path) -> None:
+    compiled = load_compiled(save_compiled(tmp_path, "llama"))
+    models = [compiled, fusionroute(["llama"] * 3, "llama")]
+    ids, _ = padded_prompts([4], 1)
+    for model, other in (models, models[::-1]):
+        cache = model(input_ids=ids, use_cache=True)[CACHE]
+        with pytest.raises(ValueError, match=r"the cache is of a model whose experts have caches \[.*compiled"):
+            other(input_ids=ids[:, :1], use_cache=True, **{CACHE: cache})
+        assert cache.columns == 4
 
 
 class Columns:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 from ebpo_core.files import read_json, write_json, write_text
 from ebpo_core.fusionroute.card import model_card
 from ebpo_core.fusionroute.config import FusionRouteConfig
+from ebpo_core.fusionroute.context import check_positions
 from ebpo_core.fusionroute.experts.files import ADAPTER_WEIGHTS, free_folder
 from ebpo_core.fusionroute.experts.tokenizers import fingerprint
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
@@ -29,6 +31,7 @@ from .targets import target_modules
 
 FORM, VERSION = "fusionroute compilation", 1
 _STATE = "compiling.json"  # in `compiled/` until everything is there
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}")
 _HELD_OUT = 20  # without rows of their own, every 20th row is held out
 
 
@@ -64,7 +67,7 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
         checkpoint: folder or hub id of a FusionRoute checkpoint.
         output: folder of the compiled one; new, empty, or of a run that was killed.
         data: rows of SFT data, see :func:`~..training.data.tokenize_samples`.
-        eval_data: held-out rows for the report; None holds back every 20th row of ``data``.
+        eval_data: held-out rows for the report; None holds back every 20th row of ``data`` that has a label.
         rank, alpha, steps, batch_size, learning_rate, other_weight, seed: see :class:`~.distillation.Distillation`.
         max_length, train_on, chat_template_kwargs: as for :func:`~..training.data.tokenize_samples`.
         save_steps: how often the state of an expert's training is saved, in steps.
@@ -76,14 +79,17 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
         The report on held-out rows, see :func:`~.report.compare`; it is in ``compiled/report.json`` and the card, too.
 
     Raises:
-        FileExistsError, FileNotFoundError, ImportError, ValueError: what does not fit, with the remedy.
+        FileExistsError, FileNotFoundError, ImportError, TypeError, ValueError: what does not fit, with the remedy,
+            before anything is written.
+        FloatingPointError: a loss that is not finite. What was saved before stays.
     """
     require_peft()
-    if save_steps < 1:
+    if isinstance(save_steps, bool) or not isinstance(save_steps, int) or save_steps < 1:
         raise ValueError(f"save_steps={save_steps!r}: expected a whole number of at least 1")
     settings = Distillation(rank, alpha, steps, batch_size, learning_rate, other_weight, seed)
     screen = Console(quiet=True) if console is None else console
     folder = Path(output).expanduser().resolve()
+    _remove_unfinished(folder / COMPILED_FOLDER)
     going_on = (folder / COMPILED_FOLDER / _STATE).is_file()
     if not going_on:
         free_folder(folder)
@@ -93,15 +99,14 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     )
     model = (model if device is None else model.to(device)).eval().requires_grad_(False)
     target_modules(model.router)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    _check_names(model.experts.names)
+    tokenizer = _tokenizer_of(checkpoint)
     options: dict[str, Any] = {
         "max_length": max_length,
         "train_on": train_on,
         "chat_template_kwargs": chat_template_kwargs,
     }
-    train, held_out = _split(data, eval_data, tokenizer, options)
-    for sequences in (train, held_out):
-        sequences.check(int(model.config.vocab_size))
+    train, held_out = _split(data, eval_data, model, tokenizer, options)
     made_from = {
         "settings": {**asdict(settings), "alpha": settings.lora_alpha},
         "router": model_hash(model),
@@ -112,7 +117,7 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     }
     _begin(folder, made_from, going_on)
     # 2. The experts, one by one.
-    _distil(model, train, settings, folder, save_steps, screen, _base_name(model, checkpoint))
+    _distil(model, train, settings, folder, save_steps, screen)
     # 3. What it cost, on rows that none of them saw.
     names = model.experts.names
     adapters = read_adapters(folder, names, target_modules(model.router), settings.rank, settings.scale)
@@ -133,24 +138,70 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
 def _split(
     data: Iterable[Mapping[str, Any]],
     eval_data: Iterable[Mapping[str, Any]] | None,
+    model: Any,
     tokenizer: Any,
     options: Mapping[str, Any],
 ) -> tuple[TokenSequences, TokenSequences]:
     """The rows to train on, and the held-out ones, tokenized."""
-    rows = list(data)
-    held_out = rows[::_HELD_OUT] if eval_data is None else list(eval_data)
-    if eval_data is None:
-        rows = [row for i, row in enumerate(rows) if i % _HELD_OUT]
-    found = []
-    for name, part in (("data", rows), ("eval_data", held_out)):
-        sequences = tokenize_samples(part, tokenizer, **options)
-        if not len(sequences):
-            raise ValueError(
-                f"{name} has no row with a label ({sequences.dropped} lost theirs to max_length; without eval_data "
-                f"every {_HELD_OUT}th row is held out): give more rows"
-            )
-        found.append(sequences)
-    return found[0], found[1]
+    train = _tokenized("data", data, model, tokenizer, options)
+    if eval_data is not None:
+        return train, _tokenized("eval_data", eval_data, model, tokenizer, options)
+    if len(train) < 2:
+        raise ValueError("data has one row with a label, which is held out for the report: give more, or eval_data")
+    parts = ([i for i in range(len(train)) if (i % _HELD_OUT == 0) == held_out] for held_out in (False, True))
+    kept, held_out = (TokenSequences.of(train[i] for i in part) for part in parts)
+    return kept, held_out
+
+
+def _tokenized(
+    name: str, rows: Iterable[Mapping[str, Any]], model: Any, tokenizer: Any, options: Mapping[str, Any]
+) -> TokenSequences:
+    """The rows of the argument ``name`` as sequences, at least one, which all models can read.
+
+    Raises:
+        TypeError, ValueError: with the argument's name.
+    """
+    try:
+        sequences = tokenize_samples(rows, tokenizer, **options)
+        sequences.check(int(model.config.vocab_size))
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error
+    if not len(sequences):
+        raise ValueError(
+            f"{name} has no row with a label ({sequences.dropped} lost theirs to max_length): give more rows"
+        )
+    models = [("the router", model.router), *((f"expert {expert.name!r}", expert.model) for expert in model.experts)]
+    longest = int(sequences.lengths.max())
+    check_positions(f"the longest row of {name}", longest, models, "cut the data to that, max_length={limit}")
+    return sequences
+
+
+def _check_names(names: list[str]) -> None:
+    """Raise a ValueError for experts whose folders would be files of a compilation."""
+    files = {_STATE, REPORT, *(_state_of(name) for name in names)}
+    for name in names:
+        if name in files:
+            raise ValueError(f"expert {name!r}: a file of compiled checkpoints has this name; give the expert another")
+
+
+def _state_of(name: str) -> str:
+    """The file of an expert's training state in ``compiled/``."""
+    return f"{name}.state.safetensors"
+
+
+def _tokenizer_of(checkpoint: str | os.PathLike[str]) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ValueError: one without.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint={os.fspath(checkpoint)!r} holds no tokenizer: save the router's into it ({error})"
+        ) from error
 
 
 def model_hash(model: Any) -> str:
@@ -160,8 +211,15 @@ def model_hash(model: Any) -> str:
     return tensors_hash(model.state_dict())
 
 
-def _base_name(model: Any, checkpoint: str | os.PathLike[str]) -> str:
-    return str(getattr(model.config.router_config, "_name_or_path", "") or os.fspath(checkpoint))
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what :mod:`ebpo_core.files` left in ``compiled/`` when a run was killed, and the folder if it was new."""
+    if not (folder / _STATE).is_file() and any(not _UNFINISHED.fullmatch(file.name) for file in folder.glob("*")):
+        return  # no folder of a compilation
+    for file in [*folder.glob("*"), *folder.glob("*/*")]:
+        if _UNFINISHED.fullmatch(file.name) and file.is_file():
+            file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _begin(folder: Path, made_from: Mapping[str, Any], going_on: bool) -> None:
@@ -194,24 +252,24 @@ def _distil(
     folder: Path,
     save_steps: int,
     console: Console,
-    base: str,
 ) -> None:
     """Train what is missing of the adapters."""
-    missing = [
-        (index, name)
-        for index, name in enumerate(model.experts.names)
-        if not (folder / COMPILED_FOLDER / name / ADAPTER_WEIGHTS).is_file()
-    ]
+    missing = []
+    for index, name in enumerate(model.experts.names):
+        if (folder / COMPILED_FOLDER / name / ADAPTER_WEIGHTS).is_file():
+            (folder / COMPILED_FOLDER / _state_of(name)).unlink(missing_ok=True)  # of a run killed in between
+        else:
+            missing.append((index, name))
     if not missing:
         return
     selects = selecting(model, train)
     for index, name in missing:
-        state = folder / COMPILED_FOLDER / f"{name}.state.safetensors"
+        state = folder / COMPILED_FOLDER / _state_of(name)
         distiller = Distiller(model, index, train, settings, selects[:, index], state)
         with bar(console, f"Expert {name}", settings.steps, distiller.step) as shown:
             distiller.run(_shown_on(shown), save_steps)
         place = folder / COMPILED_FOLDER / name
-        write_adapter(place, distiller.down, distiller.up, settings.lora_alpha, base)
+        write_adapter(place, distiller.down, distiller.up, settings.lora_alpha)
         state.unlink(missing_ok=True)
 
 

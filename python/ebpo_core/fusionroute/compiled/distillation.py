@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ebpo_core.files import write_bytes
 from ebpo_core.fusionroute.compat import CACHE
+from ebpo_core.fusionroute.decoding.routing import select
 from ebpo_core.fusionroute.experts.expert import Expert
 from ebpo_core.fusionroute.router import run_router
 from ebpo_core.fusionroute.training.losses import IGNORE
@@ -62,8 +63,13 @@ class Distillation:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}: expected a whole number of at least 0")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed!r}: expected a whole number of at least 0, below 2**32")
+        for name in ("alpha", "learning_rate", "other_weight"):
+            value = getattr(self, name)
+            unset = name == "alpha" and value is None
+            if not unset and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{name}={value!r}: expected a number")
         positive = {"learning_rate": self.learning_rate, "alpha": self.lora_alpha}
         for name, number in positive.items():
             if not (math.isfinite(number) and number > 0):
@@ -120,7 +126,9 @@ def read_batch(model: Any, sequences: TokenSequences, rows: list[int]) -> Batch:
     logits, hidden, _ = run_router(
         model.router, slice(-keep, None), input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE: cache}
     )
-    selected = model._routing_weights(hidden[:, -keep:-1]).argmax(-1)
+    # As decoding selects, which may hold on to an expert; a draw has no single answer.
+    options = replace(model.config.options(), route="argmax")
+    selected = select(model._routing_weights(hidden), options, mask=mask.bool())[:, -keep:-1]
     V = model.config.vocab_size
     return Batch(ids, mask, labels[:, 1 - keep :], selected, logits[:, :-1, :V], cache, keep)
 
@@ -242,14 +250,20 @@ class Distiller:
         loss = (kl * weight).sum() / weight.sum().clamp(min=1e-6)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * rate(self.step, self.settings.steps)
         self.optimizer.step()
         with torch.no_grad():
             same = (target[where].argmax(-1) == student[where].argmax(-1))[mine]
-            now = torch.stack([kl[mine].sum(), same.sum(), mine.sum()]).float().cpu()
-        self._shown = _SHOWN * self._shown + now
+            now = torch.stack([kl[mine].sum(), same.sum(), mine.sum(), norm]).float().cpu()
+        if not bool(now.isfinite().all()):
+            raise FloatingPointError(
+                f"expert {self.model.experts[self.index].name!r}, step {self.step}: the loss or its gradient is no "
+                f"finite number: give a lower learning_rate (it is {self.settings.learning_rate}), or a wider dtype to "
+                "an expert whose logits overflow"
+            )
+        self._shown = _SHOWN * self._shown + now[:3]
 
     def save(self) -> None:
         """Write adapter, optimizer and step, whole or not at all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +17,12 @@ from ebpo_core.fusionroute.compat import CACHE
 from ebpo_core.fusionroute.decoding.fusing import ExpertLogits, Part
 from ebpo_core.fusionroute.decoding.history import NewTokens, new_tokens
 from ebpo_core.fusionroute.decoding.routing import RoutingOptions
-from ebpo_core.fusionroute.experts.expert import Expert, versions
+from ebpo_core.fusionroute.experts.expert import Expert
 from ebpo_core.fusionroute.experts.experts import Experts
 from ebpo_core.fusionroute.experts.offload import exact_device
 from ebpo_core.fusionroute.experts.references import ExpertReference
 
+from .files import changed_weights
 from .lending import LendingCache
 from .lowrank import LowRank
 from .stream import adapted_logits, lending
@@ -77,6 +78,12 @@ class CompiledExpert(Expert):
         return str(self.reference.hash)
 
     @property
+    def num_parameters(self) -> int:
+        """Of its adapter: the router's own are counted as the router's."""
+        down, up = self._group.adapters.down, self._group.adapters.up
+        return sum(value[0].numel() for tensors in (down, up) for value in tensors.values())
+
+    @property
     def touched(self) -> bool:
         return False
 
@@ -107,7 +114,6 @@ class CompiledExperts(Experts):
     ) -> None:
         self.router, self.adapters, self.folder = router, adapters, folder
         self.modules = target_modules(router)
-        self._versions = versions(router)
         super().__init__(CompiledExpert(self, i, reference) for i, reference in enumerate(references))
 
     def lend(self, cache: Cache | None) -> LendingCache:
@@ -154,14 +160,18 @@ class CompiledExperts(Experts):
             logits = torch.empty(0, self[0].vocab_size, dtype=self.router.dtype, device=ids.device)
         return ExpertLogits((Part(rows, positions, logits),), ids.shape[1])
 
-    def check_unchanged(self) -> None:
-        """Raise a ValueError if anything that torch counts has written to the router's weights since it was loaded."""
-        now = versions(self.router)
-        changed = [name for name, version in self._versions.items() if now.get(name, version) > version]
+    def check_unchanged(self, state: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a state dict of the model is not that of the files it was loaded from.
+
+        Raises:
+            FileNotFoundError: these files are gone.
+        """
+        changed = changed_weights(self.folder, state)
         if changed:
             raise ValueError(
-                f"the router's {changed[0]!r} was changed in memory, and its compiled experts are of the router as it "
-                "was: load the checkpoint with compiled=False to change it, and compile again afterwards"
+                f"{changed[0]!r} was changed in memory since it was loaded from {os.fspath(self.folder)!r}, and the "
+                "compiled experts are of the router as it was there: load the checkpoint with compiled=False to change "
+                "it, and compile again afterwards"
             )
 
     def to(self, device: str | int | torch.device) -> Experts:
@@ -181,8 +191,8 @@ class CompiledExperts(Experts):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Experts:
-        """The same adapters, of the copied router."""
-        return CompiledExperts(copy.deepcopy(self.router, memo), self.adapters, self.references, self.folder)
+        """The same adapters, of the copied router, whose device and dtype they will follow."""
+        return CompiledExperts(copy.deepcopy(self.router, memo), self.adapters.copy(), self.references, self.folder)
 
 
 def check_options(options: RoutingOptions) -> None:

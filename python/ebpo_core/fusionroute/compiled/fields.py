@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +18,13 @@ def check_fields(compiled: Any) -> dict[str, Any] | None:
     if not compiled:
         return None
     wrong = not isinstance(compiled, Mapping) or compiled.keys() != _FIELDS.keys()
-    if wrong or not all(isinstance(compiled[name], kind) for name, kind in _FIELDS.items()) or compiled["rank"] < 1:
+    wrong = wrong or not all(_fits(compiled[name], kind) for name, kind in _FIELDS.items())
+    if wrong or compiled["rank"] < 1 or not (math.isfinite(compiled["scale"]) and compiled["scale"] > 0):
         raise ValueError(
             f"compiled is {compiled!r}: expected None, or {{'rank': r, 'scale': alpha / r, 'router': hash}}"
         )
     return dict(compiled)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ REPORT = "report.json"
 _PREFIX = "base_model.model."
 # What PEFT's LoRA can be beyond `alpha / r * B A x`: values that stand for "not so".
 _PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
     "bias": "none",
     "use_dora": False,
     "use_rslora": False,
@@ -43,6 +45,16 @@ _PLAIN: dict[str, Any] = {
     "modules_to_save": None,
     "layer_replication": None,
     "fan_in_fan_out": False,
+    "use_qalora": False,
+    "use_bdlora": False,
+    "alora_invocation_tokens": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "layers_to_transform": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
 }
 
 
@@ -87,24 +99,48 @@ def router_hash(folder: str | os.PathLike[str]) -> str:
         return tensors_hash(_Tensors(files))
 
 
-def compiled_folder(checkpoint: str | os.PathLike[str], revision: str | None) -> Path:
+def changed_weights(folder: str | os.PathLike[str], state: Mapping[str, Any]) -> list[str]:
+    """Names of the weights in a checkpoint's files that are other ones in ``state``, a state dict.
+
+    Another dtype is the same weight, also where it came by way of a half precision. Names that only one of the two has
+    (of tied weights, of families whose modules fuse what the files hold apart) and those that were quantised since are
+    not compared.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`~.files.weight_files`.
+    """
+    changed = []
+    with ExitStack() as stack:
+        tensors = _Tensors([stack.enter_context(safe_open(file, "pt")) for file in weight_files(folder).values()])
+        for name in sorted(tensors.keys() & state.keys()):
+            now, stored = state[name].detach().cpu(), tensors[name]
+            if not (now.is_floating_point() and stored.is_floating_point()):
+                continue
+            ways = (stored.dtype, torch.bfloat16, torch.float16)
+            if now.shape != stored.shape or not any(torch.equal(stored.to(way).to(now.dtype), now) for way in ways):
+                changed.append(name)
+    return changed
+
+
+def compiled_folder(checkpoint: str | os.PathLike[str], revision: str | None, subfolder: str = "") -> Path:
     """The local folder of a checkpoint, or its snapshot, whose ``compiled/`` has been fetched."""
     if Path(checkpoint).is_dir():
-        return Path(checkpoint)
+        return Path(checkpoint) / subfolder
     patterns = [f"{COMPILED_FOLDER}/*/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
-    source = Source(os.fspath(checkpoint), None, revision, "", None)
+    source = Source(os.fspath(checkpoint), None, revision, subfolder, None)
     return fetched_folder(source, *patterns, f"{COMPILED_FOLDER}/{REPORT}", *WEIGHT_PATTERNS)
 
 
-def write_adapter(folder: Path, down: Mapping[str, Tensor], up: Mapping[str, Tensor], alpha: float, base: str) -> None:
+def write_adapter(folder: Path, down: Mapping[str, Tensor], up: Mapping[str, Tensor], alpha: float) -> None:
     """Write one adapter as PEFT's ``save_pretrained`` does, the weights last: with them it is complete.
+
+    It names no base model: what it adapts is the checkpoint's router, which no hub id or folder of its own holds.
 
     Args:
         folder: which is made.
         down: A by module name, ``[r, in]``.
         up: B by module name, ``[out, r]``.
         alpha: PEFT's ``lora_alpha``.
-        base: name of the model that it adapts.
     """
     from peft import LoraConfig
 
@@ -113,7 +149,6 @@ def write_adapter(folder: Path, down: Mapping[str, Tensor], up: Mapping[str, Ten
         r=next(iter(down.values())).shape[0],
         lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=sorted({name.rpartition(".")[2] for name in down}),
-        base_model_name_or_path=base,
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
@@ -131,7 +166,7 @@ def read_adapters(
 
     Raises:
         FileNotFoundError: an adapter is missing.
-        ValueError: one that is not of this rank and scale, of other modules, or no plain LoRA.
+        ValueError: one that is not of this rank and scale, of other modules, no plain LoRA, broken, or not finite.
     """
     read = [_read_adapter(checkpoint / COMPILED_FOLDER / name, name, modules, rank, scale) for name in names]
     # In float64, so that what the scale is multiplied into is rounded once, to the router's dtype.
@@ -149,16 +184,18 @@ def _read_adapter(
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"expert {expert!r} is compiled, but {str(file)!r} is missing: {remedy}")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = _json_object(file, f"expert {expert!r}", remedy)
     for name, plain in _PLAIN.items():
         if config.get(name, plain) not in (plain, None):
             raise ValueError(
                 f"expert {expert!r}: its adapter has {name}={config[name]!r}, expected {plain!r}: {remedy}"
             )
-    if config.get("r") != rank or abs(config.get("lora_alpha", 0) / rank - scale) > 1e-6 * abs(scale):
+    alpha = config.get("lora_alpha")
+    of_scale = isinstance(alpha, (int, float)) and math.isclose(alpha / rank, scale, rel_tol=1e-6)
+    if config.get("r") != rank or not of_scale:
         raise ValueError(
-            f"expert {expert!r}: its adapter has r={config.get('r')} and lora_alpha={config.get('lora_alpha')}, the "
-            f"checkpoint's rank is {rank} and its scale {scale}: {remedy}"
+            f"expert {expert!r}: its adapter has r={config.get('r')!r} and lora_alpha={alpha!r}, the checkpoint's rank "
+            f"is {rank} and its scale {scale}: {remedy}"
         )
     with explained(expert):
         (weights,) = adapter_files(folder).values()
@@ -169,15 +206,35 @@ def _read_adapter(
     wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     if wrong:
         raise ValueError(f"expert {expert!r}: its adapter does not fit the router, {wrong[:3]}: {remedy}")
+    odd = sorted(name for name, value in tensors.items() if not (value.is_floating_point() and value.isfinite().all()))
+    if odd:
+        raise ValueError(f"expert {expert!r}: its adapter has entries that are no finite numbers, {odd[:3]}: {remedy}")
     return tensors
 
 
+def _json_object(file: Path, whose: str, remedy: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{whose}: {str(file)!r} is no JSON ({error}): {remedy}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{whose}: {str(file)!r} holds no JSON object: {remedy}")
+    return found
+
+
 def read_report(checkpoint: Path) -> dict[str, Any] | None:
-    """What compiling cost on held-out rows, of :func:`~.report.compare`; None for a checkpoint without it."""
+    """What compiling cost on held-out rows, of :func:`~.report.compare`; None for a checkpoint without it.
+
+    Raises:
+        ValueError: a file that is broken.
+    """
     file = checkpoint / COMPILED_FOLDER / REPORT
     if not file.is_file():
         return None
-    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    remedy = "restore it, or delete it to go without"
+    report = _json_object(file, "the report on compiled experts", remedy)
+    if not {"rank", "rows", "tokens", "fused", "experts"} <= report.keys():
+        raise ValueError(f"the report on compiled experts: {str(file)!r} has the keys {sorted(report)} alone: {remedy}")
     return report
 
 
@@ -196,6 +253,8 @@ def copy_adapters(source: str | os.PathLike[str], names: Sequence[str], target: 
         raise FileNotFoundError(
             f"{str(origin)!r}, which the compiled experts were loaded from, lacks {missing[:3]}: restore it, then save"
         )
+    if not (origin / REPORT).is_file():
+        (goal / REPORT).unlink(missing_ok=True)  # of other experts that were there
     for name in [*files, *([REPORT] if (origin / REPORT).is_file() else [])]:
         (goal / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(origin / name, goal / name)

@@ -20,6 +20,7 @@ def load_compiled(
     checkpoint: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    subfolder: str = "",
     verify: bool = True,
 ) -> CompiledExperts:
     """The compiled experts of ``checkpoint``.
@@ -28,14 +29,14 @@ def load_compiled(
         router: of the checkpoint, loaded.
         compiled: of its config.
         references: of the experts, in order.
-        checkpoint, revision: folder, or hub id with its revision.
+        checkpoint, revision, subfolder: folder, or hub id with its revision, and where in it.
         verify: compare the weights with those that the adapters were trained beside.
 
     Raises:
         FileNotFoundError, ValueError: adapters that are missing or do not fit, or a router that has changed.
     """
     known = list(references)
-    folder = compiled_folder(checkpoint, revision)
+    folder = compiled_folder(checkpoint, revision, subfolder)
     found = router_hash(folder) if verify else compiled["router"]
     if found != compiled["router"]:
         raise ValueError(

@@ -33,6 +33,10 @@ class LowRank:
             for name, value in tensors.items():
                 tensors[name] = value.to(device, dtype)
 
+    def copy(self) -> LowRank:
+        """The same tensors, which :meth:`to` will replace here alone."""
+        return LowRank(self.down, self.up)
+
     @property
     def count(self) -> int:
         """n."""

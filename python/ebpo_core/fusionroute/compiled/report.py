@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebpo_core.fusionroute.decoding.fusing import ExpertLogits, Part
 from ebpo_core.fusionroute.decoding.routing import RoutingOptions
 from ebpo_core.fusionroute.training.sequences import TokenSequences
 
@@ -56,7 +57,7 @@ def compare(model: Any, adapters: LowRank, sequences: TokenSequences) -> dict[st
             target = expert_of(model, expert, batch)
             student = adapted_of(model, adapters, modules, batch, index)
             mine = (batch.selected == index)[where]
-            kl = divergence(target[where], student[where]).double()
+            kl = _kl(target[where], student[where])
             same = target[where].argmax(-1) == student[where].argmax(-1)
             own[index] += (
                 torch.stack([mine.sum(), kl[mine].sum(), same[mine].sum(), kl.sum(), same.sum()]).double().cpu()
@@ -92,14 +93,21 @@ def _fused(batch: Batch, targets: Tensor, students: Tensor, options: RoutingOpti
     """Sums over a batch, in the order of :func:`compare`'s "fused"; logits are ``[n, B, K - 1, V]``."""
     where, wanted = batch.labelled, batch.labels
     index = batch.selected[None, :, :, None].expand(1, *targets.shape[1:])
-    router = batch.router_logits.float()
+    rows, positions = where.nonzero(as_tuple=True)
     before, after = (
-        options.alpha * logits.gather(0, index)[0].float() + (router if options.complementary else 0)
+        ExpertLogits((Part(rows, positions, logits.gather(0, index)[0][where]),), where.shape[1]).added_to(
+            batch.router_logits, options.alpha, options.complementary
+        )
         for logits in (targets, students)
     )
     right = [(logits.argmax(-1) == wanted) for logits in (before, after)]
     same = (before.argmax(-1) == after.argmax(-1))[where]
-    sums = [divergence(before[where], after[where]).sum(), same.sum()]
+    sums = [_kl(before[where], after[where]).sum(), same.sum()]
     sums += [(one & where).sum() for one in right]
     sums += [(one | ~where).all(1).sum() for one in right]
     return torch.stack([value.double() for value in sums]).cpu()
+
+
+def _kl(target: Tensor, student: Tensor) -> Tensor:
+    """:func:`~.distillation.divergence`, float64 and never below 0, where rounding of equal ones would put it."""
+    return divergence(target, student).double().clamp(min=0)

@@ -102,6 +102,15 @@ class FusionRouteCache(Cache):
                 "cache first (batch_select_indices)"
             )
 
+    def check_experts(self, experts: Sequence[Expert]) -> None:
+        """Raise a ValueError for a model whose experts with caches are not those that this was made for, by name."""
+        ours, theirs = ([expert.name for expert in group] for group in (self._experts, experts))
+        if ours != theirs:
+            raise ValueError(
+                f"the cache is of a model whose experts have caches {ours}, this model's are {theirs} (compiled "
+                "ones have none): go on with the model that made it, or without a cache"
+            )
+
     def run(self, expert: int, rows: Sequence[int], ends: Sequence[int], keep: int) -> Tensor:
         """Last logits ``[rows, keep, V]`` of an expert after it has caught up on ``rows`` to ``ends``."""
         self._used[expert] = self._step

@@ -84,6 +84,11 @@ class Expert:
         return str(self.reference.hash)
 
     @property
+    def num_parameters(self) -> int:
+        """Of its model, adapter included."""
+        return sum(int(parameter.numel()) for parameter in self.model.parameters())
+
+    @property
     def touched(self) -> bool:
         """True if an optimizer, or anything else that torch counts, has written to its weights since it was made."""
         now = versions(self.model)

@@ -56,8 +56,13 @@ def tokenize_samples(
         chat_template_kwargs: further arguments of the chat template.
 
     Raises:
-        ValueError: a row of no known form, without anything to learn, or whose chat template cannot be masked.
+        TypeError: a row that is no mapping.
+        ValueError: a row of no known form, without anything to learn, or whose chat template cannot be masked; a bad
+            ``train_on`` or ``max_length``.
     """
+
+    if train_on not in ("completion", "all"):
+        raise ValueError(f"train_on={train_on!r}: expected 'completion' or 'all'")
 
     def one(row: Mapping[str, Any]) -> list[Row]:
         if row.get("input_ids") is not None:
@@ -101,6 +106,7 @@ def tokenize_pairs(
         chat_template_kwargs: further arguments of the chat template.
 
     Raises:
+        TypeError: a row that is no mapping.
         ValueError: a row of no known form, or without anything to learn.
     """
 
@@ -130,6 +136,8 @@ def _collect(
     kept: list[Row] = []
     truncated = dropped = 0
     for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"row {index} is {row!r:.60}, a {type(row).__name__}: give rows as mappings of columns")
         try:
             parts = one(row)
         except ValueError as error:

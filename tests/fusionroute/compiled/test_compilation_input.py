@@ -1,0 +1,142 @@
+"""Odd but possible input of ``compile``: what is refused, by which name, and what a killed run leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fusionroute_tiny import save_tiny, tiny_model, tiny_tokenizer
+
+from ebpo_core.fusionroute import FusionRouteForCausalLM
+from ebpo_core.fusionroute import compile as compile_experts
+from ebpo_core.fusionroute.compiled import compilation
+from ebpo_core.fusionroute.compiled.distillation import Batch, read_batch
+from ebpo_core.fusionroute.compiled.report import _fused
+from ebpo_core.fusionroute.decoding.routing import RoutingOptions
+from ebpo_core.fusionroute.training.data import tokenize_samples
+
+SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 32, "layers": 1}
+SHORT: dict[str, Any] = {"rank": 4, "steps": 4, "batch_size": 8, "save_steps": 2}
+
+
+def rows(count: int = 60) -> list[dict[str, str]]:
+    rng = np.random.default_rng(0)
+    texts = [[f"w{n}" for n in rng.integers(6, 32, 10)] for _ in range(count)]
+    return [{"prompt": " ".join(words[:4]), "completion": " " + " ".join(words[4:])} for words in texts]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, tokenizer = tmp_path_factory.mktemp("uncompiled"), tiny_tokenizer(32)
+    names = {"math": 1, "code": 2}
+    experts = {name: save_tiny(folder / name, "llama", n, tokenizer=tokenizer, **SIZES) for name, n in names.items()}
+    model = FusionRouteForCausalLM.from_experts(tiny_model("qwen2", 0, **SIZES), experts, tokenizer=tokenizer)
+    with torch.no_grad():
+        model.route_head.weight.normal_(std=1.0, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder / "checkpoint")
+    tokenizer.save_pretrained(folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+def test_a_bad_row_is_named_by_its_place_in_the_data(checkpoint: Path, tmp_path: Path) -> None:
+    data: list[Any] = rows(30)
+    data[21] = {"prompt": "w7"}
+    with pytest.raises(ValueError, match="data: row 21: columns"):
+        compile_experts(checkpoint, tmp_path / "out", data, **SHORT)
+    with pytest.raises(TypeError, match="data: row 0 is 'r', a str: give rows as mappings"):
+        compile_experts(checkpoint, tmp_path / "out", "rows.jsonl", **SHORT)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_beyond_a_table_of_positions_are_found_first(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    sizes = {"vocab_size": 32, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    expert = AutoModelForCausalLM.from_config(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+    tokenizer = tiny_tokenizer(32)
+    expert.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    model = FusionRouteForCausalLM.from_experts(
+        tiny_model("llama", 0, **SIZES), {"math": tmp_path / "gpt2"}, tokenizer=tokenizer
+    )
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="holds no tokenizer: save the router's into it"):
+        compile_experts(tmp_path / "checkpoint", tmp_path / "out", rows(), **SHORT)
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    long = [{"prompt": "w7", "completion": " w8" * 20}]
+    for part in ({"data": [*rows(), *long]}, {"data": rows(), "eval_data": long}):
+        with pytest.raises(ValueError, match=r"data has 23 tokens, and expert 'math' is a GPT2.*max_length=16"):
+            compile_experts(tmp_path / "checkpoint", tmp_path / "out", **part, **SHORT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    settings = {**SHORT, "learning_rate": 1e30}
+    with pytest.raises(FloatingPointError, match=r"expert 'math', step \d: .*lower learning_rate \(it is 1e\+30\)"):
+        compile_experts(checkpoint, tmp_path / "out", rows(), **settings)
+    assert not (tmp_path / "out/compiled/math/adapter_model.safetensors").exists()
+
+
+def test_what_a_kill_leaves_in_between_is_cleared(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the state is there, in the middle of a file, and between an adapter and the removal of its state."""
+    out = tmp_path / "out"
+    (out / "compiled").mkdir(parents=True)
+    (out / "compiled/.compiling.json.0123abcd").write_text("{")
+
+    def killed(*_args: Any, **_kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compilation, "compare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compile_experts(checkpoint, out, rows(), **SHORT)
+    monkeypatch.undo()
+    (out / "compiled/math.state.safetensors").write_bytes(b"of its last step")
+    (out / "compiled/code/.adapter_model.safetensors.0123abcd").write_bytes(b"half")
+    compile_experts(checkpoint, out, rows(), **SHORT)
+    names = {file.relative_to(out / "compiled").as_posix() for file in (out / "compiled").rglob("*") if file.is_file()}
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    assert names == {"report.json", *(f"{name}/{file}" for name in ("math", "code") for file in files)}
+
+
+def test_experts_are_counted_as_decoding_selects_them(checkpoint: Path) -> None:
+    """With hysteresis too; a draw of routes counts as its likeliest."""
+    model = FusionRouteForCausalLM.from_pretrained(checkpoint)
+    sequences = tokenize_samples(rows(8), tiny_tokenizer(32))
+    found = []
+    for hysteresis in (0.0, 2.0):
+        model.config.hysteresis, model.config.route = hysteresis, "sample"
+        batch = read_batch(model, sequences, list(range(8)))
+        with torch.no_grad():
+            out = model(input_ids=batch.ids, attention_mask=batch.mask, route="argmax")
+        assert torch.equal(batch.selected[batch.labelled], out.expert_ids[:, -batch.keep : -1][batch.labelled])
+        found.append(batch.selected)
+    assert not torch.equal(*found)
+
+
+def test_alpha_of_zero_leaves_nothing_to_lose(tmp_path: Path) -> None:
+    """The router alone, also where an expert gives a token minus infinity."""
+    generator = torch.Generator().manual_seed(0)
+    router = torch.randn(1, 2, 7, generator=generator)
+    targets, students = torch.randn(2, 1, 1, 2, 7, generator=generator)
+    targets[..., 3] = -torch.inf
+    labels = torch.ones(1, 2, dtype=torch.int64)
+    batch: Any = Batch(labels, labels, labels, torch.zeros_like(labels), router, None, 3)  # type: ignore[arg-type]
+    kl, same, *_ = _fused(batch, targets, students, RoutingOptions(alpha=0.0)).tolist()
+    assert (kl, same) == (0, 2)
+    assert _fused(batch, targets, students, RoutingOptions()).isfinite().all()
+
+
+def test_an_expert_that_is_named_like_a_file_of_the_format_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(32)
+    expert = save_tiny(tmp_path / "expert", "llama", 1, tokenizer=tokenizer, **SIZES)
+    model = FusionRouteForCausalLM.from_experts(
+        tiny_model("llama", 0, **SIZES), {"report.json": expert}, tokenizer=tokenizer
+    )
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"expert 'report.json': a file of compiled checkpoints has this name"):
+        compile_experts(tmp_path / "checkpoint", tmp_path / "out", rows(), **SHORT)
