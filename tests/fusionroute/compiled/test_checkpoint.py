@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,10 @@ def test_what_has_no_meaning_is_refused(checkpoint: Path, tmp_path: Path) -> Non
         FusionRouteForCausalLM.from_pretrained(checkpoint, expert_paths={"llama0": "x"})
     with pytest.raises(ValueError, match="save_experts=True.*compiled=False"):
         load_compiled(checkpoint).save_pretrained(tmp_path / "copy", save_experts=True)
-    with pytest.raises(ValueError, match="compiled is .*expected None"):
-        FusionRouteConfig(compiled={"rank": 4})
+    whole = {"rank": 4, "scale": 1.5, "router": "sha256:x"}
+    for wrong in ({"rank": 4}, *({**whole, "scale": scale} for scale in (math.nan, math.inf, 0.0, -1.0))):
+        with pytest.raises(ValueError, match="compiled is .*expected None"):
+            FusionRouteConfig(compiled=wrong)
 
 
 def test_adapters_that_do_not_fit_are_refused(checkpoint: Path) -> None:
@@ -162,8 +165,28 @@ def test_adapters_that_do_not_fit_are_refused(checkpoint: Path) -> None:
     config.write_text(json.dumps({**settings, "lora_alpha": ALPHA + 1}))
     with pytest.raises(ValueError, match="the checkpoint's rank is 4 and its scale 1.5"):
         load_compiled(checkpoint)
+    config.write_text(json.dumps({**settings, "lora_alpha": "six"}))
+    with pytest.raises(ValueError, match=r"lora_alpha='six', the checkpoint's rank is 4 and its scale 1\.5"):
+        load_compiled(checkpoint)
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"'llama1': .*adapter_config\.json' is no JSON"):
+        load_compiled(checkpoint)
     config.unlink()
     with pytest.raises(FileNotFoundError, match="'llama1' is compiled, but .* is missing"):
+        load_compiled(checkpoint)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None], ids=["NaN", "infinity", "integers"])
+def test_adapters_that_are_not_of_finite_numbers_are_refused(checkpoint: Path, value: float | None) -> None:
+    weights = checkpoint / "compiled" / "llama1" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = "base_model.model.lm_head.lora_A.weight"
+    if value is None:
+        tensors[name] = tensors[name].to(torch.int32)
+    else:
+        tensors[name][0, 0] = value
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=r"'llama1': its adapter has values that are no finite .*lm_head\.lora_A"):
         load_compiled(checkpoint)
 
 

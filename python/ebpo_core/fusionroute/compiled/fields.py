@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,14 @@ def check_fields(compiled: Any) -> dict[str, Any] | None:
     """The config's ``compiled``, or None where it says that nothing is.
 
     Raises:
-        ValueError: not of the form ``{"rank": r, "scale": alpha / r, "router": hash}``.
+        ValueError: not of the form ``{"rank": r, "scale": alpha / r, "router": hash}``, or r or the scale is not
+            above 0, or infinite.
     """
     if not compiled:
         return None
     wrong = not isinstance(compiled, Mapping) or compiled.keys() != _FIELDS.keys()
-    if wrong or not all(isinstance(compiled[name], kind) for name, kind in _FIELDS.items()) or compiled["rank"] < 1:
+    wrong = wrong or not all(isinstance(compiled[name], kind) for name, kind in _FIELDS.items())
+    if wrong or compiled["rank"] < 1 or not 0 < compiled["scale"] < math.inf:
         raise ValueError(
             f"compiled is {compiled!r}: expected None, or {{'rank': r, 'scale': alpha / r, 'router': hash}}"
         )

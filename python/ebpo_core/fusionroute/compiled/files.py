@@ -131,7 +131,7 @@ def read_adapters(
 
     Raises:
         FileNotFoundError: an adapter is missing.
-        ValueError: one that is not of this rank and scale, of other modules, or no plain LoRA.
+        ValueError: one that is not of this rank and scale, of other modules, no plain LoRA, or not of finite numbers.
     """
     read = [_read_adapter(checkpoint / COMPILED_FOLDER / name, name, modules, rank, scale) for name in names]
     # In float64, so that what the scale is multiplied into is rounded once, to the router's dtype.
@@ -149,15 +149,20 @@ def _read_adapter(
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"expert {expert!r} is compiled, but {str(file)!r} is missing: {remedy}")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expert {expert!r}: {str(file)!r} is no JSON, {error}: {remedy}") from error
     for name, plain in _PLAIN.items():
         if config.get(name, plain) not in (plain, None):
             raise ValueError(
                 f"expert {expert!r}: its adapter has {name}={config[name]!r}, expected {plain!r}: {remedy}"
             )
-    if config.get("r") != rank or abs(config.get("lora_alpha", 0) / rank - scale) > 1e-6 * abs(scale):
+    alpha = config.get("lora_alpha")
+    fits = isinstance(alpha, int | float) and abs(alpha / rank - scale) <= 1e-6 * abs(scale)
+    if config.get("r") != rank or not fits:
         raise ValueError(
-            f"expert {expert!r}: its adapter has r={config.get('r')} and lora_alpha={config.get('lora_alpha')}, the "
+            f"expert {expert!r}: its adapter has r={config.get('r')} and lora_alpha={alpha!r}, the "
             f"checkpoint's rank is {rank} and its scale {scale}: {remedy}"
         )
     with explained(expert):
@@ -169,7 +174,16 @@ def _read_adapter(
     wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     if wrong:
         raise ValueError(f"expert {expert!r}: its adapter does not fit the router, {wrong[:3]}: {remedy}")
+    broken = sorted(name for name, value in tensors.items() if not (value.is_floating_point() and _finite(value)))
+    if broken:
+        raise ValueError(
+            f"expert {expert!r}: its adapter has values that are no finite numbers, {broken[:3]}: {remedy}"
+        )
     return tensors
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def read_report(checkpoint: Path) -> dict[str, Any] | None:
