@@ -5,22 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import VOCAB, WIDE, load, tied
 from fusionroute_compiled import save_compiled
 from fusionroute_tiny import tiny_tokenizer
 from test_serving_engines import LENGTHS, NEW, SECOND, check, question, run, two_ranks
+
+from ebpo_core.fusionroute.vllm.lowrank import LowRankTerms, Selection, Shard
 
 pytestmark = pytest.mark.timeout(900)  # engines start slowly on a busy machine
 
 LAYERS, EXPERTS = 2, 3
 SMALL = {
     "block_size": 32,
-    "num_gpu_blocks_override": 9,
+    "num_gpu_blocks_override": 8,
     "max_model_len": 192,
     "max_num_batched_tokens": 16,
     "disable_log_stats": False,
 }
-"""An engine that reads prompts in half blocks, and has no room for the last block of the longest: it is preempted."""
+"""An engine that reads prompts in half blocks, and has no room for all blocks of the longest: it is preempted."""
 FAMILIES = {
     "llama": {},
     "qwen2": {},
@@ -56,6 +59,18 @@ def test_every_family_answers_as_generate_with_one_cache_and_one_copy_of_the_wei
         assert max(found["rows"]["adapted"]) <= len(LENGTHS)
         assert max(found["rows"]["router"]) > max(found["rows"]["adapted"])
     assert wrote == set(range(EXPERTS))
+
+
+def test_an_overflow_in_one_experts_terms_stays_in_its_rows() -> None:
+    """In float16 an activation that is ordinary to one expert may be too large for the adapter of another."""
+    selection = Selection(3, num_experts=2, rank=1)
+    terms = LowRankTerms(selection, Shard(0, 2), [Shard(0, 2)]).half()
+    down = torch.tensor([[[1.0, 1.0]], [[6e4, 6e4]]])  # of the second expert, 6e4 + 6e4 overflows
+    terms.load(0, down, torch.ones(2, 1, 2))
+    selection.choose(torch.tensor([0, 1, 0]))
+    out = torch.zeros(3, 2, dtype=torch.float16)
+    terms.add_to(out, torch.ones(3, 2, dtype=torch.float16))
+    assert out.tolist() == [[2, 2], [torch.inf, torch.inf], [2, 2]]
 
 
 def test_seven_experts_compiled_by_torch(tmp_path: Path) -> None:
