@@ -52,8 +52,6 @@ def _engine(asked: dict[str, Any]) -> dict[str, Any]:
         "max_model_len": llm.model_config.max_model_len,
         "second_runner": llm.llm_engine.vllm_config.use_v2_model_runner,
     }
-    if not engine.get("disable_log_stats", True):
-        said["preemptions"] = sum(one.value for one in llm.get_metrics() if one.name == "vllm:num_preemptions")
     if model is not None:
         own = {name for name, _ in model.named_parameters() if not name.startswith(("router.", "route_head."))}
         said["rows"] = model.rows
