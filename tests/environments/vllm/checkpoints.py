@@ -1,9 +1,12 @@
-"""Tiny FusionRoute checkpoints whose experts stay in their own folders, and what ``generate`` makes of them."""
+"""Tiny FusionRoute checkpoints, what ``generate`` makes of them, and what workers in processes of their own say."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +87,29 @@ def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """Random prompts without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(6, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def said_by(worker: str, *questions: Any, environment: Mapping[str, str] | None = None, timeout: float = 900) -> Any:
+    """What a worker of this folder answers, in a process of its own: vLLM is configured by its environment.
+
+    Args:
+        worker: its file's name; it reads questions as JSON from its arguments, and prints a line: ``answer``, JSON.
+        questions: for it.
+        environment: variables beside those of the tests' own process.
+        timeout: in seconds.
+    """
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(worker)), *map(json.dumps, questions)],
+        env=os.environ | variables | dict(environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("answer ")]
+    return json.loads(line.removeprefix("answer "))
 
 
 class Answer(NamedTuple):

@@ -33,7 +33,7 @@ def main() -> None:
             folder, sizes = (each, ()) if isinstance(each, str) else each
             own = submodels.expert_config(ExpertReference(name=f"slot{slot}", path=folder))
             submodels.build(config, own, folder, f"expert_{slot}", "", sizes=sizes)
-    print(json.dumps(keys))
+    print("answer", json.dumps(keys))
 
 
 if __name__ == "__main__":

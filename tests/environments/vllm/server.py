@@ -19,6 +19,12 @@ START_SECONDS = 600
 
 NAME = "tiny"
 
+CHUNKED = (
+    *("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", "--block-size", "32"),
+    *("--max-num-batched-tokens", "64", "--max-model-len", "400"),
+)
+"""Flags of a server that reads prompts in chunks, through blocks of the smallest size that a CPU has."""
+
 
 class Server(NamedTuple):
     """A running server: ``root`` without ``/v1``, its process, and what it printed so far."""

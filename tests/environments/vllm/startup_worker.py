@@ -6,26 +6,26 @@ python startup_worker.py '[{"model": ..., "hf_overrides": {...}}, ...]'
 from __future__ import annotations
 
 import json
-import os
 import sys
+from typing import Any
 
 
 def main() -> None:
+    print("answer", json.dumps([_said(case) for case in json.loads(sys.argv[1])]))
+
+
+def _said(case: dict[str, Any]) -> str | None:
     from vllm.engine.arg_utils import EngineArgs
 
-    said = []
-    for case in json.loads(sys.argv[1]):
-        environment = case.pop("environment", {})
-        os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
-        os.environ.update(environment)
-        try:
-            config = EngineArgs(dtype="float32", **case).create_engine_config()
-        except (ValueError, OSError) as error:
-            said.append(str(error))
-        else:
-            said.append(None)
-            assert config.model_config.get_vocab_size() > config.model_config.hf_config.vocab_size
-    print(json.dumps({"said": said}))
+    try:
+        config = EngineArgs(dtype="float32", **case).create_engine_config().model_config
+    except (ValueError, OSError) as error:
+        return str(error)
+    # Another model is configured as if the plugin were not there.
+    ours = config.hf_config.model_type == "fusionroute"
+    assert ours == (config.get_vocab_size() > config.hf_config.vocab_size)
+    assert ours == bool(config.logits_processors)
+    return None
 
 
 if __name__ == "__main__":

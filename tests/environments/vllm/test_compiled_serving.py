@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ import openai
 import pytest
 from checkpoints import VOCAB, load, prompts, reference
 from safetensors.torch import load_file, save_file
-from server import NAME, Server, environment, serving
+from server import CHUNKED, NAME, Server, serving
 from test_compiled_engines import EXPERTS, saved
 from test_serving_api import metric, per_expert
+from test_serving_startup import check_starts
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 from ebpo_core.fusionroute.vllm.answers import routed_tokens, routing_request
@@ -39,8 +38,7 @@ def model(checkpoint: Path) -> FusionRouteForCausalLM:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Server]:
-    flags = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", "--block-size", "32"]
-    with serving(checkpoint, *flags, "--max-num-batched-tokens", "64", "--max-model-len", "400") as one:
+    with serving(checkpoint, *CHUNKED) as one:
         yield one
 
 
@@ -138,17 +136,4 @@ def test_what_cannot_be_served_stops_the_start(checkpoint: Path, tmp_path: Path)
         ),
         ({"model": str(checkpoint), "enable_lora": True}, "LoRA"),
     ]
-    worker = Path(__file__).with_name("startup_worker.py")
-    done = subprocess.run(
-        [sys.executable, str(worker), json.dumps([case for case, _ in cases])],
-        env=environment() | {"VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    said = json.loads(done.stdout.splitlines()[-1])["said"]
-    for (case, expected), found in zip(cases, said, strict=True):
-        assert (found is None) == (expected is None), (case, found)
-        assert expected is None or expected in found, (case, found)
+    check_starts(cases)

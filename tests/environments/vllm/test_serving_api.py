@@ -17,7 +17,7 @@ import pytest
 import torch
 from checkpoints import MIXED, VOCAB, Answer, load, prompts, reference, save_checkpoint
 from fusionroute_oracle import oracle_logits
-from server import NAME, Server, serving
+from server import CHUNKED, NAME, Server, serving
 from transformers import LogitsProcessorList
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM, RoutedToken
@@ -43,8 +43,7 @@ def model(checkpoint: Path) -> FusionRouteForCausalLM:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Server]:
-    flags = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", "--block-size", "32"]
-    with serving(checkpoint, *flags, "--max-num-batched-tokens", "64", "--max-model-len", "400") as one:
+    with serving(checkpoint, *CHUNKED) as one:
         yield one
 
 

@@ -1,21 +1,21 @@
 """Composites of several kinds in vLLM's engine answer what our ``generate`` answers: eager, compiled, quantised, split.
 
-Each engine has a process of its own. All but the one on two ranks run in it, without vLLM's own processes: the server's
-tests have those.
+Engines that compile nothing share one process, since starting it takes longer than they do. All but the one on two
+ranks run in it, without vLLM's own processes: the server's tests have those.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from checkpoints import MIXED, VOCAB, WIDE, load, prompts, quantise, reference, save_checkpoint
+from checkpoints import MIXED, VOCAB, WIDE, load, prompts, quantise, reference, said_by, save_checkpoint
 from fusionroute_tiny import save_tiny
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -25,33 +25,35 @@ pytestmark = pytest.mark.timeout(600)  # engines start slowly on a busy machine
 
 NEW = 24
 LENGTHS = (5, 40, 150)
-WORKER = Path(__file__).parent / "engine_worker.py"
 
 
-def run(model: Path, experts: int, environment: dict[str, str] | None = None, **engine: Any) -> dict[str, Any]:
-    """What an engine in a process of its own answers to the prompts."""
-    asked = {
+ALONE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+SECOND = {**ALONE, "VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+
+
+def two_ranks() -> dict[str, str]:
+    """One memory node: vLLM is told which cores each rank has."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+
+
+def question(model: Path, experts: int, *, watch: bool = False, **engine: Any) -> dict[str, Any]:
+    """What an engine is asked: all prompts at once."""
+    return {
         "model": str(model),
         "prompts": prompts(LENGTHS),
         "new": NEW,
         "num_experts": experts,
         "vocab_size": VOCAB,
+        "watch": watch,
         "engine": {"enforce_eager": True, **engine},
     }
-    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if environment is None else environment
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", **alone}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), json.dumps(asked)],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"answers"')]
-    answer: dict[str, Any] = json.loads(line)
-    return answer
+
+
+def run(*questions: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
+    """What engines answer, one after the other in a process of its own."""
+    found: list[dict[str, Any]] = said_by("engine_worker.py", questions, environment=environment or ALONE)
+    return found
 
 
 def check(found: dict[str, Any], model: Any, *, least: int, rounding: float = 5e-5) -> set[int]:
@@ -72,37 +74,46 @@ def check(found: dict[str, Any], model: Any, *, least: int, rounding: float = 5e
 
 def test_llamas_of_one_shape_compiled(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path, "llama", {"one": ("llama", {}), "two": ("llama", {})}, alpha=0.5)
-    assert check(run(checkpoint, 2, enforce_eager=False), load(checkpoint), least=60) == {0, 1}
-
-
-def test_gemmas_and_a_llama_routing_only(tmp_path: Path) -> None:
-    experts = {"two": ("gemma2", {"window": 16}), "three": ("gemma3", {"window": 16}), "llama": ("llama", {})}
-    checkpoint = save_checkpoint(tmp_path, "gemma2", experts, complementary=False)
-    assert len(check(run(checkpoint, 3), load(checkpoint), least=40)) > 1
-
-
-def test_a_shorter_expert_shortens_the_context_and_windows_stay_each_models_own(tmp_path: Path) -> None:
-    # Here the router slides and an expert does not: an engine's one window must reach neither too far nor too short.
-    experts = {"full": ("llama", {"max_position_embeddings": 256}), "slides": ("mistral", {"window": 48})}
-    checkpoint = save_checkpoint(tmp_path, "mistral", experts)
-    found = run(checkpoint, 2, max_model_len=None)
-    assert found["max_model_len"] == 256
+    (found,) = run(question(checkpoint, 2, enforce_eager=False))
+    assert found["second_runner"] is False
     assert check(found, load(checkpoint), least=60) == {0, 1}
 
 
-def test_a_quantised_expert_beside_a_plain_one(tmp_path: Path) -> None:
-    eight = save_tiny(tmp_path / "eight", "llama", 1, **WIDE)
+class Eager(NamedTuple):
+    """A checkpoint, what is asked of it, and how its answers are compared."""
+
+    checkpoint: Path
+    experts: int
+    least: int
+    engine: Mapping[str, Any] = MappingProxyType({})
+    live: Mapping[str, Any] = MappingProxyType({})
+    rounding: float = 5e-5
+
+
+def _gemmas_and_a_llama_routing_only(folder: Path) -> Eager:
+    experts = {"two": ("gemma2", {"window": 16}), "three": ("gemma3", {"window": 16}), "llama": ("llama", {})}
+    return Eager(save_checkpoint(folder, "gemma2", experts, complementary=False), 3, least=40)
+
+
+def _a_shorter_expert_and_windows(folder: Path) -> Eager:
+    # Here the router slides and an expert does not: an engine's one window must reach neither too far nor too short.
+    experts = {"full": ("llama", {"max_position_embeddings": 256}), "slides": ("mistral", {"window": 48})}
+    return Eager(save_checkpoint(folder, "mistral", experts), 2, least=60, engine={"max_model_len": None})
+
+
+def _a_quantised_expert_beside_a_plain_one(folder: Path) -> Eager:
+    eight = save_tiny(folder / "eight", "llama", 1, **WIDE)
     attention = [f"model.layers.0.self_attn.{one}_proj" for one in "qkv"]
-    checkpoint = save_checkpoint(tmp_path, "llama", {"plain": ("qwen2", {}), "eight": (eight, {})})
+    checkpoint = save_checkpoint(folder, "llama", {"plain": ("qwen2", {}), "eight": (eight, {})})
     live = quantise(eight, [*attention, r"re:model[.]layers[.]1[.]mlp[.]down_proj"])
     config = json.loads((checkpoint / "config.json").read_text())
     del config["experts"][1]["hash"]  # it was quantised after the checkpoint was saved
     (checkpoint / "config.json").write_text(json.dumps(config))
     # An activation that falls to the other side of an int8 step moves logits by far more than float32 rounds.
-    assert check(run(checkpoint, 2), load(checkpoint, eight=live), least=20, rounding=1e-3) == {0, 1}
+    return Eager(checkpoint, 2, least=20, live={"eight": live}, rounding=1e-3)
 
 
-def test_a_mixture_of_experts_as_an_expert(tmp_path: Path) -> None:
+def _a_mixture_of_experts_as_an_expert(folder: Path) -> Eager:
     torch.manual_seed(3)
     mixture = MixtralForCausalLM(
         MixtralConfig(
@@ -118,9 +129,45 @@ def test_a_mixture_of_experts_as_an_expert(tmp_path: Path) -> None:
             sliding_window=None,
         )
     )
-    mixture.save_pretrained(tmp_path / "mixture")
-    checkpoint = save_checkpoint(tmp_path, "llama", {"dense": ("llama", {}), "mixture": (tmp_path / "mixture", {})})
-    assert check(run(checkpoint, 2), load(checkpoint), least=60) == {0, 1}
+    mixture.save_pretrained(folder / "mixture")
+    experts = {"dense": ("llama", {}), "mixture": (folder / "mixture", {})}
+    return Eager(save_checkpoint(folder, "llama", experts), 2, least=60)
+
+
+EAGER: tuple[Callable[[Path], Eager], ...] = (
+    _gemmas_and_a_llama_routing_only,
+    _a_shorter_expert_and_windows,
+    _a_quantised_expert_beside_a_plain_one,
+    _a_mixture_of_experts_as_an_expert,
+)
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Eager, dict[str, Any]]]:
+    """Each of these checkpoints, and its engine's answers."""
+    made = [make(tmp_path_factory.mktemp("eager")) for make in EAGER]
+    found = run(*(question(one.checkpoint, one.experts, **one.engine) for one in made))
+    return {make.__name__: both for make, both in zip(EAGER, zip(made, found, strict=True), strict=True)}
+
+
+@pytest.mark.parametrize("name", [make.__name__ for make in EAGER])
+def test_composites_of_every_kind(eager: dict[str, tuple[Eager, dict[str, Any]]], name: str) -> None:
+    one, found = eager[name]
+    wrote = check(found, load(one.checkpoint, **one.live), least=one.least, rounding=one.rounding)
+    assert len(wrote) > 1
+    if one.experts == 2:
+        assert wrote == {0, 1}
+
+
+def test_a_shorter_expert_shortens_the_context(eager: dict[str, tuple[Eager, dict[str, Any]]]) -> None:
+    assert eager["_a_shorter_expert_and_windows"][1]["max_model_len"] == 256
+
+
+def test_the_second_runner_of_models(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path, "llama", MIXED)
+    (found,) = run(question(checkpoint, 3), **SECOND)
+    assert found["second_runner"] is True
+    assert check(found, load(checkpoint), least=60) == {0, 1, 2}
 
 
 def test_two_ranks_of_tensor_parallelism(tmp_path: Path) -> None:
@@ -128,10 +175,8 @@ def test_two_ranks_of_tensor_parallelism(tmp_path: Path) -> None:
         "window": ("mistral", {"window": 16, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 32})
     }
     checkpoint = save_checkpoint(tmp_path, "llama", experts)
-    # One memory node: vLLM is told which cores each rank has.
-    cores = sorted(os.sched_getaffinity(0))
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
-    assert check(run(checkpoint, 3, environment, tensor_parallel_size=2), load(checkpoint), least=60) == {0, 1, 2}
+    (found,) = run(question(checkpoint, 3, tensor_parallel_size=2), **two_ranks())
+    assert check(found, load(checkpoint), least=60) == {0, 1, 2}
 
 
 @pytest.fixture(autouse=True)
@@ -148,11 +193,7 @@ def test_compiled_code_is_found_again_by_slot_and_configuration(tmp_path: Path) 
 
     def keys(*pairs: list[Any]) -> list[list[list[str]]]:
         """Of each pair of experts and each slot: vLLM's hash, and the tag."""
-        worker = WORKER.with_name("keys_worker.py")
-        command = [sys.executable, str(worker), json.dumps(pairs), json.dumps({"model": str(checkpoint)})]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-        found: list[list[list[str]]] = json.loads(done.stdout.splitlines()[-1])
+        found: list[list[list[str]]] = said_by("keys_worker.py", pairs, {"model": str(checkpoint)})
         return found
 
     before, again, swapped, twice, few, many = keys(

@@ -13,7 +13,8 @@ def check_fields(compiled: Any) -> dict[str, Any] | None:
     """The config's ``compiled``, or None where it says that nothing is.
 
     Raises:
-        ValueError: not of the form ``{"rank": r, "scale": alpha / r, "router": hash}``.
+        ValueError: not of the form ``{"rank": r, "scale": alpha / r, "router": hash}``, or r or the scale is not
+            above 0, or infinite.
     """
     if not compiled:
         return None

@@ -22,8 +22,8 @@ class Selection(nn.Module):
     """The experts that the rows of the running step selected, as a mask over the stacked products.
 
     Attributes:
-        mask: ``[rows, n r]``: 1 in the columns of the row's expert, 0 in the others. One piece of memory for all
-            layers and steps, so that compiled code (and a CUDA graph) finds it.
+        mask: ``[rows, n r]`` bool: true in the columns of the row's expert. One piece of memory for all layers and
+            steps, so that compiled code (and a CUDA graph) finds it.
     """
 
     mask: Tensor
@@ -32,7 +32,7 @@ class Selection(nn.Module):
         super().__init__()
         self.num_experts, self.rank = num_experts, rank
         # One row more than a step can have: compilation must not find that they are as many.
-        self.register_buffer("mask", torch.zeros(rows + 1, num_experts * rank), persistent=False)
+        self.register_buffer("mask", torch.zeros(rows + 1, num_experts * rank, dtype=torch.bool), persistent=False)
 
     def choose(self, ids: Tensor) -> None:
         """Set the mask's first rows for ``ids``, ``[rows]`` int64."""
@@ -94,7 +94,8 @@ class LowRankTerms(nn.Module):
         products = nn.functional.linear(x, self.lora_A)
         k, start = mask.shape[1], 0
         for piece, width in enumerate(self.widths):
-            kept = products[:, piece * k : (piece + 1) * k] * mask
+            # Chosen, not multiplied by 0: where another expert's product overflows, that would be NaN in this row.
+            kept = products[:, piece * k : (piece + 1) * k].where(mask, 0)
             out[:, start : start + width].addmm_(kept, self.lora_B[start : start + width].t())
             start += width
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 
+from .versions import REMEDY
+
 ARCHITECTURE = "FusionRouteForCausalLM"
 MODEL = "ebpo_core.fusionroute.vllm.model:FusionRouteForCausalLM"
 COMPILED_ARCHITECTURE = "CompiledFusionRouteForCausalLM"
@@ -30,7 +32,7 @@ def register() -> None:
         known_to(Startup, COMPILED_ARCHITECTURE)
         from vllm import ModelRegistry
     except ImportError as error:
-        logger.warning("ebpo-core cannot serve FusionRoute checkpoints in this vLLM: %s", error)
+        logger.warning("ebpo-core cannot serve FusionRoute checkpoints in this vLLM (%s): %s", error, REMEDY)
         return
     for architecture, model in ((ARCHITECTURE, MODEL), (COMPILED_ARCHITECTURE, COMPILED_MODEL)):
         if architecture not in ModelRegistry.get_supported_archs():

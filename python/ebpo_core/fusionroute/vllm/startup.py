@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -30,9 +29,9 @@ from .counters import publish
 from .guard import processor_name
 from .plugin import COMPILED_ARCHITECTURE
 from .submodels import expert_config, view
+from .versions import check_version
 
 logger = init_logger(__name__)
-_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 def known_to(startup: type, architecture: str) -> None:
@@ -60,8 +59,9 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
 
         Raises:
             FileNotFoundError, OSError, ValueError: an expert is missing, changed, too narrow, or of a kind that vLLM
-                does not load.
+                does not load; or vLLM is of a version that this package does not know.
         """
+        check_version()
         config: FusionRouteConfig = model_config.hf_config
         experts: list[ExpertReference] = []
         if config.compiled is None:
@@ -120,12 +120,13 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
             (vllm_config.lora_config, "LoRA requests"),
             (model_config.enable_prompt_embeds, "prompts given as embeddings"),
             (vllm_config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism"),
+            # Halves of a batch take turns inside a step, and what a step selected is kept in one place.
+            (vllm_config.parallel_config.use_ubatching, "dual batch overlap"),
         ):
             if present:
                 raise ValueError(f"FusionRoute in vLLM does not support {what}: start the server without it")
-        _select_runner()
         names = [str(expert["name"]) for expert in config.experts or []]
-        processor = processor_name(int(config.vocab_size or 0), compiled=config.compiled is not None)
+        processor = processor_name(vllm_config)
         if config.compiled is not None:
             # vLLM's name for what the adapted stack does: it reads a cache that the router writes, and in a prompt
             # the tokens whose logits are wanted. Without it, vLLM would not tell the model which these are.
@@ -207,14 +208,3 @@ def _mixture_of(model_config: Any, name: str) -> int:
             "use the checkpoint's own generate, or an expert with attention alone"
         )
     return int(model_config.model_arch_config.num_experts or 0)
-
-
-def _select_runner() -> None:
-    """vLLM's first model runner: the second one asks other things of a logits processor than the guard offers."""
-    given = os.environ.get(_RUNNER)
-    if given not in (None, "0"):
-        raise ValueError(
-            f"{_RUNNER}={given}: FusionRoute's extra vocabulary ids are guarded in vLLM's first model runner only; "
-            f"unset the variable, or set {_RUNNER}=0"
-        )
-    os.environ[_RUNNER] = "0"
