@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ebpo_core.evaluation import SamplingOptions, complete
 from ebpo_core.evaluation.estimators import mean_and_error
 from ebpo_core.fusionroute import FusionRouteForCausalLM
+from ebpo_core.fusionroute.cli.options import number_or_named
 from ebpo_core.fusionroute.compiled.compilation import compile as compiled
 from ebpo_core.fusionroute.demo.demo import KINDS
 from ebpo_core.fusionroute.demo.domains import DOMAINS, MAX_ANSWER_TOKENS, build_tokenizer, generate, sft_rows
@@ -83,8 +84,10 @@ def markdown(records: list[dict[str, Any]]) -> str:
             for one in record["problems"].values()
         ]
         fused, settings = record["report"]["fused"], record["report"]["settings"]
+        steps = settings["steps"]
+        steps = steps if isinstance(steps, int) else ", ".join(f"{name} {count}" for name, count in steps.items())
         lines.append(
-            f"| {settings['rank']} | {settings['steps']} | {settings['learning_rate']:g} | {record['cpu_seconds']:.0f} "
+            f"| {settings['rank']} | {steps} | {settings['learning_rate']:g} | {record['cpu_seconds']:.0f} "
             f"| {fused['kl']:.4f} | {fused['agreement']:.1%} | {' | '.join(cells)} |"
         )
     before = ", ".join(f"{kind} {100 * one['uncompiled']:.1f}" for kind, one in records[0]["problems"].items())
@@ -96,7 +99,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="that `fusionroute demo` left")
     parser.add_argument("--work", type=Path, default=Path("runs/compiled"), help="of compiled checkpoints")
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 16, 4])
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", nargs="+", default=["4000"], help="of every expert, or NAME=N for each")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--alpha", type=float, help="lora_alpha over the rank")
@@ -114,7 +117,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             args.checkpoint, args.work = untrained(Path(folder) / "checkpoint"), Path(folder) / "work"
             args.json = Path(folder) / "records.json"
-            args.ranks, args.steps, args.batch_size, args.rows, args.problems = [4], 2, 8, 100, 4
+            args.ranks, args.steps, args.batch_size, args.rows, args.problems = [4], ["2"], 8, 100, 4
             measure(args)
         return
     if args.checkpoint is None:
@@ -132,13 +135,13 @@ def measure(args: argparse.Namespace) -> None:
     for rank in args.ranks:
         settings = {
             "rank": rank,
-            "steps": args.steps,
+            "steps": number_or_named("steps", args.steps),
             "batch_size": args.batch_size,
             "learning_rate": args.learning_rate,
             "other_weight": args.other_weight,
             "alpha": None if args.alpha is None else args.alpha * rank,
         }
-        name = "-".join(str(value) for value in settings.values())
+        name = "-".join([str(rank), "-".join(args.steps), *map(str, [*settings.values()][2:])])
         if any(record["name"] == name for record in records):
             continue
         folder = args.work / name

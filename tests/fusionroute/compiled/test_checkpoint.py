@@ -233,7 +233,7 @@ def test_adapters_that_do_not_fit_are_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"'llama1': its adapter does not fit the router, \['lm_head.lora_A"):
         load_compiled(checkpoint)
     save_file(tensors, weights)
-    for broken in (torch.nan, torch.inf):
+    for broken in (torch.nan, torch.inf, 1):
         save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.full((RANK, 64), broken)}, weights)
         with pytest.raises(ValueError, match=r"'llama1': .* no finite numbers, \['lm_head.lora_A"):
             load_compiled(checkpoint)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ebpo_core.cli.quiet import hide_loading_bars
 from ebpo_core.fusionroute.cli.held_out import add_label_flags, chat_template
-from ebpo_core.fusionroute.cli.options import add_code_flag, add_expert_path_flag, named_paths
+from ebpo_core.fusionroute.cli.options import add_code_flag, add_expert_path_flag, named_paths, number_or_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +32,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset-split", help="of a folder or hub id")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
     parser.add_argument("--alpha", type=float, help="PEFT's lora_alpha (default: twice the rank)")
-    parser.add_argument("--steps", type=int, default=1000, help="of each expert (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        default=["1000"],
+        metavar="N or NAME=N",
+        help="of every expert, or a number for each by name (default: 1000)",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW (default: %(default)s)")
     parser.add_argument(
@@ -56,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     paths = named_paths("expert-path", arguments.expert_path)
     template = chat_template(arguments)
+    steps = number_or_named("steps", arguments.steps)
 
     import torch
 
@@ -66,13 +73,14 @@ def main(argv: Sequence[str]) -> int:
     split = arguments.dataset_split
     rows = load_rows("data", arguments.data, split, None)
     held_out = None if arguments.eval_data is None else load_rows("eval_data", arguments.eval_data, split, None)
-    names = ("rank", "alpha", "steps", "batch_size", "learning_rate", "other_weight", "max_length", "train_on")
+    names = ("rank", "alpha", "batch_size", "learning_rate", "other_weight", "max_length", "train_on")
     console = Console(highlight=False)
     report = compiled(
         arguments.checkpoint,
         arguments.output,
         rows,
         eval_data=held_out,
+        steps=steps,
         **{name: getattr(arguments, name) for name in (*names, "save_steps", "seed", "trust_remote_code")},
         chat_template_kwargs=template,
         expert_paths=paths or None,

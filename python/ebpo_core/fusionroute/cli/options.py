@@ -108,6 +108,23 @@ def named_paths(argument: str, items: Sequence[str]) -> dict[str, str]:
     return paths
 
 
+def number_or_named(argument: str, items: Sequence[str]) -> int | dict[str, int]:
+    """``["N"]`` as a number, ``["NAME=N", ...]`` as numbers by name; ``argument`` is what the user calls them.
+
+    Raises:
+        ValueError: Anything else, or a name that is there twice.
+    """
+    numbers: dict[str, int] = {}
+    for item in items:
+        name, equals, number = item.rpartition("=")
+        if not number.isdecimal() or bool(name) != bool(equals) or (len(items) > 1 and not name):
+            raise ValueError(f"{argument}={item!r}: expected one number, or NAME=N for each, e.g. math=4000 code=1000")
+        if name in numbers:
+            raise ValueError(f"{argument}={item!r}: {name!r} is there twice; give each name once")
+        numbers[name] = int(number)
+    return numbers.get("") or numbers
+
+
 def load_tokenizer(arguments: Namespace) -> Any:
     """The checkpoint's tokenizer, which is cheap to load and shows whether there is a checkpoint at all.
 

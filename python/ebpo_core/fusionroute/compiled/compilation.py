@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     eval_data: Iterable[Mapping[str, Any]] | None = None,
     rank: int = Distillation.rank,
     alpha: float | None = None,
-    steps: int = Distillation.steps,
+    steps: int | Mapping[str, int] = Distillation.steps,
     batch_size: int = Distillation.batch_size,
     learning_rate: float = Distillation.learning_rate,
     other_weight: float = Distillation.other_weight,
@@ -68,7 +68,9 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
         output: folder of the compiled one; new, empty, or of a run that was killed.
         data: rows of SFT data, see :func:`~..training.data.tokenize_samples`.
         eval_data: held-out rows for the report; None holds back every 20th row of ``data`` that has a label.
-        rank, alpha, steps, batch_size, learning_rate, other_weight, seed: see :class:`~.distillation.Distillation`.
+        rank, alpha, batch_size, learning_rate, other_weight, seed: see :class:`~.distillation.Distillation`.
+        steps: optimizer steps, the same for each expert, or a number for each by name: one that computes takes more of
+            them than one that rewrites.
         max_length, train_on, chat_template_kwargs: as for :func:`~..training.data.tokenize_samples`.
         save_steps: how often the state of an expert's training is saved, in steps.
         expert_paths, trust_remote_code: as for ``from_pretrained``.
@@ -86,7 +88,8 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     require_peft()
     if isinstance(save_steps, bool) or not isinstance(save_steps, int) or save_steps < 1:
         raise ValueError(f"save_steps={save_steps!r}: expected a whole number of at least 1")
-    settings = Distillation(rank, alpha, steps, batch_size, learning_rate, other_weight, seed)
+    by_name = dict(steps) if isinstance(steps, Mapping) else None
+    settings = Distillation(rank, alpha, _most(steps), batch_size, learning_rate, other_weight, seed)
     screen = Console(quiet=True) if console is None else console
     folder = Path(output).expanduser().resolve()
     _remove_unfinished(folder / COMPILED_FOLDER)
@@ -100,6 +103,7 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     model = (model if device is None else model.to(device)).eval().requires_grad_(False)
     target_modules(model.router)
     _check_names(model.experts.names)
+    of_experts = _settings_of(model.experts.names, settings, by_name)
     tokenizer = _tokenizer_of(checkpoint)
     options: dict[str, Any] = {
         "max_length": max_length,
@@ -108,7 +112,7 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     }
     train, held_out = _split(data, eval_data, model, tokenizer, options)
     made_from = {
-        "settings": {**asdict(settings), "alpha": settings.lora_alpha},
+        "settings": {**asdict(settings), "alpha": settings.lora_alpha, "steps": by_name or settings.steps},
         "router": model_hash(model),
         "experts": {expert.name: expert.hash for expert in model.experts},
         "tokenizer": fingerprint(tokenizer),
@@ -117,7 +121,7 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     }
     _begin(folder, made_from, going_on)
     # 2. The experts, one by one.
-    _distil(model, train, settings, folder, save_steps, screen)
+    _distil(model, train, of_experts, folder, save_steps, screen)
     # 3. What it cost, on rows that none of them saw.
     names = model.experts.names
     adapters = read_adapters(folder, names, target_modules(model.router), settings.rank, settings.scale)
@@ -175,6 +179,29 @@ def _tokenized(
     longest = int(sequences.lengths.max())
     check_positions(f"the longest row of {name}", longest, models, "cut the data to that, max_length={limit}")
     return sequences
+
+
+def _most(steps: int | Mapping[str, int]) -> Any:
+    """The most steps that an expert has; what is wrong among them comes first, to be refused with the settings."""
+    if not isinstance(steps, Mapping):
+        return steps
+    odd = [value for value in steps.values() if isinstance(value, bool) or not isinstance(value, int) or value < 1]
+    return odd[0] if odd else max(steps.values(), default=Distillation.steps)
+
+
+def _settings_of(names: list[str], settings: Distillation, steps: Mapping[str, int] | None) -> dict[str, Distillation]:
+    """The settings of each expert, by name.
+
+    Raises:
+        ValueError: steps of other experts than these.
+    """
+    if steps is None:
+        return dict.fromkeys(names, settings)
+    if steps.keys() != set(names):
+        raise ValueError(
+            f"steps names {list(steps)}, the experts are {names}: give one number, or one for each of them"
+        )
+    return {name: replace(settings, steps=steps[name]) for name in names}
 
 
 def _check_names(names: list[str]) -> None:
@@ -248,7 +275,7 @@ def _begin(folder: Path, made_from: Mapping[str, Any], going_on: bool) -> None:
 def _distil(
     model: Any,
     train: TokenSequences,
-    settings: Distillation,
+    settings: Mapping[str, Distillation],
     folder: Path,
     save_steps: int,
     console: Console,
@@ -265,11 +292,12 @@ def _distil(
     selects = selecting(model, train)
     for index, name in missing:
         state = folder / COMPILED_FOLDER / _state_of(name)
-        distiller = Distiller(model, index, train, settings, selects[:, index], state)
-        with bar(console, f"Expert {name}", settings.steps, distiller.step) as shown:
+        own = settings[name]
+        distiller = Distiller(model, index, train, own, selects[:, index], state)
+        with bar(console, f"Expert {name}", own.steps, distiller.step) as shown:
             distiller.run(_shown_on(shown), save_steps)
         place = folder / COMPILED_FOLDER / name
-        write_adapter(place, distiller.down, distiller.up, settings.lora_alpha)
+        write_adapter(place, distiller.down, distiller.up, own.lora_alpha)
         state.unlink(missing_ok=True)
 
 
