@@ -12,6 +12,7 @@ from fusionroute_tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 from ebpo_core.fusionroute import compile as compile_experts
+from ebpo_core.fusionroute.cli.options import number_or_named
 from ebpo_core.fusionroute.compiled import compilation
 from ebpo_core.fusionroute.compiled.distillation import Batch, read_batch
 from ebpo_core.fusionroute.compiled.report import _fused
@@ -140,3 +141,40 @@ def test_an_expert_that_is_named_like_a_file_of_the_format_is_refused(tmp_path: 
     model.save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match=r"expert 'report.json': a file of compiled checkpoints has this name"):
         compile_experts(tmp_path / "checkpoint", tmp_path / "out", rows(), **SHORT)
+
+
+def test_each_expert_has_its_own_number_of_steps(checkpoint: Path, tmp_path: Path) -> None:
+    """The bits of a run with that number for all, and a report that tells."""
+    short = {**SHORT, "rank": 2, "batch_size": 4}
+    report = compile_experts(checkpoint, tmp_path / "own", rows(), **{**short, "steps": {"code": 3, "math": 1}})
+    assert report["settings"]["steps"] == {"code": 3, "math": 1}
+    for name, steps in (("math", 1), ("code", 3)):
+        compile_experts(checkpoint, tmp_path / name, rows(), **{**short, "steps": steps})
+        file = f"compiled/{name}/adapter_model.safetensors"
+        assert (tmp_path / "own" / file).read_bytes() == (tmp_path / name / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"math": 3}, r"steps names \['math'\], the experts are \['math', 'code'\]: give one number, or one for each"),
+        ({"math": 3, "code": 3, "x": 3}, r"steps names \['math', 'code', 'x'\]"),
+        ({}, r"steps names \[\]"),
+        ({"math": 3, "code": 0}, r"steps=0: expected a whole number of at least 1"),
+        ({"math": True, "code": 2}, r"steps=True: expected a whole number"),
+    ],
+)
+def test_steps_of_other_experts_are_refused(checkpoint: Path, tmp_path: Path, steps: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compile_experts(checkpoint, tmp_path / "out", rows(), **{**SHORT, "steps": steps})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_reads_one_number_or_named_ones() -> None:
+    assert number_or_named("steps", ["40"]) == 40
+    assert number_or_named("steps", ["a=1", "b=c=2"]) == {"a": 1, "b=c": 2}
+    for items in (["x"], ["4", "5"], ["a=1", "5"], ["=4"], ["a=-1"], ["a="], ["1.5"]):
+        with pytest.raises(ValueError, match=r"steps='.*': expected one number, or NAME=N for each"):
+            number_or_named("steps", items)
+    with pytest.raises(ValueError, match=r"steps='a=2': 'a' is there twice"):
+        number_or_named("steps", ["a=1", "a=2"])
