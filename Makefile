@@ -124,10 +124,22 @@ wheel: build ## the wheel and the sdist, in dist/
 # Frameworks whose pins exclude the main environment: a folder tests/environments/<name>/ with requirements.txt, perhaps
 # overrides.txt, lock.txt made of them, tests, and perhaps tests.txt, a list of files of tests/ to run there too; each gets
 # an environment of its own, $(VENV)-<name>, with the wheel of this tree in it. One that asks for pytest-xdist has JOBS
-# workers; the others' tests start processes themselves.
+# workers; the others' tests start processes themselves. Every suite keeps one core busy, little more, and one takes as long
+# as the rest together.
+LONGEST := vllm
+
 .PHONY: test-integrations
-test-integrations: $(addprefix test-integration-,$(INTEGRATIONS)) ## the suites of frameworks that need an environment of their own
-	@$(if $(INTEGRATIONS),,echo "tests/environments/ holds no suite: nothing to run")
+test-integrations: $(INTEGRATIONS:%=$(VENV)-%/.stamp) ## the suites of frameworks that need an environment of their own
+	@beside=; status=0; \
+	for name in $(filter $(LONGEST),$(INTEGRATIONS)); do \
+	  echo "integration: $$name runs beside the others; its output comes last"; \
+	  $(MAKE) --no-print-directory test-integration-$$name >$(VENV)-$$name/suite.log 2>&1 & beside=$$!; \
+	done; \
+	for name in $(filter-out $(LONGEST),$(INTEGRATIONS)); do \
+	  $(MAKE) --no-print-directory test-integration-$$name || status=1; \
+	done; \
+	if [ -n "$$beside" ]; then wait $$beside || status=1; cat $(VENV)-$(LONGEST)/suite.log; fi; \
+	exit $$status
 
 .PHONY: $(addprefix test-integration-,$(INTEGRATIONS))
 $(addprefix test-integration-,$(INTEGRATIONS)): test-integration-%: $(VENV)-%/.stamp
