@@ -3,6 +3,7 @@
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from ebpo_core.kernels import select_add_argmax, select_add_sample
 from .compat import CACHE
 from .compiled.experts import check_options
 from .decoding.cache import FusionRouteCache
-from .decoding.drafts import check_croppable, check_draft_tokens, check_drafts, decode
+from .decoding.draftable import check_croppable, check_draft_tokens, check_drafts
+from .decoding.drafts import decode
 from .decoding.recorder import RoutingRecorder
 from .decoding.routing import OPTION_NAMES, RoutingOptions, permitted_rows
 from .families import check_cached
@@ -173,7 +175,7 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
         if given is None and isinstance(cache, Cache):
             check_cached(self.router, self.experts)
             model_kwargs[CACHE] = FusionRouteCache(cache, self._with_caches)
-        if drafts is not None:
+        if drafts is not None and isinstance(model_kwargs[CACHE], FusionRouteCache):  # forward refuses others
             check_croppable(drafts, model_kwargs[CACHE], self.experts)
         options = _options_of(self)
         if cache is None and options.hysteresis and options.route == "sample":
@@ -295,8 +297,9 @@ def _filters_of(processors: LogitsProcessorList) -> dict[str, Any] | type:
     order = list(_FILTERS)
     for processor in processors:
         kind = type(processor)
-        # The kernels filter in transformers' own order, and always keep one token, not more.
-        if kind not in order or getattr(processor, "min_tokens_to_keep", 1) != 1:
+        # The kernels filter in transformers' own order, always keep one token, not more, and leave no chance to others.
+        keeps_one = getattr(processor, "min_tokens_to_keep", 1) == 1
+        if kind not in order or not keeps_one or getattr(processor, "filter_value", -math.inf) != -math.inf:
             return kind
         order = order[order.index(kind) + 1 :]
         name, value = _FILTERS[kind](processor)

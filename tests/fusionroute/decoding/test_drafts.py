@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fusionroute_ends import After, at_string
 from fusionroute_oracle import VOCAB, fusionroute, padded_prompts, settled
 from fusionroute_tiny import FAMILIES, SLIDING_FAMILIES, tiny_model
-from transformers import AutoModelForCausalLM, GPT2Config, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
@@ -266,6 +267,48 @@ def test_rows_end_where_they_end_without_drafts(model: Any, prompts: dict[str, A
         assert [t.weight for t in one.tokens] == pytest.approx([t.weight for t in other.tokens], abs=1e-4)
 
 
+class Keeps(BaseStreamer):
+    """Wipes the tokens that it was shown, once it has noted them."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def put(self, value: Any) -> None:
+        if value.ndim == 1:  # a column, not the prompts
+            self.seen.append(value.tolist())
+            value.zero_()
+
+    def end(self) -> None:
+        pass
+
+
+class ThirdEnd(StoppingCriteria):
+    """Ends a row at its third end token, which is none to anybody else; views its input as one line."""
+
+    def __init__(self, ends: Any) -> None:
+        self.eos_token_id = ends
+
+    def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
+        ends = torch.isin(input_ids.view(-1), torch.as_tensor(self.eos_token_id)).view(input_ids.shape)
+        return ends[:, 9:].sum(1) >= 3
+
+
+@pytest.mark.parametrize("kind", ["tensor", "number"])
+def test_what_others_do_with_what_they_are_shown(model: Any, prompts: dict[str, Any], kind: str) -> None:
+    """Criteria and streamers own their tensors, and only a criterion itself knows what its attributes mean."""
+    free = model.generate(**prompts, alpha=SOME)[:, 9:]
+    ends = free[:, :12].flatten() if kind == "tensor" else int(free[0, 3])
+    found, columns = [], []
+    for drafts in ({}, {"draft_tokens": 4}):
+        columns.append(Keeps())
+        criteria = StoppingCriteriaList([ThirdEnd(ends)])
+        arguments = {**prompts, "alpha": SOME, "streamer": columns[-1], "stopping_criteria": criteria, **drafts}
+        found.append(model.generate(**arguments))
+    assert torch.equal(*found)
+    assert columns[0].seen == columns[1].seen
+    assert (found[0].shape[1] == 9 + 3) == (kind == "tensor")
+
+
 @pytest.mark.parametrize("router", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("kind", ENDS)
 def test_a_conversation_goes_on_from_the_cache(router: str, kind: str) -> None:
@@ -408,6 +451,8 @@ def test_the_length_that_costs_least(model: Any, one: dict[str, Any]) -> None:
         ({"draft_tokens": True}, "draft_tokens is True"),
         ({"draft_tokens": "many"}, "draft_tokens is 'many'"),
         ({"draft_tokens": 65}, "draft_tokens is 65"),
+        ({"draft_tokens": np.array([2, 3])}, r"draft_tokens is array\(\[2, 3\]\)"),
+        ({CACHE: DynamicCache()}, "is a DynamicCache: pass the FusionRouteCache"),
         ({"num_beams": 2}, "draft_tokens=4 with beam_search"),
         ({"num_beams": 2, "do_sample": True}, "draft_tokens=4 with beam_sample"),
         ({"prompt_lookup_num_tokens": 3}, "draft_tokens=4 with assisted_generation"),

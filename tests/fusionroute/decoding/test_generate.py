@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
+    TopKLogitsWarper,
 )
 
 from ebpo_core.fusionroute import FusionRouteCache, FusionRouteForCausalLM, RoutingOptions
@@ -127,6 +128,8 @@ def test_the_kernels_are_used_exactly_where_nothing_needs_the_logits(
     assert used(output_routing=True) == ["select_add_argmax"] * 2
     assert used(repetition_penalty=1.2) == []
     assert used(**sampling, typical_p=0.9) == []
+    soft = LogitsProcessorList([TopKLogitsWarper(5, filter_value=-2.0)])  # the rest stays possible
+    assert used(do_sample=True, top_k=0, logits_processor=soft) == []
     assert used(output_logits=True, return_dict_in_generate=True) == []
     assert used(num_beams=2) == []
     assert used(use_cache=False) == []

@@ -157,20 +157,25 @@ def test_hysteresis_may_begin_in_the_middle_of_a_conversation(model: Any, one: d
     assert out.expert_ids[0].tolist() == first.expert_ids[0].tolist() * 3
 
 
-def test_rows_that_ended_go_on_from_their_last_real_token(model: Any, prompts: dict[str, Any]) -> None:
+@pytest.mark.parametrize("loop", [{}, {"output_scores": True}, {"draft_tokens": 4}], ids=["kernels", "stock", "drafts"])
+def test_rows_that_ended_go_on_from_their_last_real_token(
+    model: Any, prompts: dict[str, Any], loop: dict[str, Any]
+) -> None:
+    """Its own expert was never asked for, since no token came after it; the next turn compares itself with it."""
+    margin = 4 * MARGIN  # most positions keep the expert of the one before
     longest = prompts["input_ids"].shape[1]
-    stop = int(model.generate(**prompts, hysteresis=MARGIN)[0, longest + 3])
-    for scores in (False, True):
-        ended = {**prompts, "eos_token_id": stop, "output_scores": scores}
-        first = model.generate(**ended, hysteresis=MARGIN, return_dict_in_generate=True)
+    free = model.generate(**prompts, hysteresis=margin)
+    for at in (3, 6, 11):
+        ended = {**prompts, "eos_token_id": [int(free[0, longest + at]), int(free[1, longest + at + 2])], **loop}
+        first = model.generate(**ended, hysteresis=margin, return_dict_in_generate=True)
         turn = torch.randint(3, VOCAB, (3, 5), generator=torch.Generator().manual_seed(2))
         ids = torch.cat([first.sequences, turn], dim=1)
         mask = (ids != 0).long()
         with torch.no_grad():
             past = first[CACHE].get_seq_length()
-            out = model(input_ids=ids[:, past:], attention_mask=mask, hysteresis=MARGIN, **{CACHE: first[CACHE]})
+            out = model(input_ids=ids[:, past:], attention_mask=mask, hysteresis=margin, **{CACHE: first[CACHE]})
         for row, (tokens, real) in enumerate(zip(ids, mask.bool(), strict=True)):
-            assert out.expert_ids[row, -5:].tolist() == by_definition(model, tokens[real].tolist())[-5:]
+            assert out.expert_ids[row, -5:].tolist() == by_definition(model, tokens[real].tolist(), margin)[-5:]
 
 
 def test_hysteresis_switches_by_a_margin_only(model: Any, one: dict[str, Any]) -> None:

@@ -13,15 +13,14 @@ one by one, whatever the router wrote; how often the two draws agree only says h
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ebpo_core.fusionroute.compat import CACHE
@@ -29,93 +28,13 @@ from ebpo_core.fusionroute.router import run_router
 from ebpo_core.kernels import select_add_sample
 
 from .cache import FusionRouteCache
-from .columns import ROLLBACK
+from .draftable import DraftTokens, shortest_window
 from .history import NewTokens
 from .lockstep import Text
-from .ragged import windows_of
-from .routing import permitted, selected_share
-
-DraftTokens = int | Literal["auto"]
+from .routing import permitted, select, selected_share
 
 _LONGEST_AUTO = 16
 _DECAY = 0.9  # per round, of what "auto" has seen: some 30 rounds of memory
-_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_ARGUMENTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "tokenizer", CACHE)
-
-
-# ---------------------------------------------------------------------------------------------------------- refusals
-
-
-def check_draft_tokens(draft_tokens: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless ``draft_tokens`` is None, "auto" or a number, and transformers' loop is not replaced.
-
-    Args:
-        draft_tokens: as given to ``generate``.
-        arguments: the others, by keyword.
-    """
-    if draft_tokens is None:
-        return
-    whole = isinstance(draft_tokens, int) and not isinstance(draft_tokens, bool)
-    if draft_tokens != "auto" and not (whole and 1 <= draft_tokens <= ROLLBACK):
-        raise ValueError(f"draft_tokens is {draft_tokens!r}: pass 1 to {ROLLBACK}, 'auto', or None for no drafts")
-    if arguments.get("custom_generate") is not None:
-        _refuse(draft_tokens, "custom_generate", "a decoding loop of its own")
-
-
-def check_drafts(draft_tokens: DraftTokens, mode: GenerationMode, config: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise a ValueError for what drafts do not go with.
-
-    Args:
-        draft_tokens: as given to ``generate``.
-        mode: that transformers derived from the arguments.
-        config: the call's own ``GenerationConfig``, with all that was given in whatever way.
-        arguments: of the model's forward.
-    """
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        _refuse(draft_tokens, mode.value, "which is neither greedy decoding nor sampling")
-    if config.use_cache is False:
-        _refuse(draft_tokens, "use_cache=False", "without which nothing is verified in one chunk")
-    kind = config.cache_implementation
-    if kind not in (None, "dynamic"):
-        _refuse(draft_tokens, f"cache_implementation={kind!r}", "while single rows are cropped in dynamic caches only")
-    for name in _OUTPUTS:
-        if getattr(config, name, None):
-            _refuse(draft_tokens, f"{name}=True", "which is not kept")
-    for name, value in arguments.items():
-        if name not in _ARGUMENTS and value is not None:
-            _refuse(draft_tokens, name, "which the forwards of a round do not take")
-
-
-def check_croppable(draft_tokens: DraftTokens, cache: FusionRouteCache, experts: Sequence[Any]) -> None:
-    """Raise a ValueError for caches from which a row's last tokens cannot be taken back, or not so many."""
-    router = cache.router
-    if type(router) is not DynamicCache or router.offloading:
-        _refuse(draft_tokens, f"a {type(router).__name__}", "while single rows are cropped in dynamic caches only")
-    for layer in router.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            kind = type(layer).__name__
-            _refuse(draft_tokens, f"{kind}s in the router", "which cannot take back a token that they have read")
-    for expert in experts:
-        if windows_of(expert.config) is None:
-            _refuse(
-                draft_tokens,
-                f"expert {expert.name!r}",
-                "whose recurrent layers cannot take back a token they have read",
-            )
-    limit = _shortest_window(router)
-    if draft_tokens != "auto" and limit is not None and draft_tokens > limit:
-        raise ValueError(f"draft_tokens is {draft_tokens}, and the router's windows see {limit} tokens: pass {limit}")
-
-
-def _refuse(draft_tokens: DraftTokens, what: str, why: str) -> None:
-    raise ValueError(f"draft_tokens={draft_tokens!r} with {what}, {why}: leave one of the two out")
-
-
-def _shortest_window(cache: Any) -> int | None:
-    return min((int(layer.sliding_window) for layer in cache.layers if layer.is_sliding), default=None)
-
-
-# --------------------------------------------------------------------------------------------------------- decoding
 
 
 def decode(
@@ -149,6 +68,7 @@ def decode(
     del outputs
     drafter = _Drafter(model, cache, call.options, draws, _Length(call.draft_tokens, model, cache))
     prompt, past = cache.facts, cache.columns - text.prompt
+    previous = cache.last_selected(prompt[1])
     own = [cache.columns] * B  # columns of each row: all its tokens but the last, which is yet to be read
     finished = text.show()
     while not finished:
@@ -170,7 +90,7 @@ def decode(
             layer.record_past = False  # of a cache that is returned; what it holds is cut already
     returned = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     if returned and (any(end != past + text.shown - 1 for end in own) or min(text.filled) < text.shown):
-        _complete(model, cache, *prompt, text)
+        _complete(drafter, *prompt, previous, text)
     if config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(**{"sequences": sequences, CACHE: cache})  # type: ignore[arg-type]
     return sequences
@@ -268,32 +188,44 @@ class _Drafter:
         self._read = k
         return list(written)
 
+    def routes(self, hidden: Tensor, known: Tensor, previous: Tensor | None) -> Tensor:
+        """The experts selected at hidden states ``[B, N, D]``, ``[B, N]`` int64.
+
+        Args:
+            hidden: of columns without padding.
+            known: those selected already, ``[B, N]``; -1 where the selection is still to be made.
+            previous: those of the position before the first, ``[B]``.
+        """
+        weights = self.model._routing_weights(hidden)
+        others = torch.arange(weights.shape[-1], device=known.device) != known[..., None]
+        weights = weights.masked_fill((others & (known >= 0)[..., None]).to(weights.device), -math.inf)
+        return select(weights, self.options, self._allowed, previous).to(known.device)
+
     def take_back(self, written: Sequence[int], own: Sequence[int]) -> None:
         """Cut the caches to the columns that the tokens written rest on; ``own[b]`` are row b's then."""
         self._masked = self._masked or len(set(written)) > 1
         self.cache.realign([self._read - count for count in written], max(own))
 
 
-def _complete(model: Any, cache: FusionRouteCache, facts: Tensor, mask: Tensor, text: Text) -> None:
+def _complete(drafter: _Drafter, facts: Tensor, mask: Tensor, previous: Tensor | None, text: Text) -> None:
     """Bring a cache that is returned to the columns of the sequences, as without drafts.
 
     Rows that ended early, or ran ahead of a stop, hold fewer or more tokens: the router then reads the sequences anew;
     the experts go on from what they have of them.
 
     Args:
-        model: the FusionRoute model.
-        cache: as the last round left it.
-        facts, mask: of the columns before the first new token.
+        drafter: with the cache as the last round left it.
+        facts, mask, previous: the columns before the first new token, and the expert selected at each row's last one.
         text: what was written.
     """
+    model, cache = drafter.model, drafter.cache
     new = text.tokens[:, text.prompt : text.shown - 1].to(facts.device)
     N = new.shape[1]
     positions = facts[1, :, -1:] + torch.arange(1, N + 1, device=new.device)
-    routes = text.routes[:, text.prompt + 1 : text.shown].to(facts.device)
-    ids, positions, selected = torch.cat([facts, torch.stack([new, positions, routes])], dim=2)
+    ids, positions = torch.cat([facts[:2], torch.stack([new, positions])], dim=2)
     real = pad(mask, (0, N), value=True)
     cache.router = DynamicCache(config=model.config.get_text_config())
-    run_router(
+    _, hidden, _ = run_router(
         model.router,
         slice(-1, None),
         input_ids=ids,
@@ -302,13 +234,14 @@ def _complete(model: Any, cache: FusionRouteCache, facts: Tensor, mask: Tensor, 
         use_cache=True,
         **{CACHE: cache.router},
     )
+    # A row that ended selected nothing since; a later call with hysteresis goes on from what it would have.
+    routes = text.routes[:, text.prompt + 1 : text.shown].to(facts.device)
+    routes = drafter.routes(hidden[:, hidden.shape[1] - N :], routes, previous)
+    selected = torch.cat([facts[2], routes], dim=1)
     # Row b's tokens that the experts may have read and that stand: not those beyond its end.
     ends = [min(n - 1, filled, text.shown - 1) for n, filled in zip(text.lengths, text.filled, strict=True)]
     held = [n + end - text.prompt for n, end in zip(mask.sum(1).tolist(), ends, strict=True)]
     cache.rewrite(NewTokens(ids, positions, real, real[:, :0], real), selected, held)
-
-
-# ----------------------------------------------------------------------------------------------------- how many ahead
 
 
 class _Length:
@@ -320,7 +253,7 @@ class _Length:
     def __init__(self, draft_tokens: DraftTokens, model: Any, cache: FusionRouteCache) -> None:
         self._fixed = None if draft_tokens == "auto" else draft_tokens
         self.adapts = self._fixed is None
-        self._longest = min(_LONGEST_AUTO, _shortest_window(cache.router) or _LONGEST_AUTO)
+        self._longest = min(_LONGEST_AUTO, shortest_window(cache.router) or _LONGEST_AUTO)
         router, *experts = (
             sum(weight.numel() for weight in part.parameters())
             for part in (model.router, *(expert.model for expert in model.experts))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 
 class Text:
@@ -39,7 +40,10 @@ class Text:
         self._share, self._own = torch.zeros(self.tokens.shape, device=input_ids.device), self.routes.clone()
         self._criteria, self._streamer, self._record = criteria, streamer, record
         self._pad = config._pad_token_tensor
-        ends = [each.eos_token_id for each in criteria if hasattr(each, "eos_token_id")]
+        # transformers fills rows up with padding where any criterion has this attribute; what it means in another's
+        # class, only that class knows.
+        self._fills = any(hasattr(each, "eos_token_id") for each in criteria)
+        ends = [each.eos_token_id for each in criteria if type(each) is EosTokenCriteria]
         self._ends = torch.cat([end.flatten().to(input_ids.device) for end in ends]) if ends else None
         self._limit = config.max_length
         self.records = record is not None
@@ -90,8 +94,8 @@ class Text:
     def show(self) -> bool:
         """Show the columns that all running rows have reached; True once no row is left running."""
         while all(not on or length > self.shown for on, length in zip(self._on, self.lengths, strict=True)):
-            column = self.tokens[:, self.shown]
-            if self._ends is not None and not all(self._on):
+            column = self.tokens[:, self.shown].clone()  # of its own: who is shown it may keep it
+            if self._fills and not all(self._on):
                 column = torch.where(self._running, column, self._pad.to(column.device))
                 self.tokens[:, self.shown] = column
             if self._streamer is not None:
@@ -101,9 +105,10 @@ class Text:
                 stores = (self.routes, self._share, self._own)
                 recorder.add(past + self.shown, *(store[:, self.shown : self.shown + 1] for store in stores))
             self.shown += 1
-            self._running = self._running & ~self._criteria(self.tokens[:, : self.shown], None)
+            seen = self.tokens[:, : self.shown].clone(memory_format=torch.contiguous_format)
+            self._running = self._running & ~self._criteria(seen, None)
             running = self._running.tolist()
-            if self._ends is not None:
+            if self._fills:
                 self.filled = [at if on else min(at, self.shown) for at, on in zip(self.filled, running, strict=True)]
                 self._on = running
             if not any(running):
