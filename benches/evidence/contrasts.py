@@ -24,6 +24,10 @@ BASELINES = ("grpo", "rloo", "constant", "batch_mean")
 """What the protocol's main contrasts compare the two forms of EBPO with."""
 
 
+FEWEST = 5
+"""Pairs under which nothing is compared: an interval of two or three says nothing, and hides the others in a figure."""
+
+
 class Contrast(NamedTuple):
     """Difference of two arms over paired seeds, in points (0 to 100)."""
 
@@ -89,9 +93,9 @@ def outcome(record: Mapping[str, Any], name: str) -> float:
 def paired(
     arms: Mapping[str, Mapping[int, Mapping[str, Any]]], arm: str, other: str, name: str = "pass@1", unit: float = 100.0
 ) -> Contrast | None:
-    """Contrast of two arms over the seeds that both have; None under two of them."""
+    """Contrast of two arms over the seeds that both have; None under :data:`FEWEST` of them."""
     seeds = sorted(set(arms.get(arm, ())) & set(arms.get(other, ())))
-    if len(seeds) < 2:
+    if len(seeds) < FEWEST:
         return None
     differences = unit * np.array([outcome(arms[arm][s], name) - outcome(arms[other][s], name) for s in seeds])
     test = stats.ttest_1samp(differences, 0.0)
@@ -137,7 +141,7 @@ def over_tasks(
     strata = []
     for (_, _, _, variant), arms in cells.items():
         seeds = sorted(set(arms.get(arm, ())) & set(arms.get(other, ())))
-        if not variant and len(seeds) >= 2:
+        if not variant and len(seeds) >= FEWEST:
             strata.append(
                 100 * np.array([outcome(arms[arm][s], "pass@1") - outcome(arms[other][s], "pass@1") for s in seeds])
             )

@@ -30,25 +30,31 @@ def run_of(arm: str, seed: int, score: float, **config: Any) -> dict[str, Any]:
 
 
 def test_contrast_is_the_paired_t_test_over_the_seeds_that_both_arms_have() -> None:
-    ours, theirs = [0.44, 0.43, 0.46, 0.40], [0.40, 0.41, 0.39, 0.41, 0.9]
+    ours, theirs = [0.44, 0.43, 0.46, 0.40, 0.45], [0.40, 0.41, 0.39, 0.41, 0.42, 0.9]
     records = [run_of("ebpo", seed, value) for seed, value in enumerate(ours)]
     records += [run_of("grpo", seed, value) for seed, value in enumerate(theirs)]
     found = contrasts.paired(contrasts.by_cell(records)["countdown", "middle", 2, ""], "ebpo", "grpo")
     assert found is not None
-    assert (found.seeds, found.wins) == (4, 3)
-    wanted = stats.ttest_rel(ours, theirs[:4])
+    assert (found.seeds, found.wins) == (5, 4)
+    wanted = stats.ttest_rel(ours, theirs[:5])
     assert found.p == pytest.approx(wanted.pvalue)
     interval = wanted.confidence_interval()
     assert (found.low, found.high) == pytest.approx((100 * interval.low, 100 * interval.high))
     # What the cell can see: power of the noncentral t is near 80 % there.
-    spread = 100 * np.std(np.subtract(ours, theirs[:4]), ddof=1)
-    power = stats.nct.sf(stats.t.ppf(0.975, 3), 3, found.visible / spread * 2)
+    spread = 100 * np.std(np.subtract(ours, theirs[:5]), ddof=1)
+    power = stats.nct.sf(stats.t.ppf(0.975, 4), 4, found.visible / spread * np.sqrt(5))
     assert power == pytest.approx(0.8, abs=0.1)
 
 
-def test_contrast_needs_two_pairs() -> None:
-    cells = contrasts.by_cell([run_of("ebpo", 0, 0.4), run_of("grpo", 0, 0.4), run_of("ebpo", 1, 0.4)])
-    assert contrasts.paired(cells["countdown", "middle", 2, ""], "ebpo", "grpo") is None
+def test_contrast_needs_five_pairs() -> None:
+    for pairs, compared in ((4, False), (5, True)):
+        runs = [
+            run_of(arm, seed, 0.4 + seed / 100 + (arm == "ebpo") / (9 + seed))
+            for arm in ("ebpo", "grpo")
+            for seed in range(pairs)
+        ]
+        cells = contrasts.by_cell([*runs, run_of("ebpo", 5, 0.4)])
+        assert (contrasts.paired(cells["countdown", "middle", 2, ""], "ebpo", "grpo") is not None) == compared
 
 
 def test_holm_gives_the_values_of_a_worked_example() -> None:
