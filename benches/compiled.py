@@ -141,7 +141,7 @@ def measure(args: argparse.Namespace) -> None:
             "other_weight": args.other_weight,
             "alpha": None if args.alpha is None else args.alpha * rank,
         }
-        name = "-".join([str(rank), "-".join(args.steps), *map(str, [*settings.values()][2:])])
+        name = "-".join(map(str, {**settings, "steps": "-".join(args.steps)}.values()))
         if any(record["name"] == name for record in records):
             continue
         folder = args.work / name

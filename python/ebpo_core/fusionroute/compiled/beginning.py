@@ -57,9 +57,7 @@ def weights_of(expert: Expert, modules: Mapping[str, nn.Linear]) -> dict[str, Te
 
     None unless the expert has every module, in the same shape, as numbers that can be subtracted.
     """
-    own = dict(expert.model.named_modules())
-    if hasattr(expert.model, "peft_config"):
-        own = {name.removeprefix("base_model.model."): module for name, module in own.items()}
+    own = {name.removeprefix("base_model.model."): module for name, module in expert.model.named_modules()}
     found = {}
     for name, module in modules.items():
         weight = _weight(own.get(name), expert.adapter)

@@ -88,8 +88,10 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     require_peft()
     if isinstance(save_steps, bool) or not isinstance(save_steps, int) or save_steps < 1:
         raise ValueError(f"save_steps={save_steps!r}: expected a whole number of at least 1")
-    by_name = dict(steps) if isinstance(steps, Mapping) else None
-    settings = Distillation(rank, alpha, _most(steps), batch_size, learning_rate, other_weight, seed)
+    counts = dict(steps) if isinstance(steps, Mapping) else None
+    same = 1 if isinstance(steps, Mapping) else steps
+    settings = Distillation(rank, alpha, same, batch_size, learning_rate, other_weight, seed)
+    by_name = None if counts is None else {name: replace(settings, steps=count) for name, count in counts.items()}
     screen = Console(quiet=True) if console is None else console
     folder = Path(output).expanduser().resolve()
     _remove_unfinished(folder / COMPILED_FOLDER)
@@ -112,7 +114,7 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     }
     train, held_out = _split(data, eval_data, model, tokenizer, options)
     made_from = {
-        "settings": {**asdict(settings), "alpha": settings.lora_alpha, "steps": by_name or settings.steps},
+        "settings": {**asdict(settings), "alpha": settings.lora_alpha, "steps": counts or settings.steps},
         "router": model_hash(model),
         "experts": {expert.name: expert.hash for expert in model.experts},
         "tokenizer": fingerprint(tokenizer),
@@ -181,27 +183,21 @@ def _tokenized(
     return sequences
 
 
-def _most(steps: int | Mapping[str, int]) -> Any:
-    """The most steps that an expert has; what is wrong among them comes first, to be refused with the settings."""
-    if not isinstance(steps, Mapping):
-        return steps
-    odd = [value for value in steps.values() if isinstance(value, bool) or not isinstance(value, int) or value < 1]
-    return odd[0] if odd else max(steps.values(), default=Distillation.steps)
-
-
-def _settings_of(names: list[str], settings: Distillation, steps: Mapping[str, int] | None) -> dict[str, Distillation]:
-    """The settings of each expert, by name.
+def _settings_of(
+    names: list[str], settings: Distillation, by_name: dict[str, Distillation] | None
+) -> dict[str, Distillation]:
+    """The settings of each expert, by name: ``settings`` for all, unless some are given by name.
 
     Raises:
         ValueError: steps of other experts than these.
     """
-    if steps is None:
+    if by_name is None:
         return dict.fromkeys(names, settings)
-    if steps.keys() != set(names):
+    if by_name.keys() != set(names):
         raise ValueError(
-            f"steps names {list(steps)}, the experts are {names}: give one number, or one for each of them"
+            f"steps names {list(by_name)}, the experts are {names}: give one number, or one for each of them"
         )
-    return {name: replace(settings, steps=steps[name]) for name in names}
+    return by_name
 
 
 def _check_names(names: list[str]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from .counters import Counts
-from .guard import STEP, Guard, Selections, guard_class
+from .guard import STEP, Guard, Selections, guards_by_name
 
 
 class _Row:
@@ -78,11 +77,4 @@ class RoutingGuard(Guard, LogitsProcessor):  # type: ignore[misc]
             row.settle(self._counts)
 
 
-def __getattr__(name: str) -> Any:
-    guard = guard_class(RoutingGuard, name)
-    globals()[name] = guard
-    return guard
-
-
-def __dir__() -> Sequence[str]:
-    return ["RoutingGuard"]
+__getattr__, __dir__ = guards_by_name(RoutingGuard, globals())

@@ -8,7 +8,7 @@ has two runners of models, which ask different things of a logits processor: :mo
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -105,22 +105,24 @@ def processor_name(vllm_config: Any) -> str:
     return f"{__package__}.{module}:{prefix}{int(config.vocab_size or 0)}"
 
 
-def guard_class(base: type, name: str) -> type:
-    """The class that :func:`processor_name` names, for its module's ``__getattr__``.
+def guards_by_name(base: type, module: dict[str, Any]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a module that holds the classes which :func:`processor_name` names.
 
     vLLM checks a request by calling a class method that learns of nothing but the request, in processes that share only
     names with this one. So the class' name carries what it needs, and the class is made when it is looked up.
 
     Args:
         base: the module's guard.
-        name: that was looked up.
-
-    Raises:
-        AttributeError: it is no guard's name.
+        module: its globals, which keep what was looked up.
     """
-    for prefix in (_PREFIX, _COMPILED):
-        digits = name.removeprefix(prefix)
-        if name.startswith(prefix) and digits.isdecimal():
-            known = {"vocab_size": int(digits), "compiled": prefix == _COMPILED, "__module__": base.__module__}
-            return type(name, (base,), known)
-    raise AttributeError(f"module {base.__module__!r} has no attribute {name!r}")
+
+    def look_up(name: str) -> Any:
+        for prefix in (_PREFIX, _COMPILED):
+            digits = name.removeprefix(prefix)
+            if name.startswith(prefix) and digits.isdecimal():
+                known = {"vocab_size": int(digits), "compiled": prefix == _COMPILED, "__module__": base.__module__}
+                module[name] = type(name, (base,), known)
+                return module[name]
+        raise AttributeError(f"module {base.__module__!r} has no attribute {name!r}")
+
+    return look_up, lambda: [base.__name__]

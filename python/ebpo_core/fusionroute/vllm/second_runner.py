@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
-from .guard import STEP, Guard, Selections, guard_class
+from .guard import STEP, Guard, Selections, guards_by_name
 
 
 class _Pending(NamedTuple):
@@ -68,11 +67,4 @@ class RoutingGuard(Guard, LogitsProcessor):  # type: ignore[misc]
             self._counts.add(expert, overruled=token != own)
 
 
-def __getattr__(name: str) -> Any:
-    guard = guard_class(RoutingGuard, name)
-    globals()[name] = guard
-    return guard
-
-
-def __dir__() -> Sequence[str]:
-    return ["RoutingGuard"]
+__getattr__, __dir__ = guards_by_name(RoutingGuard, globals())
