@@ -7,6 +7,7 @@
 
 mod by_key;
 mod reduce;
+mod stateless;
 
 use core::hint::black_box;
 use core::slice;
@@ -14,27 +15,12 @@ use core::slice;
 use pulp::{Arch, NullaryFnOnce};
 
 use self::by_key::reduce_by_key;
-use self::reduce::{groups_of_share, reduce};
+use self::reduce::{Sums, groups_of_share, reduce};
+pub use self::stateless::equal_advantages;
 use crate::estimator::{Shrinkage, inverse_scale};
 use crate::groups::in_range;
 use crate::lanes::LANES;
 use crate::{Affine, Float, Keys, Moments, Normalize, Options, Prior, threads};
-
-/// Stateless EBPO advantages of equal groups, `size` rewards each, into `out`: the batch is its own prior, and every other
-/// option is at its default.
-///
-/// Returns false, with `out` untouched, where [`EqualGroups::collect`] leaves the batch to the general path. No result can
-/// overflow: divided by the batch's own spread, no advantage exceeds the square root of the number of rewards.
-///
-/// # Panics
-/// If `out` is not as long as the rewards.
-pub fn equal_advantages<T: Float>(rewards: &[T], size: usize, eps: f64, threads: usize, out: &mut [T]) -> bool {
-    assert_eq!(out.len(), rewards.len());
-    let Some(groups) = EqualGroups::collect(rewards, size, Keys::ROOT, threads) else { return false };
-    let options = Options { eps, ..Options::default() };
-    groups.write(&options, &[Shrinkage::new(groups.prior(), &options)], threads, out);
-    true
-}
 
 /// Rewards of a batch of equal groups, row by row, their keys, and what the priors take of them.
 ///
@@ -83,7 +69,7 @@ impl<'a, T: Float> EqualGroups<'a, T> {
     /// # Panics
     /// If the keys are those of another number of groups.
     pub fn collect(rewards: &'a [T], size: usize, keys: Keys<'a>, threads: usize) -> Option<Self> {
-        if size == 0 || rewards.is_empty() || !rewards.len().is_multiple_of(size) {
+        if !fits(rewards.len(), size) {
             return None;
         }
         let (means, sums, by_path) = if let Some(of_group) = keys.indices() {
@@ -93,6 +79,18 @@ impl<'a, T: Float> EqualGroups<'a, T> {
             let (means, sums) = by_size!(size, G => reduce::<T, G>(rewards, size, threads));
             (means, sums, Vec::new())
         };
+        Self::new(rewards, size, keys, means, sums, by_path)
+    }
+
+    /// None where a reward is NaN, infinite or near the bound of magnitude.
+    fn new(
+        rewards: &'a [T],
+        size: usize,
+        keys: Keys<'a>,
+        means: Vec<Vec<f64>>,
+        sums: Sums,
+        by_path: Vec<Prior>,
+    ) -> Option<Self> {
         let prior = sums.into_prior(size as f64);
         let counted = in_range(prior.rewards().mean(), prior.rewards().m2());
         counted.then_some(Self { rewards, size, keys, means, prior, by_path })
@@ -135,15 +133,20 @@ impl<'a, T: Float> EqualGroups<'a, T> {
         assert_eq!(out.len(), self.rewards.len());
         assert_eq!(blended.len(), self.by_path().len());
         if let ([], [target]) = (&self.by_path[..], blended) {
-            let path = [OfPath::new(&self.prior, target, self.size)];
-            let (centre, scale) = self.step_6(options, &path);
-            let pull = path[0].pull(options, centre);
+            let (pull, scale) = self.one_map(options, target);
             by_size!(self.size, G => self.write_with::<G>(pull, scale, &self.means, threads, out));
         } else {
             let (pulls, scale) = self.map(options, blended);
             let offsets = self.offsets(&pulls);
             by_size!(self.size, G => self.write_with::<G>(Pull::NONE, scale, &offsets, threads, out));
         }
+    }
+
+    /// [`Self::map`] of one path.
+    fn one_map(&self, options: &Options, target: &Shrinkage) -> (Pull, f64) {
+        let path = [OfPath::new(&self.prior, target, self.size)];
+        let (centre, scale) = self.step_6(options, &path);
+        (path[0].pull(options, centre), scale)
     }
 
     /// What takes the means of each path's groups to their offsets, and one scale for all.
@@ -187,9 +190,14 @@ impl<'a, T: Float> EqualGroups<'a, T> {
         let shares = self.rewards.chunks(rows).zip(means).zip(out.chunks_mut(rows));
         // From the end, where the rewards that were read last may still be in a cache.
         threads::map(worth(self.rewards.len(), threads), shares.rev(), |((rewards, means), out)| {
-            Arch::new().dispatch(Write::<T, G> { pull, scale, rewards, size: self.size, means, out });
+            write_share::<T, G>((pull, scale), rewards, self.size, means, out);
         });
     }
+}
+
+/// True for `len` rewards in groups of `size`.
+fn fits(len: usize, size: usize) -> bool {
+    size > 0 && len > 0 && len.is_multiple_of(size)
 }
 
 /// Rewards that are worth a thread: a quarter of a millisecond's, several times what it costs to start and join one.
@@ -230,6 +238,16 @@ struct Pull {
     target: f64,
     /// Of the path beside the others; 0 where there is one.
     bias: f64,
+}
+
+fn write_share<T: Float, const G: usize>(
+    (pull, scale): (Pull, f64),
+    rewards: &[T],
+    size: usize,
+    means: &[f64],
+    out: &mut [T],
+) {
+    Arch::new().dispatch(Write::<T, G> { pull, scale, rewards, size, means, out });
 }
 
 /// Write the advantages of some groups, `(r - offset) * scale`.

@@ -212,15 +212,28 @@ fn rewards_out_of_range_are_found_wherever_they_are() {
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let rewards: Vec<f64> = (0..1_600_003 * 2_u32).map(|i| f64::from(i.wrapping_mul(2_654_435_761) >> 20)).collect();
-    let with = |threads: usize| {
-        let mut out = vec![f64::NAN; rewards.len()];
-        assert!(equal_advantages(&rewards, 2, 1e-6, threads, &mut out));
-        out
-    };
-    let alone = with(1);
-    assert!(alone.iter().all(|a| a.is_finite()));
-    for threads in [2, 3, 7, 64] {
-        assert_eq!(with(threads), alone, "{threads} threads");
+    for (size, len) in [(2, rewards.len()), (3, 3_200_001)] {
+        let with = |threads: usize| {
+            let mut out = vec![f64::NAN; len];
+            assert!(equal_advantages(&rewards[..len], size, 1e-6, threads, &mut out));
+            out
+        };
+        let alone = with(1);
+        assert!(alone.iter().all(|a| a.is_finite()));
+        for threads in [2, 3, 7, 64] {
+            assert_eq!(with(threads), alone, "groups of {size}, {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn threads_leave_the_same_batches_to_the_general_path() {
+    let mut rewards = vec![0.5_f32; 1 << 21];
+    rewards[1_234_567] = f32::NAN;
+    for (size, len) in [(4, rewards.len()), (0, rewards.len()), (3, rewards.len()), (4, 0)] {
+        let mut out = vec![7.0; len];
+        assert!(!equal_advantages(&rewards[..len], size, 1e-6, 4, &mut out));
+        assert!(out.iter().all(|&a| a == 7.0), "groups of {size}, {len} rewards");
     }
 }
 

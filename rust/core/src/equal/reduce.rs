@@ -21,20 +21,23 @@ pub(super) fn groups_of_share(rewards: usize, size: usize) -> usize {
 /// Each group's mean, share by share, and what all groups add up to.
 pub(super) fn reduce<T: Float, const G: usize>(rewards: &[T], size: usize, threads: usize) -> (Vec<Vec<f64>>, Sums) {
     let groups = groups_of_share(rewards.len(), size);
-    let reduced = threads::map(worth(rewards.len(), threads), rewards.chunks(groups * size), |rewards| {
-        let (mut means, mut sums) = (Vec::with_capacity(rewards.len() / size), Vec::with_capacity(groups / BLOCK));
-        Arch::new().dispatch(Blocks::<T, G> { rewards, size, means: &mut means, sums: &mut sums });
-        (means, sums)
-    });
+    let of_share = |rewards| reduce_share::<T, G>(rewards, size);
+    let reduced = threads::map(worth(rewards.len(), threads), rewards.chunks(groups * size), of_share);
     let mut total = Sums::default();
     let mut means = Vec::with_capacity(reduced.len());
-    for (of_share, sums) in reduced {
-        for block in &sums {
-            total.merge(block);
-        }
+    for (of_share, blocks) in reduced {
+        total.merge_all(&blocks);
         means.push(of_share);
     }
     (means, total)
+}
+
+/// Each group's mean, and the sums of each block.
+pub(super) fn reduce_share<T: Float, const G: usize>(rewards: &[T], size: usize) -> (Vec<f64>, Vec<Sums>) {
+    let groups = rewards.len() / size;
+    let (mut means, mut blocks) = (Vec::with_capacity(groups), Vec::with_capacity(groups.div_ceil(BLOCK)));
+    Arch::new().dispatch(Blocks::<T, G> { rewards, size, means: &mut means, sums: &mut blocks });
+    (means, blocks)
 }
 
 /// Reduce block by block.
@@ -86,9 +89,12 @@ impl Sums {
         Self { means: Moments::new(groups, mean, m2), ssw: fold(squares) }
     }
 
-    fn merge(&mut self, other: &Self) {
-        self.means.merge(&other.means);
-        self.ssw += other.ssw;
+    /// Merge blocks in their order, which decides the rounding.
+    pub(super) fn merge_all(&mut self, blocks: &[Self]) {
+        for block in blocks {
+            self.means.merge(&block.means);
+            self.ssw += block.ssw;
+        }
     }
 
     pub(super) fn into_prior(self, n: f64) -> Prior {
