@@ -1,8 +1,8 @@
 """Times of the FusionRoute decode step: ours beside what people write, on a GPU in CUDA graphs, on a CPU the reference.
 
-    python benches/kernels.py                     # the whole table for the machine at hand
-    python benches/kernels.py --smoke             # tiny sizes, seconds
-    python benches/kernels.py --json out.json --markdown out.md
+    python benches/decode_kernels.py                     # the whole table for the machine at hand
+    python benches/decode_kernels.py --smoke             # tiny sizes, seconds
+    python benches/decode_kernels.py --json out.json --markdown out.md
 
 Method, on a GPU: every variant is captured in a graph of many calls and replayed. "cold" calls go round over copies of
 the inputs that together exceed the L2 cache several times, "warm" calls use one copy. Variants are interleaved, round
