@@ -18,15 +18,16 @@ from ebpo_core.models import load_model, resolve_model
 
 from .card import model_card
 from .compiled.experts import CompiledExperts
-from .compiled.files import COMPILED_FOLDER, copy_adapters, read_report, router_hash
+from .compiled.files import COMPILED_FOLDER, compiled_folder, copy_adapters, read_report, router_hash
 from .compiled.loading import load_compiled
 from .config import FusionRouteConfig
 from .context import shortest_context
 from .decoding.routing import STORED_OPTIONS, RoutingOptions
 from .experts.experts import Experts
+from .experts.files import checkpoint_folder, hub_access
 from .experts.naming import overridden
 from .experts.references import EXPERTS_FOLDER, ExpertReference
-from .experts.remote_code import check_code, has_own_class, is_code_of_a_folder
+from .experts.remote_code import check_code, check_recorded_code, has_own_class, is_code_of_a_folder
 from .experts.vocabulary import shared_vocabulary
 from .families import check_router
 from .hub import upload
@@ -192,15 +193,19 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             )
         if adapted:
             _check_variant(kwargs)
-        within = str(kwargs.get("subfolder") or "")
         home: Any = pretrained_model_name_or_path
-        if within and Path(home).is_dir():
+        within, revision, access = str(kwargs.get("subfolder") or ""), kwargs.get("revision"), hub_access(kwargs)
+        if adapted:
+            home = compiled_folder(home, revision, subfolder=within, access=access)
+        elif Path(home).is_dir():
             home = Path(home) / within
         if load_experts and not adapted:
             known = [ExpertReference.from_dict(expert) for expert in config.experts or []]
             wanted = overridden(known, expert_paths)
-            where: Any = {"base_dir": home, "revision": kwargs.get("revision")}
-            check_code(wanted, trust_remote_code=trust, verify=verify_experts, **where)
+            check_recorded_code(wanted, trust_remote_code=trust)  # before experts are fetched
+            references = [each for each in wanted.values() if isinstance(each, ExpertReference)]
+            home = checkpoint_folder(references, home, revision, subfolder=within, access=access) or home
+            check_code(wanted, base_dir=home, revision=revision, trust_remote_code=trust, verify=verify_experts)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
         model.trust_remote_code = trust
@@ -211,7 +216,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             experts = Experts.load(
                 wanted,
                 base_dir=home,
-                revision=kwargs.get("revision"),
+                revision=revision,
                 default_dtype=model.dtype,
                 device=model.device,
                 verify=verify_experts,
@@ -234,9 +239,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
             model.config.experts = [expert.anchored(home, missing_ok=True).to_dict() for expert in known]
         if adapted:
             references = [ExpertReference.from_dict(expert) for expert in model.config.experts]
-            where = {"revision": kwargs.get("revision"), "verify": verify_experts}
-            where["subfolder"] = "" if home is not pretrained_model_name_or_path else within
-            experts = load_compiled(model.router, adapted, references, home, **where)
+            experts = load_compiled(model.router, adapted, references, home, verify=verify_experts)
             object.__setattr__(model, "_experts", experts)
         return loaded
 

@@ -11,7 +11,7 @@ def description(folder: Path) -> str:
     """Lines that name the router's architecture, the experts, and whether they are compiled.
 
     Raises:
-        ValueError: no FusionRoute checkpoint.
+        ValueError: no FusionRoute checkpoint, or a report on compiled experts that is broken.
     """
     file = folder / "config.json"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -26,9 +26,11 @@ def description(folder: Path) -> str:
     ]
     if compiled:
         lines.append(f"compiled, rank {compiled['rank']}: adapters of the router, two forwards a token")
-        report = folder / "compiled" / "report.json"
-        if report.is_file():
-            fused = json.loads(report.read_text(encoding="utf-8"))["fused"]
+        from ebpo_core.fusionroute.compiled.files import read_report  # with torch, which nothing else here needs
+
+        report = read_report(folder)
+        if report is not None:
+            fused = report["fused"]
             lines.append(f"held out: agreement {fused['agreement']:.1%}, KL {fused['kl']:.4f} of the fused policy")
     else:
         lines += [

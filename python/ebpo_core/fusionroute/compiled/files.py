@@ -122,13 +122,24 @@ def changed_weights(folder: str | os.PathLike[str], state: Mapping[str, Any]) ->
     return changed
 
 
-def compiled_folder(checkpoint: str | os.PathLike[str], revision: str | None, subfolder: str = "") -> Path:
-    """The local folder of a checkpoint, or its snapshot, whose ``compiled/`` has been fetched."""
+def compiled_folder(
+    checkpoint: str | os.PathLike[str],
+    revision: str | None,
+    *,
+    subfolder: str = "",
+    access: Mapping[str, Any] | None = None,
+) -> Path:
+    """The local folder of a checkpoint, or its snapshot, whose ``compiled/`` has been fetched.
+
+    Args:
+        checkpoint, revision, subfolder: folder, or hub id with its revision, and where in it.
+        access: how the hub is reached, of :func:`~ebpo_core.fusionroute.experts.files.hub_access`.
+    """
     if Path(checkpoint).is_dir():
         return Path(checkpoint) / subfolder
     patterns = [f"{COMPILED_FOLDER}/*/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
     source = Source(os.fspath(checkpoint), None, revision, subfolder, None)
-    return fetched_folder(source, *patterns, f"{COMPILED_FOLDER}/{REPORT}", *WEIGHT_PATTERNS)
+    return fetched_folder(source, *patterns, f"{COMPILED_FOLDER}/{REPORT}", *WEIGHT_PATTERNS, access=access)
 
 
 def write_adapter(folder: Path, down: Mapping[str, Tensor], up: Mapping[str, Tensor], alpha: float) -> None:

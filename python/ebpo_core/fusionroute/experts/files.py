@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .references import ADAPTER_CONFIG, EXPERTS_FOLDER, ExpertReference, Source
 
@@ -125,25 +126,44 @@ def local_folder(source: Source) -> Path:
     )
 
 
-def fetched_folder(source: Source, *patterns: str) -> Path:
-    """The folder of a source; of a hub id its snapshot, after fetching the files of these patterns."""
+def fetched_folder(source: Source, *patterns: str, access: Mapping[str, Any] | None = None) -> Path:
+    """The folder of a source; of a hub id its snapshot, after fetching the files of these patterns.
+
+    Args:
+        source: the place.
+        patterns: of the files' names.
+        access: how the hub is reached, of :func:`hub_access`.
+    """
     if source.folder is not None:
         return source.folder
     from huggingface_hub import snapshot_download
 
     wanted = [f"{source.subfolder}/{pattern}".lstrip("/") for pattern in patterns]
-    return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=wanted)) / source.subfolder
+    how = {"revision": source.revision, "allow_patterns": wanted, **(access or {})}
+    return Path(snapshot_download(source.path, **how)) / source.subfolder
+
+
+def hub_access(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """How the hub is reached, out of the arguments of ``from_pretrained``: with which token, through which cache."""
+    names = ("token", "cache_dir", "local_files_only", "force_download")
+    return {name: arguments[name] for name in names if arguments.get(name) is not None}
 
 
 def checkpoint_folder(
-    references: Sequence[ExpertReference], checkpoint: str | os.PathLike[str] | None, revision: str | None
+    references: Sequence[ExpertReference],
+    checkpoint: str | os.PathLike[str] | None,
+    revision: str | None,
+    *,
+    subfolder: str = "",
+    access: Mapping[str, Any] | None = None,
 ) -> Path | None:
     """The local folder in which experts' relative paths are looked up.
 
     Args:
         references: the checkpoint's experts. Those that a checkpoint on the hub brings along are fetched.
         checkpoint: a folder, a hub id, or None.
-        revision: of the hub id.
+        revision, subfolder: of the hub id.
+        access: how the hub is reached, of :func:`hub_access`.
 
     Returns:
         The folder; None without a checkpoint, or for a hub id that brings no expert along.
@@ -153,10 +173,11 @@ def checkpoint_folder(
     prefix = f"{EXPERTS_FOLDER}/"
     if not any((path or "").startswith(prefix) for each in references for path in (each.path, each.adapter)):
         return None
-    source = Source(os.fspath(checkpoint), None, revision, "", None)
+    source = Source(os.fspath(checkpoint), None, revision, subfolder, None)
     # Only what is loaded: no pickles.
     code = [CODE_PATTERN] if any(each.code_hash for each in references) else []
-    return fetched_folder(source, *(f"{prefix}*/{pattern}" for pattern in (*COMPANIONS, *WEIGHT_PATTERNS, *code)))
+    patterns = [f"{prefix}*/{pattern}" for pattern in (*COMPANIONS, *WEIGHT_PATTERNS, *code)]
+    return fetched_folder(source, *patterns, access=access)
 
 
 def free_folder(output: Path) -> Path:

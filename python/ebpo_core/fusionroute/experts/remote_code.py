@@ -90,16 +90,20 @@ def check_code(
         experts, base_dir, revision: as for :meth:`~.experts.Experts.load`.
         trust_remote_code, verify: as for :func:`with_code`.
     """
+    check_recorded_code(experts, trust_remote_code=trust_remote_code)
     parsed = [reference for reference, model in parse_experts(experts) if model is None]
     asked = [each for each in parsed if each.hash is None or each.code_hash is not None]
-    if not trust_remote_code:  # what a checkpoint says of itself needs no files
-        for each in asked:
-            if each.code_hash is not None:
-                with_code(each, trust_remote_code=False)
     folder = checkpoint_folder(asked, base_dir, revision)
     for each in asked:
         if each.path is not None:
             with_code(each.anchored(folder), trust_remote_code=trust_remote_code, verify=verify)
+
+
+def check_recorded_code(experts: Iterable[Any] | Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """The part of :func:`check_code` that needs no files: what a checkpoint says of its experts itself."""
+    for reference, model in parse_experts(experts):
+        if model is None and reference.code_hash is not None and not trust_remote_code:
+            with_code(reference, trust_remote_code=False)
 
 
 def config_dict(source: Source) -> dict[str, Any]:
