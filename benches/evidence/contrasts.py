@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-from training import COMMON_RATE, tuned_rates, tuned_with
+from training import COMMON_RATE, COMMON_SIZES, tuned_rates, tuned_with
 
 HERE = Path(__file__).resolve().parent
 
@@ -17,8 +17,9 @@ Cell = tuple[str, str, int, str]
 """Task, rung, G and variant: the plain protocol "", or one of the names that ``cell_of`` gives."""
 
 MIDDLE: Cell = ("countdown", "middle", 2, "")
-COMMON: Cell = ("countdown", "middle", 2, "one rate")
-"""The cell of the learning rates' tuning, with each arm's own rate and with one for all."""
+"""The cell of the learning rates' tuning."""
+COMMON: dict[int, Cell] = {G: (*MIDDLE[:2], G, "one rate") for G in COMMON_SIZES}
+"""By group size: the cells with one learning rate for all arms, beside those with each arm's own."""
 
 BASELINES = ("grpo", "rloo", "constant", "batch_mean")
 """What the protocol's main contrasts compare the two forms of EBPO with."""
@@ -73,10 +74,10 @@ def by_cell(records: Iterable[Mapping[str, Any]]) -> dict[Cell, dict[str, dict[i
             continue
         cell = cell_of(record)
         cells = [cell]
-        if cell == MIDDLE:
+        if cell[:2] == MIDDLE[:2] and cell[2] in COMMON and not cell[3]:
             rate = rates.get(tuned_with(config["arm"]), config["rate"])
             cells = [cell] if config["rate"] == rate else []
-            cells += [COMMON] if config["rate"] == COMMON_RATE else []
+            cells += [COMMON[cell[2]]] if config["rate"] == COMMON_RATE else []
         for each in cells:
             found.setdefault(each, {}).setdefault(config["arm"], {})[config["seed"]] = record
     return found

@@ -42,7 +42,7 @@ STEPS, ROLLOUTS = 75, 512
 RATES = (1e-4, 2e-4, 4e-4)
 TUNING_SEEDS = (1000, 1001)
 DEFAULT_RATE = 4e-4
-COMMON_RATE = 2e-4
+COMMON_RATE, COMMON_SIZES = 2e-4, (2, 4)
 STAGES = ("rates", "main", "common", "arms", "ladder", "scale", "calls", "repeat", "smollm2")
 Step = tuple[str, Sequence[str] | None, Sequence[int] | None, int | None]
 ORDER: tuple[Step, ...] = (
@@ -129,8 +129,8 @@ def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
         for G, seed, arm in product((2, 4), range(20), MAIN_ARMS):
             yield cell("countdown", "middle", G, arm, seed)
     elif stage == "common":  # where an arm was tuned to this rate, its run is the one of "main"
-        for seed, arm in product(range(10), MAIN_ARMS):
-            yield configuration("countdown", "middle", 2, arm, seed, COMMON_RATE)
+        for G, seed, arm in product(COMMON_SIZES, range(10), MAIN_ARMS):
+            yield configuration("countdown", "middle", G, arm, seed, COMMON_RATE)
     elif stage == "arms":
         for seed, arm in product(range(10), MORE_ARMS):
             yield cell("countdown", "middle", 2, arm, seed)
