@@ -20,7 +20,7 @@ REWARDS = [1.0, 0.0, 0.0, 1.0]
 ABSENT: dict[str, Callable[[], Any]] = {
     "meta": lambda: torch.zeros(4, dtype=torch.int64, device="meta"),
     "sparse": lambda: torch.ones(4).to_sparse(),
-    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(2)], layout=torch.jagged),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(2)]),
     "meta in a list": lambda: [torch.zeros((), dtype=torch.int64, device="meta")] * 4,
 }
 
