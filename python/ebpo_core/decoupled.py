@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ebpo_core.inputs import is_tensor, read_batch, read_rewards
+from ebpo_core.inputs import array_of, is_tensor, read_batch, read_rewards
 from ebpo_core.trajectories import MAX_RETURN
 
 Array = NDArray[np.float64]
@@ -81,9 +81,7 @@ def decoupled(
 
 
 def _weights(weights: Any) -> Array:
-    if is_tensor(weights):
-        weights = weights.detach().cpu().double().numpy()
-    array = np.asarray(weights)
+    array = array_of("weights", weights, "pass one number for each reward of a completion")
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "fiu":
         raise TypeError(f"weights={weights!r}: expected one real number for each reward of a completion")
     bad = np.flatnonzero(~(np.abs(array) <= 1e140))

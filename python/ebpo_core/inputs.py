@@ -59,7 +59,7 @@ def on_memory(rewards: Any, call: Callable[[NDArray[Any]], NDArray[Any] | None])
     import torch
 
     plain = rewards.is_cpu and rewards.layout is torch.strided and rewards.dtype in (torch.float32, torch.float64)
-    if not plain or rewards.requires_grad or rewards.is_neg():
+    if not plain or rewards.requires_grad or rewards.is_neg() or rewards.is_nested:
         return None
     result = call(rewards.numpy())
     return None if result is None else torch.from_numpy(result)
@@ -87,6 +87,33 @@ def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def array_of(name: str, values: Any, remedy: str = "pass one entry per reward") -> NDArray[Any]:
+    """Anything array-like as an array; a float tensor as float64, since NumPy lacks the narrow dtypes of torch.
+
+    Raises:
+        ValueError: the lengths of nested lists differ; ``remedy`` says what to do.
+        TypeError: tensors without data, or that NumPy cannot read.
+    """
+    if is_tensor(values):
+        _check_dense(name, values)
+        values = values.detach().cpu().resolve_conj().resolve_neg()
+        values = (values.double() if values.is_floating_point() else values).numpy()
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} is not rectangular ({error}): {remedy}") from None
+    except (TypeError, RuntimeError) as error:  # of torch, for tensors in a list
+        raise TypeError(f"{name} cannot be read ({error}): pass one tensor, or plain numbers") from None
+
+
+def _check_dense(name: str, tensor: torch.Tensor) -> None:
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} is {kind} on device {tensor.device}: expected a dense tensor with data")
+
+
 def read_rewards(rewards: Any) -> tuple[NDArray[Any], Callable[[NDArray[Any]], Any]]:
     """Rewards of any shape as float32 or float64, and the way back to the caller's container and dtype."""
     if is_tensor(rewards):
@@ -97,12 +124,7 @@ def read_rewards(rewards: Any) -> tuple[NDArray[Any], Callable[[NDArray[Any]], A
         raise TypeError(
             "rewards is a masked array, whose mask means the opposite: pass rewards.data and mask=~rewards.mask"
         )
-    try:
-        array = np.asarray(rewards)
-    except ValueError as error:
-        raise ValueError(
-            f"rewards is not rectangular ({error}): for groups of uneven size pass 1-D rewards and groups="
-        ) from None
+    array = array_of("rewards", rewards, "for groups of uneven size pass 1-D rewards and groups=")
     if array.dtype.kind not in "fiub":
         raise TypeError(
             f"rewards has dtype {array.dtype}: expected real numbers (floats, ints or bools); "
@@ -141,8 +163,7 @@ def _read_tensor(rewards: torch.Tensor) -> tuple[NDArray[Any], Callable[[NDArray
 
     if rewards.is_complex():
         raise TypeError(f"rewards has dtype {rewards.dtype}: expected real numbers (floats, ints or bools)")
-    if rewards.layout != torch.strided or rewards.is_meta:
-        raise TypeError(f"rewards is {rewards.layout} on device {rewards.device}: expected a dense tensor with data")
+    _check_dense("rewards", rewards)
     dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
     if torch.finfo(dtype).min >= 0:
         raise TypeError(f"rewards has dtype {dtype}, which holds no negative number: pass float32")
@@ -183,13 +204,7 @@ def _round_to_torch(values: NDArray[np.float64], dtype: torch.dtype) -> NDArray[
 def _read_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
     if mask is None:
         return None
-    if is_tensor(mask):
-        mask = mask.detach().cpu()
-        mask = (mask.double() if mask.is_floating_point() else mask).numpy()
-    try:
-        array = np.asarray(mask)
-    except ValueError as error:
-        raise ValueError(f"mask is not rectangular ({error}): pass one entry per reward") from None
+    array = array_of("mask", mask)
     if array.shape != shape:
         raise ValueError(f"mask has shape {array.shape}, rewards {shape}: pass one entry per reward")
     if array.dtype == np.bool_:
@@ -203,12 +218,7 @@ def _read_mask(mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
 
 def integers(name: str, values: Any, rows: int) -> NDArray[np.int64]:
     """``rows`` whole numbers, at least 0, as int64 ``(rows,)``."""
-    if is_tensor(values):
-        values = values.detach().cpu().numpy()
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name} is not rectangular ({error}): pass one entry per reward") from None
+    array = array_of(name, values)
     if array.shape != (rows,):
         raise ValueError(f"{name} has shape {array.shape}, rewards ({rows},): pass one entry per reward")
     if array.dtype.kind not in "iu":
@@ -224,9 +234,7 @@ def group_codes(groups: Any, rows: int, name: str = "groups") -> tuple[NDArray[n
 
     ``name`` is the argument that they were passed as, for the errors.
     """
-    if is_tensor(groups):
-        groups = groups.detach().cpu().numpy()
-    ids: Any = groups if isinstance(groups, (np.ndarray, list, tuple)) else np.asarray(groups)
+    ids: Any = groups if isinstance(groups, (np.ndarray, list, tuple)) else array_of(name, groups)
     shape = ids.shape if isinstance(ids, np.ndarray) else (len(ids),)
     if shape != (rows,):
         raise ValueError(f"{name} has shape {shape}, rewards ({rows},): pass one id per reward")
@@ -239,5 +247,8 @@ def group_codes(groups: Any, rows: int, name: str = "groups") -> tuple[NDArray[n
     torch = sys.modules.get("torch")
     if torch is not None and torch.Tensor in set(map(type, objects)):
         # Tensors hash by identity: each would be a group of its own.
-        objects = [one.item() if isinstance(one, torch.Tensor) else one for one in objects]
+        try:
+            objects = [one.item() if isinstance(one, torch.Tensor) else one for one in objects]
+        except RuntimeError as error:
+            raise TypeError(f"{name} holds a tensor that is no single number ({error}): pass ints or strings") from None
     return _core.codes_of_objects(objects, name)

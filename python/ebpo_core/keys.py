@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebpo_core import _core
-from ebpo_core.inputs import Groups, is_tensor
+from ebpo_core.inputs import Groups, array_of, is_tensor
 
 Part: TypeAlias = "str | int"
 Key: TypeAlias = "str | int | tuple[str | int, ...]"
@@ -59,7 +59,7 @@ def _part(part: Any, key: Any, name: str) -> str | int:
         return str.__str__(part)  # its characters: str() of an enumeration's member is its name
     try:
         return int(operator.index(part.item() if isinstance(part, np.bool_) else part))
-    except TypeError:
+    except (TypeError, RuntimeError):  # torch has the other one for a tensor without data
         raise TypeError(
             f"{name} is {key!r}, which holds a {type(part).__name__}: expected a string, an int, a bool, a tuple of "
             "them, or None for the root; name anything else with str()"
@@ -94,11 +94,13 @@ def _list_of(keys: Any) -> list[Any]:
     if isinstance(keys, (str, bytes, Mapping)):
         raise TypeError(f"keys={keys!r}: expected one key per reward (or per group of a matrix), as a list or an array")
     if is_tensor(keys):
-        keys = keys.detach().cpu().numpy()
+        keys = array_of("keys", keys)
     if isinstance(keys, np.ndarray) and keys.ndim != 1:
         raise ValueError(
             f"keys has shape {keys.shape}: expected one dimension; pass keys of several parts as a list of tuples"
         )
+    if hasattr(keys, "to_pylist"):  # a column of Arrow, whose items are objects of its own
+        return list(keys.to_pylist())
     return keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
 
 

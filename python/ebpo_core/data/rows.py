@@ -137,23 +137,32 @@ def _file_rows(path: Path, label: str) -> Iterator[Row]:
     """The rows of a file by its suffix."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{label}: a data file must end in one of {', '.join(SUFFIXES)}")
-    return {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}[path.suffix](path, label)
+    rows = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}[path.suffix](path, label)
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        remedy = "it is compressed by gzip: unpack it first" if packed else f"expected text in UTF-8 ({error})"
+        raise ValueError(f"{label}: {remedy}") from error
 
 
 def _jsonl(path: Path, label: str) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:  # Windows' editors begin a file with a byte order mark
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{label}, line {number}: not JSON Lines ({error})") from error
                 yield _object(row, f"{label}, line {number}")
 
 
 def _json(path: Path, label: str) -> Iterator[Row]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError(f"{label}: nested too deeply ({error})") from error
     except ValueError:  # no single value: one object a line
         yield from _jsonl(path, label)
         return
@@ -169,17 +178,27 @@ def _object(row: Any, where: str) -> Row:
     return row
 
 
-def _csv(path: Path, _label: str) -> Iterator[Row]:
-    with path.open(newline="", encoding="utf-8") as lines:
-        yield from csv.DictReader(lines)
+def _csv(path: Path, label: str) -> Iterator[Row]:
+    with path.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        try:
+            for row in reader:
+                if None in row:
+                    raise ValueError(f"{label}, line {reader.line_num}: more fields than the header has names")
+                yield row
+        except csv.Error as error:
+            raise ValueError(f"{label}, line {reader.line_num}: not CSV ({error})") from error
 
 
 def _parquet(path: Path, label: str) -> Iterator[Row]:
-    _, parquet = _pyarrow(label)
-    with parquet.ParquetFile(path) as file:
-        # Batch by batch: DAPO's file holds 1.8 million rows of which one in a hundred is kept.
-        for batch in file.iter_batches(batch_size=_ARROW_ROWS):
-            yield from batch.to_pylist()
+    pyarrow, parquet = _pyarrow(label)
+    try:
+        with parquet.ParquetFile(path) as file:
+            # Batch by batch: DAPO's file holds 1.8 million rows of which one in a hundred is kept.
+            for batch in file.iter_batches(batch_size=_ARROW_ROWS):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{label}: pyarrow cannot read it as Parquet ({error})") from error
 
 
 def _pyarrow(label: Any) -> tuple[Any, Any]:

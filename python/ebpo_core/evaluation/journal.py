@@ -101,7 +101,7 @@ class Journal:
     def _parse(self, line: bytes, number: int) -> Record:
         try:
             content = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{str(self.path)!r} is damaged: line {number} is not JSON ({error}); remove the line, or the file"
             ) from error
@@ -180,8 +180,18 @@ def read_journal(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     try:
         header, *records = [json.loads(line) for line in lines]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is damaged or empty ({error}): run the command that wrote it again") from error
     if not isinstance(header, dict) or header.get("format") != f"ebpo-core/{kind}":
         raise ValueError(f"{str(file)!r} does not hold 'ebpo-core/{kind}': give another file")
-    return header["settings"], records
+    if header.get("version") != VERSION:
+        raise ValueError(
+            f"{str(file)!r} has version {header.get('version')!r}, this ebpo_core reads {VERSION}: use the "
+            "version that wrote it"
+        )
+    settings = header.get("settings")
+    if not isinstance(settings, dict) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(
+            f"{str(file)!r} is damaged: its lines are not all records; run the command that wrote it again"
+        )
+    return settings, records

@@ -34,15 +34,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ebpo_core.evaluation.estimators import Interval
+from ebpo_core.signal.cells import Codes, Vector
 from ebpo_core.signal.groups import Groups
 from ebpo_core.signal.rates import Rates, fit_rates, log_beta
-from ebpo_core.signal.rollouts import Codes, Vector
 
 SIZES = (2, 4, 8, 16, 32, 64)
 """Group sizes that are looked at."""
 
 # Share of groups that must have G rewards for the share at G to be measured on them.
 _MOST = 0.9
+# Their weights are held at once.
+_MOST_RESAMPLES = 100_000
 # Largest size of the imagined prompt's group: beyond, its shape and not its size matters.
 _IMAGINED = 64
 
@@ -146,8 +148,10 @@ def expect(groups: Groups, *, resamples: int = 200, level: float = 0.95, seed: i
     Raises:
         ValueError: An option out of its range.
     """
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples}: expected at least 1")
+    if not 1 <= resamples <= _MOST_RESAMPLES:
+        raise ValueError(f"resamples={resamples}: expected a number from 1 to {_MOST_RESAMPLES}")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: expected at least 0")
     if not 0 < level < 1:
         raise ValueError(f"confidence={level}: expected a number between 0 and 1")
     if not groups.paired.any():

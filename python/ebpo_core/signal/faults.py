@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ebpo_core.signal.cells import Vector
 from ebpo_core.signal.groups import Groups
-from ebpo_core.signal.rollouts import Rollouts, Vector
+from ebpo_core.signal.rollouts import Rollouts
 
 # Thresholds, as shares: unscored completions; groups of one; groups or prompts with the fault.
 _MISSING, _SINGLE, _SOME = 0.01, 0.1, 0.01
@@ -79,7 +80,8 @@ def _of_scales(rollouts: Rollouts, groups: Groups) -> Iterator[Fault]:
     if rollouts.sources is not None:
         labels, source_of = np.unique(np.array(rollouts.sources), return_inverse=True)
         spans |= {
-            f"source {label!r}": _span(rollouts.rewards[source_of == number]) for number, label in enumerate(labels)
+            f"source {str(label)!r}": _span(rollouts.rewards[source_of == number])
+            for number, label in enumerate(labels)
         }
     for kind in ("column", "source"):
         of_kind = {name: span for name, span in spans.items() if name.startswith(kind) and span > 0}

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ebpo_core.signal.rollouts import Codes, Rollouts, Vector
+from ebpo_core.signal.cells import Codes, Vector
+from ebpo_core.signal.rollouts import Rollouts
 
 Mask = NDArray[np.bool_]
 

@@ -55,8 +55,8 @@ def find_layout(rows: Sequence[Row], where: str, named: Mapping[str, Any], known
     Raises:
         ValueError: A named column is not there, or none could be found for rewards or groups.
     """
-    columns = list(rows[0])
-    given = {field: value for field, value in named.items() if value}
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # a row may lack what it has no value for
+    given = {field: value for field, value in named.items() if value not in (None, ())}
     for field, value in given.items():
         missing = [name for name in ([value] if isinstance(value, str) else value) if name not in columns]
         if missing:

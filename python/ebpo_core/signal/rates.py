@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ebpo_core.signal.rollouts import Codes, Vector
+from ebpo_core.signal.cells import Codes, Vector
 
 # Constraints: the Beta's mean in [0.01, 0.99], its a + b in [0.1, 1000], and neither of the two below 0.05.
 _LOGIT = 4.6
@@ -76,10 +76,12 @@ class Rates:
         after_a, after_b = a + hits, b + sizes - hits
         evidence = log_beta(after_a, after_b)
         moment = np.exp(log_beta(after_a + size, after_b) - evidence)
-        # Chances of the very sequence seen, under each of the three parts.
+        # Chances of the very sequence seen. Where no point mass explains it, it is from the Beta, however small the
+        # chance: that of a mixed group of a thousand is beyond the smallest float.
         from_beta = (1 - zero - one) * np.exp(evidence - log_beta(a, b))
-        from_zero, from_one = zero * (hits == 0), one * (hits == sizes)
-        return np.asarray((from_beta * moment + from_one) / (from_beta + from_zero + from_one))
+        from_point = zero * (hits == 0) + one * (hits == sizes)
+        share = np.divide(from_beta, from_beta + from_point, out=np.ones_like(from_beta), where=from_point > 0)
+        return np.asarray(share * moment + (1 - share) * (hits == sizes))
 
 
 def fit_rates(hits: Codes, sizes: Codes, weights: Vector) -> Rates:

@@ -117,7 +117,8 @@ def _per_step(groups: Groups) -> StepSignal:
     paired = groups.paired
     count = np.bincount(steps, paired)
     informative = np.bincount(steps, paired & ~groups.dead)
-    total, squared = np.bincount(steps, groups.squares), np.bincount(steps, groups.squares**2)
+    squares = groups.squares / (groups.squares.max() or 1.0)  # the fourth power of a reward may be no float
+    total, squared = np.bincount(steps, squares), np.bincount(steps, squares**2)
     effective = np.divide(total**2, squared, out=np.zeros_like(total), where=squared > 0)
     return StepSignal(float(count.mean()), float(informative.mean()), float(effective.mean()))
 

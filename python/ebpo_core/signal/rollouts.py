@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -12,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ebpo_core.data.rows import read_rows
 from ebpo_core.evaluation.journal import read_journal
+from ebpo_core.signal.cells import MAX_REWARD, Codes, Vector, codes_of, read_rewards, read_steps, token
 from ebpo_core.signal.layouts import SAMPLES, Layout, Row, find_layout
-
-Vector = NDArray[np.float64]
-Codes = NDArray[np.int64]
 
 # A key of verl 0.9: the prompt's uid, the number of the session, and that of the session's output.
 _VERL_KEY = re.compile(r"(.+)_(\d+)_(\d+)", re.DOTALL)
@@ -65,13 +60,13 @@ class Rollouts:
             raise ValueError(
                 f"last={count}: these rollouts have no steps; name their column with step=, or leave it out"
             )
-        kept = self.steps > self.steps.max() - count
+        kept = self.steps > self.steps.max() - min(count, len(self.steps))
         return replace(
             self,
             rewards=self.rewards[kept],
             columns={name: values[kept] for name, values in self.columns.items()},
-            groups=_recode(self.groups[kept]),
-            prompts=None if self.prompts is None else _recode(self.prompts[kept]),
+            groups=codes_of(self.groups[kept].tolist()),
+            prompts=None if self.prompts is None else codes_of(self.prompts[kept].tolist()),
             steps=self.steps[kept] - self.steps[kept].min(),
             sources=None if self.sources is None else [self.sources[row] for row in np.flatnonzero(kept)],
         )
@@ -86,7 +81,7 @@ class Rollouts:
             raise ValueError(f"groups_per_step={groups}: expected at least 1")
         if self.has_steps:
             raise ValueError(f"groups_per_step={groups}: these rollouts have steps of their own; leave it out")
-        return replace(self, steps=self.groups // groups)
+        return replace(self, steps=self.groups // min(groups, len(self.groups)))
 
 
 def read_rollouts(
@@ -121,6 +116,11 @@ def read_rollouts(
     named = {"group": group, "rewards": tuple(reward), "prompt": prompt, "step": step, "source": source}
     if len(weights) not in (0, len(reward)):
         raise ValueError(f"weights={list(weights)}: give one for each of reward={list(reward)}")
+    for weight in weights:
+        if not abs(weight) <= MAX_REWARD:  # nor NaN
+            raise ValueError(f"weights={list(weights)}: expected finite numbers of magnitude up to {MAX_REWARD:g}")
+    if len(set(reward)) < len(reward):
+        raise ValueError(f"reward={list(reward)}: a column is named twice; name it once, with the sum of its weights")
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     files = [file for path in given for file in find_files(path)]
     layout: Layout | None = None
@@ -136,7 +136,8 @@ def read_rollouts(
             # TRL writes its table at each log, so a batch that serves for several steps is in several files.
             rewards = layout.rewards
             batch = [
-                (_token(row["prompt"]), _token(row["completion"]), [row.get(n) for n in rewards]) for row in content
+                (token(row.get("prompt")), token(row.get("completion")), [row.get(n) for n in rewards])
+                for row in content
             ]
             if batch == previous:
                 repeated += 1
@@ -165,17 +166,19 @@ def find_files(path: str | os.PathLike[str]) -> list[Path]:
     if place.is_file():
         return [place]
     if not place.is_dir():
+        if place.exists():
+            raise ValueError(f"{str(path)!r} is a pipe or a device: write it to a .jsonl file first")
         raise FileNotFoundError(f"{str(path)!r}: no such file or folder")
     if (place / "samples.jsonl").is_file():
         return [place / "samples.jsonl"]
     folder = place / "completions" if (place / "completions").is_dir() else place
     # SkyRL puts a file of metrics beside its rollouts.
-    names = [file for file in folder.iterdir() if file.suffix in (".jsonl", ".parquet")]
+    names = [file for file in folder.iterdir() if file.suffix in (".jsonl", ".parquet") and file.is_file()]
     names = [file for file in names if file.name != "aggregated_results.jsonl"]
     if not names:
         raise FileNotFoundError(f"{str(folder)!r} holds no .jsonl or .parquet file: give the file itself")
     return sorted(
-        names, key=lambda file: [(part.isdigit(), int(part) if part.isdigit() else part) for part in _parts(file)]
+        names, key=lambda file: [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in _parts(file)]
     )
 
 
@@ -185,9 +188,9 @@ def _parts(file: Path) -> list[str]:
 
 def _read_file(file: Path, named: Mapping[str, Any]) -> tuple[Layout, list[Row]]:
     if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
-            start = lines.readline()
-        if '"format": "ebpo-core/' in start:
+        with file.open("rb") as lines:
+            start = lines.readline(1 << 12)  # of any file: it may be neither text nor in lines
+        if b'"format": "ebpo-core/' in start:
             records: list[Row] = list(read_journal(file, "samples")[1])
             if not records:
                 raise ValueError(f"{str(file)!r} holds no sample yet: wait for the first")
@@ -207,7 +210,7 @@ def _verl_sessions(rows: Sequence[Row]) -> Iterator[Row]:
         if key is None:  # of another version, or of somebody's own: the ids are the groups
             yield from rows
             return
-        session, output = (str(row["step"]), key[1], key[2]), int(key[3])
+        session, output = (str(row.get("step")), key[1], key[2]), int(key[3])
         if session not in last or output >= last[session][0]:
             last[session] = output, {**row, "uid": key[1]}
     yield from (row for _, row in last.values())
@@ -216,74 +219,38 @@ def _verl_sessions(rows: Sequence[Row]) -> Iterator[Row]:
 def _collect(rows: Sequence[Row], layout: Layout, weights: Sequence[float], notes: Sequence[str]) -> Rollouts:
     """Rows as arrays."""
     factors = list(weights) or [1.0] * len(layout.rewards)
-    columns = {
-        name: weight * np.array([_number(row.get(name), name, number) for number, row in enumerate(rows, 1)])
-        for name, weight in zip(layout.rewards, factors, strict=True)
-    }
+    columns = {name: weight * read_rewards(rows, name) for name, weight in zip(layout.rewards, factors, strict=True)}
     stacked = np.stack(list(columns.values()))
     # As TRL adds them: a function that returned None adds nothing, and where all did there is no reward.
     rewards = np.where(np.isnan(stacked).all(axis=0), np.nan, np.nansum(stacked, axis=0))
+    large = np.flatnonzero(np.abs(rewards) > MAX_REWARD)
+    if large.size:
+        raise ValueError(
+            f"row {large[0] + 1}: its rewards add up to {rewards[large[0]]}, with weights={factors}; the magnitude "
+            f"must be at most {MAX_REWARD:g}"
+        )
 
     steps = np.zeros(len(rows), dtype=np.int64)
     if layout.step is not None:
-        steps = _steps([row.get(layout.step) for row in rows], layout.step)
+        steps = read_steps([row.get(layout.step) for row in rows], layout.step)
     keys: list[Hashable] = []
     for number, (row, at) in enumerate(zip(rows, steps.tolist(), strict=True), 1):
-        if row.get(layout.group) is None:
-            raise ValueError(f"row {number}, {layout.group}=None: each row needs its group; name another column")
-        keys.append((at, _token(row[layout.group])))
+        name = token(row.get(layout.group))
+        if name is None:
+            raise ValueError(
+                f"row {number}, {layout.group}={row.get(layout.group)}: each row needs its group; name another column"
+            )
+        keys.append((at, name))
     prompt = layout.prompt
     return Rollouts(
         form=layout.form,
         rewards=rewards,
         columns=columns,
-        groups=_codes(keys),
+        groups=codes_of(keys),
         group_column=layout.group,
-        prompts=None if prompt is None else _codes([_token(row.get(prompt)) for row in rows]),
+        prompts=None if prompt is None else codes_of([token(row.get(prompt)) for row in rows]),
         steps=steps,
         has_steps=layout.step is not None,
         sources=None if layout.source is None else [str(row.get(layout.source)) for row in rows],
         notes=tuple(notes),
     )
-
-
-def _number(value: Any, column: str, number: int) -> float:
-    """One reward; NaN for None. A list holds the rewards of tokens."""
-    if value is None:
-        return math.nan
-    if isinstance(value, (list, tuple)):
-        return math.fsum(_number(one, column, number) for one in value)
-    try:
-        reward = float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"row {number}, {column}={value!r}: expected a number, or null for a completion that could not be scored; "
-            "name another column with reward="
-        ) from error
-    if math.isinf(reward):
-        raise ValueError(f"row {number}, {column}={value!r}: rewards are finite; mend the reward function")
-    return reward
-
-
-def _steps(values: Sequence[Any], column: str) -> Codes:
-    try:
-        numbers = [int(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"column {column!r}: steps are whole numbers ({error}); name another with step=") from error
-    return np.unique(np.array(numbers, dtype=np.int64), return_inverse=True)[1].reshape(-1)
-
-
-def _token(value: Any) -> Hashable:
-    """A value that can be compared and hashed, of what JSON and Parquet give: messages become their JSON text."""
-    if isinstance(value, (str, int, float, bool, bytes)) or value is None:
-        return value
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-def _codes(values: Sequence[Hashable]) -> Codes:
-    known: dict[Hashable, int] = {}
-    return np.array([known.setdefault(value, len(known)) for value in values], dtype=np.int64)
-
-
-def _recode(codes: Codes) -> Codes:
-    return _codes(codes.tolist())
