@@ -38,9 +38,8 @@ def _engine(asked: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(model=asked["model"], **engine)
     model = _watched(llm) if asked.get("watch") else None
     ids = routing_ids(asked["vocab_size"], asked["num_experts"])
-    sampling = SamplingParams(
-        temperature=0, max_tokens=asked["new"], ignore_eos=True, logprobs=len(ids), logprob_token_ids=ids
-    )
+    settings = {"temperature": 0, "max_tokens": asked["new"], "ignore_eos": True, **asked.get("sampling", {})}
+    sampling = SamplingParams(**settings, logprobs=len(ids), logprob_token_ids=ids)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in asked["prompts"]], sampling, use_tqdm=False)
     answers = []
     for output in outputs:

@@ -128,7 +128,7 @@ MEMBERS = {
     ("vllm.config.model", "ModelConfig"): "hf_config hf_text_config model revision quantization trust_remote_code "
     "max_model_len original_max_model_len logits_processors enable_prompt_embeds model_arch_config "
     "get_model_arch_config get_sliding_window registry _verify_quantization maybe_untie_word_embeddings "
-    "is_submodel_config",
+    "is_submodel_config tokenizer get_vocab_size",
     ("vllm.config.cache", "CacheConfig"): "kv_sharing_fast_prefill sliding_window",
     ("vllm.config.parallel", "ParallelConfig"): "pipeline_parallel_size use_ubatching",
     ("vllm.config.scheduler", "SchedulerConfig"): "max_num_batched_tokens",
@@ -147,6 +147,7 @@ MEMBERS = {
     ("vllm.model_executor.models.registry", "_ModelInfo"): "has_inner_state is_attention_free is_hybrid",
     ("vllm.model_executor.models.utils", "WeightsMapper"): "orig_to_new_prefix get_rename_mapper",
     ("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig"): "get_name apply_vllm_mapper",
+    ("vllm.tokenizers.protocol", "TokenizerLike"): "max_token_id",
     ("vllm.sampling_params", "SamplingParams"): "allowed_token_ids logit_bias stop_token_ids prompt_logprobs",
 }
 

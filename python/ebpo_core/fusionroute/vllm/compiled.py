@@ -48,7 +48,7 @@ class CompiledFusionRouteForCausalLM(RoutedModel):
         config: FusionRouteConfig = model_config.hf_config
         compiled: dict[str, Any] = config.compiled or {}
         own = (config.router_config, model_config.model)
-        super().__init__(config, build(vllm_config, *own, "router", prefix))
+        super().__init__(config, build(vllm_config, *own, "router", prefix), model_config.get_vocab_size())
         self._checkpoint, self._revision = str(model_config.model), model_config.revision
         rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.selection = Selection(rows, config.num_experts, int(compiled["rank"]))
@@ -106,7 +106,7 @@ class CompiledFusionRouteForCausalLM(RoutedModel):
         return out
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Fused logits and the routing's columns, ``[rows, V + n + 2]`` float32."""
+        """Fused logits and the routing's columns, ``[rows, width]`` float32."""
         hidden, adapted, chosen = hidden_states.split([self.hidden_size, self.hidden_size, 1], dim=-1)
         # Not selected again: where two experts are nearly tied, other rows beside it might turn the choice.
         ids = chosen[:, 0].to(torch.int64)

@@ -33,14 +33,17 @@ class FusionRouteForCausalLM(RoutedModel):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config: Any = vllm_config.model_config
         config: FusionRouteConfig = model_config.hf_config
-        super().__init__(config, build(vllm_config, config.router_config, model_config.model, "router", prefix))
+        router = build(vllm_config, config.router_config, model_config.model, "router", prefix)
+        super().__init__(config, router, model_config.get_vocab_size())
         self.widths = [self.hidden_size]
         self.secondary_weights = []
         for index, expert in enumerate(map(ExpertReference.from_dict, config.experts or [])):
             own = expert_config(expert, trust_remote_code=model_config.trust_remote_code)
             folder = str(expert.path)
             setattr(self, f"expert_{index}", build(vllm_config, own, folder, f"expert_{index}", prefix))
-            self.widths.append(own.get_text_config().hidden_size)
+            text = own.get_text_config()
+            self.widths.append(text.hidden_size)
+            self.readable = min(self.readable, text.vocab_size)
             # vLLM's loader streams these after the checkpoint's own weights.
             self.secondary_weights.append(
                 DefaultModelLoader.Source(folder, None, prefix=f"expert_{index}.", fall_back_to_pt=False)
@@ -70,7 +73,7 @@ class FusionRouteForCausalLM(RoutedModel):
         return torch.cat(hidden, dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Fused logits and the routing's columns, ``[rows, V + n + 2]`` float32."""
+        """Fused logits and the routing's columns, ``[rows, width]`` float32."""
         hidden, *expert_hidden = hidden_states.split(self.widths, dim=-1)
         weights = self.routing_weights(hidden)
         ids = self.selected(weights)

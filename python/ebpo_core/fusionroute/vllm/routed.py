@@ -3,6 +3,7 @@
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -32,15 +33,18 @@ class RoutedModel(nn.Module):
     Attributes:
         router: vLLM's model.
         route_head: W, ``[n, hidden]`` float32, on every rank.
+        readable: ids of tokens that every model has an embedding of: V, or more.
     """
 
-    def __init__(self, config: FusionRouteConfig, router: nn.Module) -> None:
+    def __init__(self, config: FusionRouteConfig, router: nn.Module, width: int) -> None:
+        """``width`` is the engine's vocabulary, see :mod:`.startup`: it may end behind the routing's columns."""
         super().__init__()
         self.config = config
-        self.vocab_size = int(config.vocab_size or 0)
+        self.vocab_size, self.width = int(config.vocab_size or 0), width
         self.router = router
         text: Any = config.router_config
         self.hidden_size = int(text.get_text_config().hidden_size)
+        self.readable = int(text.get_text_config().vocab_size)
         self.route_head = nn.Linear(self.hidden_size, config.num_experts, bias=False, dtype=torch.float32)
 
     def parts(self) -> dict[str, Part]:
@@ -54,9 +58,8 @@ class RoutedModel(nn.Module):
         return embeddings
 
     def clamped(self, input_ids: Tensor) -> Tensor:
-        """Ids from V on are nobody's tokens, and vLLM lets them through in prompts: no embedding must be read out of
-        its bounds for them."""
-        return input_ids.clamp(max=self.vocab_size - 1)
+        """vLLM lets more ids through in prompts than every model has: no embedding must be read out of its bounds."""
+        return input_ids.clamp(max=self.readable - 1)
 
     def routing_weights(self, hidden: Tensor) -> Tensor:
         """``W h_t``, ``[rows, n]`` float32."""
@@ -73,9 +76,8 @@ class RoutedModel(nn.Module):
         return ids
 
     def empty_logits(self, like: Tensor) -> Tensor:
-        """Room for fused logits and the routing's columns, ``[rows, V + n + 2]`` float32."""
-        width = self.vocab_size + extra_columns(self.config.num_experts)
-        return like.new_empty(len(like), width, dtype=torch.float32)
+        """Room for fused logits and the routing's columns, ``[rows, width]`` float32."""
+        return like.new_empty(len(like), self.width, dtype=torch.float32)
 
     def with_routing(self, fused: Tensor, ids: Tensor, weights: Tensor, own: Tensor) -> Tensor:
         """``fused``, its columns filled, the selections recorded for the guard.
@@ -85,9 +87,11 @@ class RoutedModel(nn.Module):
             ids, weights, own: as for :func:`.columns.encode`.
         """
         V = self.vocab_size
+        end = V + extra_columns(self.config.num_experts)
         columns = encode(ids, weights, own)
         # Relative to the sum of the others, whatever the logits' size: a log-softmax gives back what was encoded.
-        torch.add(fused[:, :V].logsumexp(-1, keepdim=True), columns, out=fused[:, V:])
+        torch.add(fused[:, :V].logsumexp(-1, keepdim=True), columns, out=fused[:, V:end])
+        fused[:, end:] = -math.inf
         STEP.record(ids, own)
         return fused
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from ebpo_core.fusionroute.config import FusionRouteConfig
 from ebpo_core.fusionroute.experts.errors import explained
@@ -70,6 +71,8 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
         else:
             _start_compiled(model_config, config)
         V, longest = int(config.vocab_size or 0), int(model_config.max_model_len)
+        router: Any = config.router_config
+        widths = [int(router.get_text_config().vocab_size)]
         mixture = _mixture_of(view(model_config, config.router_config, model_config.model), "the router")
         for expert in experts:
             full = expert_config(expert, trust_remote_code=model_config.trust_remote_code)
@@ -79,6 +82,7 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
                     f"expert {expert.name!r} has {own.vocab_size} logits, the checkpoint's vocab_size is {V}: it is "
                     "not the expert this model was trained with"
                 )
+            widths.append(int(own.vocab_size))
             one = view(model_config, full, str(expert.path))
             mixture = max(mixture, _mixture_of(one, f"expert {expert.name!r}"))
             positions = getattr(own, "max_position_embeddings", None) or longest
@@ -92,7 +96,7 @@ class Startup(VerifyAndUpdateConfig):  # type: ignore[misc]
             logger.info("max_model_len is %d, the shortest context among router and experts", longest)
             model_config.max_model_len = longest
         text = copy.copy(config.text_config)
-        text.vocab_size = V + extra_columns(config.num_experts)
+        text.vocab_size = _width(model_config, V + extra_columns(config.num_experts), min(widths))
         model_config.hf_text_config = text
         model_config.model_arch_config = model_config.get_model_arch_config()
         # vLLM prepares its ranks for mixtures of experts if the engine's model is one; here any part may be.
@@ -155,6 +159,30 @@ def resolved(config: FusionRouteConfig, model: str, revision: str | None) -> lis
     base = checkpoint_folder(wanted, model, revision)
     verify = bool(getattr(config, "verify_experts", True))
     return [_resolved(expert.anchored(base), verify) for expert in wanted]
+
+
+def _width(model_config: Any, columns: int, readable: int) -> int:
+    """The engine's vocabulary: the logits' columns, and as many more as its tokenizer has ids.
+
+    vLLM lets these through in prompts, and penalties and log-probabilities look up a prompt's tokens among the logits:
+    one behind their end would stop the engine.
+
+    Args:
+        model_config: of the engine.
+        columns: of the logits, the routing's included.
+        readable: ids of tokens that router and experts have an embedding of.
+    """
+    tokenizer: Any = cached_tokenizer_from_config(model_config)
+    if tokenizer is None:  # --skip-tokenizer-init: vLLM then looks at no id
+        return columns
+    last = int(tokenizer.max_token_id)
+    if last >= readable:
+        logger.warning(
+            "the tokenizer in %r has ids up to %d, and only those up to %d are tokens of router and every expert: "
+            "others are read as id %d where a prompt has them",
+            *(str(model_config.tokenizer), last, readable - 1, readable - 1),
+        )
+    return max(columns, last + 1)
 
 
 def _start_compiled(model_config: Any, config: FusionRouteConfig) -> None:
