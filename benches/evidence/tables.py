@@ -106,28 +106,29 @@ def ladder(_: Any, cells: Any, __: Any) -> str:
     return table([*head, *(f"{arm} - grpo" for arm in arms_shown), "visible"], rows)
 
 
-def _over_grpo(cells: Iterable[tuple[int, Any]], *names: str) -> str:
-    """Differences of every arm to GRPO in the named outcomes: rates in points, others in their own units."""
+def _compared(cells: Iterable[tuple[int, Any]], *names: str) -> str:
+    """Every arm against GRPO, and EBPO against the others: rates in points, others in their own units."""
     rows = []
     for G, arms in cells:
-        for arm in arms:
-            first = None if arm == "grpo" else paired(arms, arm, "grpo", names[0])
+        others = sorted(set(arms) - {"ebpo", "grpo"})
+        for arm, other in [("ebpo", "grpo"), *(("ebpo", one) for one in others), *((one, "grpo") for one in others)]:
+            first = paired(arms, arm, other, names[0])
             if first is not None:
                 units = {name: (100.0, 1) if "@" in name else (1.0, 3) for name in names}
                 shown = [
-                    difference(paired(arms, arm, "grpo", name, unit), digits) for name, (unit, digits) in units.items()
+                    difference(paired(arms, arm, other, name, unit), digits) for name, (unit, digits) in units.items()
                 ]
-                rows.append([str(G), arm, str(first.seeds), *shown, f"{first.wins}/{first.seeds}"])
-    return table(["G", "arm", "pairs", *(f"{name} over GRPO (95 %)" for name in names), f"ahead in {names[0]}"], rows)
+                rows.append([str(G), arm, other, str(first.seeds), *shown, f"{first.wins}/{first.seeds}"])
+    return table(["G", "arm", "against", "pairs", *(f"{name} (95 %)" for name in names), f"ahead in {names[0]}"], rows)
 
 
 def common(_: Any, cells: Any, __: Any) -> str:
     found = [(G, cells.get(cell, {})) for G, cell in COMMON.items()]
-    return _over_grpo(found, "pass@1", "pass@16", "maj@16", "entropy")
+    return _compared(found, "pass@1", "pass@16", "maj@16", "entropy")
 
 
 def scale(_: Any, cells: Any, __: Any) -> str:
-    return _over_grpo([(2, cells.get(("countdown", "middle", 2, "equal scale"), {}))], "pass@1", "pass@16", "maj@16")
+    return _compared([(2, cells.get(("countdown", "middle", 2, "equal scale"), {}))], "pass@1", "pass@16", "maj@16")
 
 
 def variants(_: Any, cells: Any, __: Any) -> str:
