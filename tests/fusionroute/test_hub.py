@@ -53,16 +53,11 @@ def test_experts_come_from_where_the_router_comes_from(
         expected = logits(model)
     cache = tmp_path / "a cache of its own"
     put_in_hub_cache(cache, "owner/routed", repository)
-    found = FusionRouteForCausalLM.from_pretrained(
-        "owner/routed", subfolder=subfolder, cache_dir=cache, token="hf_mine", local_files_only=True
-    )
+    given: dict[str, Any] = {"cache_dir": cache, "token": "hf_mine", "local_files_only": True}
+    found = FusionRouteForCausalLM.from_pretrained("owner/routed", subfolder=subfolder, **given)
     assert torch.equal(logits(found), expected)
     (how,) = fetched
-    assert {name: how[name] for name in ("cache_dir", "token", "local_files_only")} == {
-        "cache_dir": cache,
-        "token": "hf_mine",
-        "local_files_only": True,
-    }
+    assert {name: how[name] for name in given} == given
     found.save_pretrained(tmp_path / "elsewhere")
     assert torch.equal(logits(FusionRouteForCausalLM.from_pretrained(tmp_path / "elsewhere")), expected)
 
