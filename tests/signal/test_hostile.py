@@ -27,7 +27,7 @@ HEADER = '{"format": "ebpo-core/samples", "version": 1, "settings": {}}\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", gzip.compress(b"{}"), "x.jsonl: it is compressed by gzip: unpack it first"),
+        ("x.jsonl", gzip.compress(b"{}", mtime=0), "x.jsonl: it is compressed by gzip: unpack it first"),
         ("x.jsonl", '{"group": 1}'.encode("utf-16"), "x.jsonl: expected text in UTF-8"),
         ("x.jsonl", '{"group": "é"}'.encode("latin-1"), "x.jsonl: expected text in UTF-8"),
         ("x.json", '[{"group": "é"}]'.encode("latin-1"), "x.json: expected text in UTF-8"),
