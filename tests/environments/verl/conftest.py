@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; unset, it warns
+os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a suite that runs beside leaves its workers no core
 
 import pytest
 
