@@ -197,7 +197,7 @@ class CheckpointMixin(Base):  # type: ignore[misc]
         within, revision, access = str(kwargs.get("subfolder") or ""), kwargs.get("revision"), hub_access(kwargs)
         if adapted:
             home = compiled_folder(home, revision, subfolder=within, access=access)
-        elif Path(home).is_dir():
+        elif home is not None and Path(home).is_dir():
             home = Path(home) / within
         if load_experts and not adapted:
             known = [ExpertReference.from_dict(expert) for expert in config.experts or []]
