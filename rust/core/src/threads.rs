@@ -33,7 +33,7 @@ pub(crate) fn map_twice<I: Send, B: Send + Sync>(
     threads: usize,
     items: &[Mutex<I>],
     first: impl Fn(&mut I) + Sync,
-    between: impl FnOnce() -> Option<B> + Send,
+    between: impl Fn() -> Option<B> + Sync,
     second: impl Fn(&mut I, &B) + Sync,
 ) -> bool {
     if items.is_empty() {
@@ -41,10 +41,8 @@ pub(crate) fn map_twice<I: Send, B: Send + Sync>(
     }
     let (next, left) = (AtomicUsize::new(0), AtomicUsize::new(items.len()));
     let taken: Vec<_> = items.iter().map(|_| AtomicBool::new(false)).collect();
-    let (between, value) = (Mutex::new(Some(between)), OnceLock::new());
-    let run = |place: usize, pass: &mut dyn FnMut(&mut I)| {
-        pass(&mut items[place].lock().unwrap_or_else(PoisonError::into_inner));
-    };
+    let value = OnceLock::new();
+    let item = |place: usize| items[place].lock().unwrap_or_else(PoisonError::into_inner);
     on(threads, || {
         let _release = Release(&value);
         let mut own = Vec::new();
@@ -53,17 +51,16 @@ pub(crate) fn map_twice<I: Send, B: Send + Sync>(
             if place >= items.len() {
                 break;
             }
-            run(place, &mut |item| first(item));
+            first(&mut item(place));
             own.push(place);
             if left.fetch_sub(1, AcqRel) == 1 {
-                let between = between.lock().unwrap_or_else(PoisonError::into_inner).take();
-                value.get_or_init(|| between.and_then(|between| between()));
+                value.get_or_init(&between);
             }
         }
         let Some(value) = value.wait() else { return };
         for place in own.into_iter().rev().chain((0..items.len()).rev()) {
             if !taken[place].swap(true, Relaxed) {
-                run(place, &mut |item| second(item, value));
+                second(&mut item(place), value);
             }
         }
     });
