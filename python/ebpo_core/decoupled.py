@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ebpo_core.inputs import array_of, is_tensor, read_batch, read_rewards
-from ebpo_core.trajectories import MAX_RETURN
+from ebpo_core.inputs import MAX_REWARD, array_of, is_tensor, read_batch, read_rewards
 
 Array = NDArray[np.float64]
 
@@ -67,7 +66,7 @@ def decoupled(
         raise ValueError(f"{error}; these rewards are those of kind {kind}, rewards[..., {kind}]") from None
     if method == "gdpo":
         large = float(np.abs(total).max())
-        if large > MAX_RETURN:
+        if large > MAX_REWARD:
             raise ValueError(
                 f"weights={kinds.tolist()} make a sum of advantages of magnitude {large:g}, which is to be "
                 "standardised: it must be at most 1e140; divide all weights by one number, which changes the result by "
@@ -84,7 +83,7 @@ def _weights(weights: Any) -> Array:
     array = array_of("weights", weights, "pass one number for each reward of a completion")
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "fiu":
         raise TypeError(f"weights={weights!r}: expected one real number for each reward of a completion")
-    bad = np.flatnonzero(~(np.abs(array) <= 1e140))
+    bad = np.flatnonzero(~(np.abs(array) <= MAX_REWARD))
     if bad.size:
         raise ValueError(f"weights[{bad[0]}] is {array[bad[0]]}: expected a finite number of magnitude up to 1e140")
     return array.astype(np.float64)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Groups: TypeAlias = "int | tuple[NDArray[np.uint32], int]"
 
+MAX_REWARD = 1e140
+"""Largest magnitude of a reward, or of a sum of rewards: what the core takes, and what can be squared."""
+
 
 class Batch(NamedTuple):
     """A call's arrays as the core reads them, and how to give its flat result the caller's container and dtype."""

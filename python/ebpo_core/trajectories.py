@@ -20,11 +20,8 @@ from numpy.typing import NDArray
 
 from ebpo_core import _core
 from ebpo_core.arguments import real
-from ebpo_core.inputs import Batch, group_codes, integers, read_batch, round_to
+from ebpo_core.inputs import MAX_REWARD, Batch, group_codes, integers, read_batch, round_to
 from ebpo_core.keys import Keys, Path, read_keys
-
-MAX_RETURN = 1e140
-"""Largest magnitude of a reward, hence of a return: what the core takes."""
 
 
 def read_rows(
@@ -99,7 +96,7 @@ def _by_turn(
             f"rewards[{row}] is {batch.rewards[row]}: the reward of a turn must be finite, or NaN where it is unknown"
         )
     returns = returns_to_go(batch.rewards, codes, turns, gamma)
-    large = np.flatnonzero(np.abs(returns) > MAX_RETURN)
+    large = np.flatnonzero(np.abs(returns) > MAX_REWARD)
     if large.size:
         row = int(large[0])
         raise ValueError(f"the return from rewards[{row}] on is {returns[row]}: its magnitude must be at most 1e140")

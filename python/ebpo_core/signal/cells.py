@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ebpo_core.inputs import MAX_REWARD
+
 Vector = NDArray[np.float64]
 Codes = NDArray[np.int64]
-
-MAX_REWARD = 1e140
-"""Largest magnitude of a reward, or of a sum of rewards: what the estimator takes, and what can be squared."""
 
 
 def read_rewards(rows: Sequence[Mapping[str, Any]], column: str) -> Vector:

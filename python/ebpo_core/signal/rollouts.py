@@ -13,7 +13,8 @@ import numpy as np
 
 from ebpo_core.data.rows import read_rows
 from ebpo_core.evaluation.journal import read_journal
-from ebpo_core.signal.cells import MAX_REWARD, Codes, Vector, codes_of, read_rewards, read_steps, token
+from ebpo_core.inputs import MAX_REWARD
+from ebpo_core.signal.cells import Codes, Vector, codes_of, read_rewards, read_steps, token
 from ebpo_core.signal.layouts import SAMPLES, Layout, Row, find_layout
 
 # A key of verl 0.9: the prompt's uid, the number of the session, and that of the session's output.
