@@ -91,11 +91,21 @@ def outcome(record: Mapping[str, Any], name: str) -> float:
     return float(np.mean(values[-max(1, len(values) // 5) :]))
 
 
+def shared_seeds(arms: Mapping[str, Mapping[int, Mapping[str, Any]]], arm: str, other: str) -> list[int]:
+    """Seeds in which two arms started from the same policy.
+
+    The warm-up gives other bits on another kind of processor, so that a seed alone does not make a pair: what both arms
+    scored before training has to be the same, too.
+    """
+    first, second = arms.get(arm, {}), arms.get(other, {})
+    return sorted(seed for seed in set(first) & set(second) if first[seed]["before"] == second[seed]["before"])
+
+
 def paired(
     arms: Mapping[str, Mapping[int, Mapping[str, Any]]], arm: str, other: str, name: str = "pass@1", unit: float = 100.0
 ) -> Contrast | None:
-    """Contrast of two arms over the seeds that both have; None under :data:`FEWEST` of them."""
-    seeds = sorted(set(arms.get(arm, ())) & set(arms.get(other, ())))
+    """Contrast of two arms over their :func:`shared_seeds`; None under :data:`FEWEST` of them."""
+    seeds = shared_seeds(arms, arm, other)
     if len(seeds) < FEWEST:
         return None
     differences = unit * np.array([outcome(arms[arm][s], name) - outcome(arms[other][s], name) for s in seeds])
@@ -141,7 +151,7 @@ def over_tasks(
     """
     strata = []
     for (_, _, _, variant), arms in cells.items():
-        seeds = sorted(set(arms.get(arm, ())) & set(arms.get(other, ())))
+        seeds = shared_seeds(arms, arm, other)
         if not variant and len(seeds) >= FEWEST:
             strata.append(
                 100 * np.array([outcome(arms[arm][s], "pass@1") - outcome(arms[other][s], "pass@1") for s in seeds])

@@ -44,14 +44,14 @@ TUNING_SEEDS = (1000, 1001)
 DEFAULT_RATE = 4e-4
 COMMON_RATE, COMMON_SIZES = 2e-4, (2, 4)
 STAGES = ("rates", "main", "common", "arms", "ladder", "scale", "calls", "repeat", "smollm2")
-Step = tuple[str, Sequence[str] | None, Sequence[int] | None, int | None]
+Step = tuple[str, Sequence[str] | None, Sequence[int] | None, Sequence[int] | None]
 ORDER: tuple[Step, ...] = (
     *(
-        (stage, arms, (2,), 10)
+        (stage, arms, (2,), range(10))
         for arms in (("ebpo", "grpo"), ("constant", "batch_mean"), ("rloo", "ebpo_options"))
         for stage in ("rates", "main", "common")
     ),
-    ("arms", ("mix_50", "mix_0"), (2,), 10),
+    ("arms", ("mix_50", "mix_0"), (2,), None),
     ("main", None, (2,), None),
     *((stage, None, None, None) for stage in STAGES[1:]),
 )
@@ -129,11 +129,12 @@ def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
         for G, seed, arm in product((2, 4), range(20), MAIN_ARMS):
             yield cell("countdown", "middle", G, arm, seed)
     elif stage == "common":  # where an arm was tuned to this rate, its run is the one of "main"
-        for G, seed, arm in product(COMMON_SIZES, range(10), MAIN_ARMS):
+        for G, seed, arm in product(COMMON_SIZES, range(20), MAIN_ARMS):
             yield configuration("countdown", "middle", G, arm, seed, COMMON_RATE)
     elif stage == "arms":
-        for seed, arm in product(range(10), MORE_ARMS):
-            yield cell("countdown", "middle", 2, arm, seed)
+        for G, arms in ((2, MORE_ARMS), (4, MORE_ARMS[:1])):
+            for seed, arm in product(range(10, 20), arms):
+                yield cell("countdown", "middle", G, arm, seed)
     elif stage == "ladder":
         rungs = (
             *product(("countdown",), ("low", "high"), (2, 4)),
@@ -329,7 +330,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--arms", nargs="+", help="of the stage, these alone")
     parser.add_argument("--G", type=int, nargs="+", help="of the stage, these group sizes alone")
-    parser.add_argument("--seeds", type=int, help="of the stage, the seeds below this alone")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the stage, these seeds alone")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="two tiny runs, nothing written")
     arguments = parser.parse_args()
@@ -357,7 +358,7 @@ def main() -> None:
             for config in queue(stage, rates)
             if (arms is None or config["arm"] in arms)
             and (sizes is None or config["G"] in sizes)
-            and (seeds is None or config["seed"] < seeds or stage == "rates")
+            and (seeds is None or config["seed"] in seeds or stage == "rates")
         ]
         untuned = {tuned_with(config["arm"]) for config in wanted} - set(rates)
         if stage not in ("rates", "common") and untuned and not arguments.list:

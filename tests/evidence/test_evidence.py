@@ -24,6 +24,7 @@ def run_of(arm: str, seed: int, score: float, **config: Any) -> dict[str, Any]:
     """A record with nothing but what contrasts read."""
     return {
         "config": {**training.configuration("countdown", "middle", 2, arm, seed, 4e-4), **config},
+        "before": {"pass@1": 0.22},
         "after": {"pass@1": score},
         "curves": {"equal": [0.5]},
     }
@@ -55,6 +56,23 @@ def test_contrast_needs_five_pairs() -> None:
         ]
         cells = contrasts.by_cell([*runs, run_of("ebpo", 5, 0.4)])
         assert (contrasts.paired(cells["countdown", "middle", 2, ""], "ebpo", "grpo") is not None) == compared
+
+
+def test_runs_from_another_base_are_no_pair() -> None:
+    records = [
+        run_of(arm, seed, 0.4 + seed / (90 + 9 * (arm == "ebpo"))) for arm in ("ebpo", "grpo") for seed in range(7)
+    ]
+    for record in records[:2]:  # warmed up on another machine
+        record["before"] = {"pass@1": 0.23}
+    arms = contrasts.by_cell(records)["countdown", "middle", 2, ""]
+    assert contrasts.shared_seeds(arms, "ebpo", "grpo") == [2, 3, 4, 5, 6]
+    found, over = (
+        contrasts.paired(arms, "ebpo", "grpo"),
+        contrasts.over_tasks({contrasts.MIDDLE: arms}, "ebpo", "grpo", 10),
+    )
+    assert found is not None
+    assert over is not None
+    assert found.seeds == over["runs"] == 5
 
 
 def test_holm_gives_the_values_of_a_worked_example() -> None:
