@@ -4,6 +4,7 @@
     python benches/decode.py --smoke                  # tiny sizes, seconds
     python benches/decode.py --json out.json --threads 2
     python benches/decode.py --models synthetic --experts 3 7 --cases each --threads 1 --clock cpu
+    python benches/decode.py --models synthetic --experts 3 --expert-size 4 --agreement 0.955 --cases each
 
 The peer, "run-all", is what one writes with stock transformers: every model has its own ``DynamicCache`` and forwards
 every token, then one expert's logits are added to the router's. Ours is ``generate`` of the same model. Both follow one
@@ -21,7 +22,9 @@ the router a token, so its tokens are others; "x" is its speed over run-all's.
 
 "drafts" is lazy decoding with ``draft_tokens``. "forwards" are calls of the router and of experts while decoding, per
 token of a row. What drafts save is a property of the router: one that has learned nothing is never right alone, and its
-drafts only cost. ``benches/drafts.py`` measures a trained one.
+drafts only cost. ``benches/drafts.py`` measures a trained one. ``--agreement 0.955`` plants what one has learned: the
+synthetic experts' heads are scaled until the router's own argmax is the sum's that often, so that the column shows what
+drafts are worth to a router that is right that often. ``--expert-size 4`` makes them four times as large as it.
 """
 
 from __future__ import annotations
@@ -282,6 +285,8 @@ def measure(
         "compiled_ratio": statistics.median(
             case.rows * (steps - 1) / mine / other for mine, other in zip(two_forwards, theirs, strict=True)
         ),
+        "agreement": agreement(model, expected, prompt),
+        "drafts_ratio": statistics.median(mine / other for mine, other in zip(drafted, ours, strict=True)),
         "lazy_forwards": counts[0],
         "drafts_forwards": counts[1],
         "ratio": ratio,
@@ -300,19 +305,45 @@ def measure(
     }
 
 
-def synthetic(smoke: bool, experts: int = NUM_EXPERTS) -> FusionRouteForCausalLM:
-    """A router and experts, Llamas of 60 million parameters, or tiny ones."""
+def synthetic(smoke: bool, experts: int = NUM_EXPERTS, expert_size: int = 1) -> FusionRouteForCausalLM:
+    """A router and experts, Llamas of 60 million parameters, or tiny ones; experts may be four times as large."""
     sizes = (
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
         if smoke
         else {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 10, "vocab_size": 16384}
     )
-    config = LlamaConfig(num_attention_heads=8, num_key_value_heads=4, initializer_range=0.05, **sizes)  # type: ignore[arg-type]
+    # Twice as wide is four times as large in all but the embeddings, for which some layers more make up.
+    wider = {**sizes, "hidden_size": 2 * sizes["hidden_size"], "intermediate_size": 2 * sizes["intermediate_size"]}
+    wider["num_hidden_layers"] += 3
     models = []
     for seed in range(experts + 1):
         torch.manual_seed(seed)
+        size = wider if seed and expert_size == 4 else sizes
+        config = LlamaConfig(num_attention_heads=8, num_key_value_heads=4, initializer_range=0.05, **size)  # type: ignore[arg-type]
         models.append(AutoModelForCausalLM.from_config(config).eval())
     return FusionRouteForCausalLM.from_experts(models[0], {f"expert{i}": part for i, part in enumerate(models[1:])})
+
+
+@torch.no_grad()
+def plant_agreement(model: FusionRouteForCausalLM, share: float) -> None:
+    """Scale the experts' heads until the router's own argmax is the sum's for ``share`` of random tokens."""
+    ids = torch.randint(3, model.config.vocab_size, (8, 64), generator=torch.Generator().manual_seed(2))
+    router = model.router(input_ids=ids).logits
+    own, logits = router.argmax(-1), [expert.model(input_ids=ids).logits for expert in model.experts]
+    low, high = 0.0, 1.0
+    for _ in range(20):  # the larger the experts' part, the rarer they agree
+        scale = (low + high) / 2
+        agrees = sum(((router + scale * each).argmax(-1) == own).double().mean().item() for each in logits)
+        low, high = (scale, high) if agrees > share * len(logits) else (low, scale)
+    for expert in model.experts:
+        expert.model.get_output_embeddings().weight.mul_(low)
+
+
+@torch.no_grad()
+def agreement(model: FusionRouteForCausalLM, tokens: Tensor, prompt: int) -> float:
+    """Share of the new ``tokens``, (rows, prompt + steps), that the router alone would have written too."""
+    own = model.router(input_ids=tokens).logits[:, prompt - 1 : -1].argmax(-1)
+    return (own == tokens[:, prompt:]).double().mean().item()
 
 
 def smollm2(experts_count: int = NUM_EXPERTS) -> FusionRouteForCausalLM:
@@ -376,6 +407,8 @@ def main() -> None:
     parser.add_argument("--draft-tokens", type=int, default=4, help="of the drafts' column")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--experts", type=int, nargs="+", default=[NUM_EXPERTS], help="how many")
+    parser.add_argument("--expert-size", type=int, choices=[1, 4], default=1, help="of synthetic ones, in routers")
+    parser.add_argument("--agreement", type=float, help="of the synthetic router's argmax with the sum's, planted")
     parser.add_argument("--cases", choices=["all", "each"], default="all", help="each: rows that switch by themselves")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     args = parser.parse_args()
@@ -396,13 +429,16 @@ def main() -> None:
             continue
         results[name] = []
         for experts in args.experts:
-            model = synthetic(args.smoke, experts) if name == "synthetic" else smollm2(experts)
+            model = synthetic(args.smoke, experts, args.expert_size) if name == "synthetic" else smollm2(experts)
+            if args.agreement is not None and name == "synthetic":
+                plant_agreement(model, args.agreement)
             for case in cases:
                 results[name].append(measure(model, case, prompt, steps, rounds, args.draft_tokens))
                 r = results[name][-1]
                 print(
                     f"{name} {experts} {case}: {r['ratio']:.2f}x of {r['bound']:.2f}x, {r['of_bound']:.0%}; "
-                    f"compiled {r['compiled_ratio']:.2f}x",
+                    f"compiled {r['compiled_ratio']:.2f}x; drafts {r['drafts_ratio']:.2f}x "
+                    f"of lazy, router agrees {r['agreement']:.1%}",
                     flush=True,
                 )
             del model
@@ -411,7 +447,8 @@ def main() -> None:
     print(markdown(results))
     if args.json:
         machine = {"threads": threads, "torch": torch.__version__, "prompt": prompt, "steps": steps}
-        machine |= {"clock": args.clock, "rounds": rounds}
+        machine |= {"clock": args.clock, "rounds": rounds, "draft_tokens": args.draft_tokens}
+        machine |= {"expert_size": args.expert_size, "agreement": args.agreement}
         args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8")
 
 

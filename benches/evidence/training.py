@@ -328,6 +328,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--only", type=json.loads, help="one configuration, printed as a record and not written")
     parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--tasks", nargs="+", help="of the stage, these alone")
+    parser.add_argument("--rungs", nargs="+", help="of the stage, these alone")
     parser.add_argument("--arms", nargs="+", help="of the stage, these alone")
     parser.add_argument("--G", type=int, nargs="+", help="of the stage, these group sizes alone")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the stage, these seeds alone")
@@ -356,7 +358,9 @@ def main() -> None:
         wanted = [
             config
             for config in queue(stage, rates)
-            if (arms is None or config["arm"] in arms)
+            if (arguments.tasks is None or config["task"] in arguments.tasks)
+            and (arguments.rungs is None or config["rung"] in arguments.rungs)
+            and (arms is None or config["arm"] in arms)
             and (sizes is None or config["G"] in sizes)
             and (seeds is None or config["seed"] in seeds or stage == "rates")
         ]
