@@ -233,6 +233,8 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     other = write_lines(tmp_path / "1.jsonl", verl_rows(1, uid=False))
     with pytest.raises(ValueError, match="give files of one form"):
         read_rollouts([plain, other])
+    with pytest.raises(ValueError, match=r"a\.jsonl' is given twice"):
+        read_rollouts([plain, tmp_path / "." / "a.jsonl"])
     header = {"format": "ebpo-core/samples", "version": 1, "settings": {}}
     with pytest.raises(ValueError, match="holds no sample yet"):
         read_rollouts(write_lines(tmp_path / "samples.jsonl", [header]))

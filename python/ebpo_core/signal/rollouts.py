@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def read_rollouts(
     Raises:
         FileNotFoundError: There is no such file or folder.
         ValueError: Nothing is in it that can be read, files of several forms, a column that is not there, or a reward
-            that is neither a finite number nor missing.
+            that is neither a finite number nor missing; a file that is given twice, also through its folder.
     """
     named = {"group": group, "rewards": tuple(reward), "prompt": prompt, "step": step, "source": source}
     if len(weights) not in (0, len(reward)):
@@ -124,6 +125,9 @@ def read_rollouts(
         raise ValueError(f"reward={list(reward)}: a column is named twice; name it once, with the sum of its weights")
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     files = [file for path in given for file in find_files(path)]
+    twice = [file for file, times in Counter(file.resolve() for file in files).items() if times > 1]
+    if twice:
+        raise ValueError(f"paths: {str(twice[0])!r} is given twice, and its rows would count twice; give it once")
     layout: Layout | None = None
     rows: list[Row] = []
     repeated = 0
