@@ -95,7 +95,7 @@ test-python: build $(VENV)/.stamp-models ## pytest, the slow tests too; leave th
 	$(CHECK_ENV) $(BIN)/pytest -n $(JOBS) --dist loadfile --benchmark-disable --ignore tests/environments $(ARGS) tests
 
 .PHONY: bench-smoke
-bench-smoke: build ## run every bench once, on tiny sizes
+bench-smoke: build $(VENV)/.stamp-models ## run every bench once, on tiny sizes
 	$(call say,benches: smoke run)
 	cargo bench --locked -p ebpo-core --bench '*' -- --test
 	@set -e; for bench in $(PY_BENCHES) $(EVIDENCE); do (set -x; $(CHECK_ENV) $(PY) $$bench --smoke); done

@@ -1,13 +1,15 @@
-"""What compiling experts costs in accuracy: the demo's checkpoint compiled at several ranks, beside itself.
+"""What compiling experts costs in accuracy: a checkpoint compiled at several ranks, beside itself.
 
-    python benches/compiled.py --checkpoint runs/fusionroute/checkpoint     # the demo's; CPU hours
-    python benches/compiled.py --smoke                                      # untrained tiny models, seconds
+    python benches/compiled.py --checkpoint runs/fusionroute/checkpoint             # the demo's; CPU hours
+    python benches/compiled.py --checkpoint runs/chat/checkpoint --problems-of chat --rows 6000 --steps 300 \\
+        --batch-size 16 --learning-rate 5e-4 --problems 100                         # SmolLM2's
+    python benches/compiled.py --smoke                                              # untrained tiny models, seconds
 
-``fusionroute demo`` makes the checkpoint. Every rank is one ``compile`` on the demo's training problems; a run that is
-killed goes on where it was, and a rank whose record is in the JSON file is not compiled again. Answers to held-out
-problems, which share no question with any training problem, are greedy, through ``generate``; "mixed" problems are
-those that no expert can answer alone. Differences are of the same problems, with 95 % intervals from their standard
-errors.
+``fusionroute demo`` makes the first checkpoint, ``benches/chat_experts.py`` the second. Every rank is one ``compile``
+on training problems of the same recipe; a run that is killed goes on where it was, and a rank whose record is in the
+JSON file is not compiled again. Answers to held-out problems, which share no question with any training problem, are
+greedy, through ``generate``; "mixed" problems are those that no expert can answer alone. Differences are of the same
+problems, with 95 % intervals from their standard errors.
 """
 
 from __future__ import annotations
@@ -18,13 +20,18 @@ import platform
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from chat_experts import KINDS as CHAT_KINDS
+from chat_experts import MAX_ANSWER_TOKENS as CHAT_ANSWER_TOKENS
+from chat_experts import problems as chat_problems
+from chat_experts import rows as chat_rows
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from ebpo_core.data import Problem
 from ebpo_core.evaluation import SamplingOptions, complete
 from ebpo_core.evaluation.estimators import mean_and_error
 from ebpo_core.fusionroute import FusionRouteForCausalLM
@@ -36,15 +43,39 @@ from ebpo_core.fusionroute.demo.domains import KINDS as ALL_KINDS
 from ebpo_core.fusionroute.demo.experts import build_model
 from ebpo_core.fusionroute.demo.results import Outcomes, outcomes
 
-RESULTS = Path(__file__).parent / "results" / "compiled-demo.json"
-GREEDY = SamplingOptions(max_new_tokens=MAX_ANSWER_TOKENS, temperature=0.0)
+RESULTS = Path(__file__).parent / "results"
 _Z95 = 1.96
 
 
-def answers(folder: Path, problems: list[Any], tokenizer: Any, batch_size: int = 100) -> Outcomes:
+class Source(NamedTuple):
+    """Problems of a recipe: held-out ones to answer, rows to distil on and to report on, tokens of an answer."""
+
+    problems: list[Problem]
+    rows: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    max_new_tokens: int
+
+
+def source(name: str, problems: int, size: int) -> Source:
+    """``problems`` of each kind, and ``size`` training rows, of "demo" or "chat"."""
+    if name == "demo":
+        test, train = generate(len(KINDS) * problems, 77, "test", KINDS), generate(size, 501, "train", ALL_KINDS)
+        held_out = generate(700, 502, "test", ALL_KINDS)
+        return Source(list(test), sft_rows(list(train)), sft_rows(list(held_out)), MAX_ANSWER_TOKENS)
+    kinds = (*CHAT_KINDS, *(f"{domain} pair" for domain in CHAT_KINDS[:-1]))
+    test, train = (
+        chat_problems(len(CHAT_KINDS) * problems, 77, "test", CHAT_KINDS),
+        chat_problems(size, 501, "train", kinds),
+    )
+    held_out = chat_problems(140, 502, "test", kinds)
+    return Source(list(test), chat_rows(list(train)), chat_rows(list(held_out)), CHAT_ANSWER_TOKENS)
+
+
+def answers(folder: Path, problems: list[Problem], tokenizer: Any, max_new_tokens: int) -> Outcomes:
     """For each kind of problem, which answers of the checkpoint in ``folder`` are right."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    texts = complete(model, tokenizer, [problem.text for problem in problems], GREEDY, batch_size=batch_size)
+    greedy = SamplingOptions(max_new_tokens=max_new_tokens, temperature=0.0)
+    texts = complete(model, tokenizer, [problem.prompt for problem in problems], greedy, batch_size=100)
     return outcomes(problems, [text.text for text in texts])
 
 
@@ -96,7 +127,8 @@ def markdown(records: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, help="that `fusionroute demo` left")
+    parser.add_argument("--checkpoint", type=Path, help="that `fusionroute demo` or chat_experts.py left")
+    parser.add_argument("--problems-of", choices=["demo", "chat"], default="demo", help="what the checkpoint answers")
     parser.add_argument("--work", type=Path, default=Path("runs/compiled"), help="of compiled checkpoints")
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 16, 4])
     parser.add_argument("--steps", nargs="+", default=["4000"], help="of every expert, or NAME=N for each")
@@ -107,12 +139,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40_000, help="training problems")
     parser.add_argument("--problems", type=int, default=400, help="held-out ones of each kind")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=RESULTS, help="records, read and added to")
+    parser.add_argument("--json", type=Path, help="records, read and added to; by default one of benches/results")
     parser.add_argument("--smoke", action="store_true", help="untrained tiny models, two steps")
     args = parser.parse_args()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(args.threads)
+    args.json = args.json or RESULTS / f"compiled-{args.problems_of}.json"
     if args.smoke:
         with tempfile.TemporaryDirectory() as folder:
             args.checkpoint, args.work = untrained(Path(folder) / "checkpoint"), Path(folder) / "work"
@@ -130,7 +163,7 @@ def measure(args: argparse.Namespace) -> None:
     """Compile and answer at every rank without a record; print all records."""
     records = json.loads(args.json.read_text(encoding="utf-8"))["records"] if args.json.is_file() else []
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
-    problems = list(generate(len(KINDS) * args.problems, 77, "test", KINDS))
+    given = source(args.problems_of, args.problems, args.rows)
     before = None
     for rank in args.ranks:
         settings = {
@@ -150,14 +183,14 @@ def measure(args: argparse.Namespace) -> None:
             compiled(
                 args.checkpoint,
                 folder,
-                sft_rows(list(generate(args.rows, 501, "train", ALL_KINDS))),
-                eval_data=sft_rows(list(generate(700, 502, "test", ALL_KINDS))),
+                given.rows,
+                eval_data=given.held_out,
                 console=Console(),
                 **settings,
             )
         seconds = time.process_time() - started
-        before = before or answers(args.checkpoint, problems, tokenizer)
-        found = compared(before, answers(folder, problems, tokenizer))
+        before = before or answers(args.checkpoint, given.problems, tokenizer, given.max_new_tokens)
+        found = compared(before, answers(folder, given.problems, tokenizer, given.max_new_tokens))
         report = json.loads((folder / "compiled" / "report.json").read_text(encoding="utf-8"))
         records.append({"name": name, "cpu_seconds": seconds, "report": report, "problems": found})
         machine = {"machine": platform.machine(), "threads": args.threads, "torch": torch.__version__}
