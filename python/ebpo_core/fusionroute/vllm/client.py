@@ -112,7 +112,8 @@ class RoutedServer:
             seed: Of sampling.
             stop: Texts that end the answer. They are part of it, as with the ``stop_strings`` of ``generate``: a server
                 that cuts them off holds texts back, so that they arrive with other tokens than their own.
-            extra_body: Further fields of the request, which win over these.
+            extra_body: Further fields of the request, which win over these, but for ``n`` and ``stream``: what is read
+                here is one answer, token by token.
 
         Raises:
             ServerError: While iterating: the server is not to be reached, refuses (with its own words), sends no
