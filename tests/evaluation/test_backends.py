@@ -233,7 +233,8 @@ def test_passing_failures_are_tried_again(model: str, monkeypatch: pytest.Monkey
     wanted = requests(5)
     with serving(model) as server:
         expected = drawn(served(server), wanted)
-        server.failures = [(503, {}), "drop", (429, {"Retry-After": "0"}), "half", (500, {}), (408, {})]
+        half = {"Content-Length": "1000", "Connection": "close"}  # of what a refusal says
+        server.failures = [(503, {}), "drop", (429, {"Retry-After": "0"}), "half", (500, half), (408, {})]
         assert drawn(served(server, retries=4, concurrency=2), wanted) == expected
         assert server.failures == []
         assert len(server.requests) == 5 + 5 + 6

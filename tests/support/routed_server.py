@@ -135,8 +135,9 @@ class RoutedOpenAIServer(OpenAIServer):
         group: Tokens in a chunk of a stream.
         piece: Bytes that go over the wire at once; None sends an event whole.
         indent: Of the events' JSON, whose lines are then lines of the event.
-        ending: How a stream ends: "done", "none" (done, after a chunk without tokens), "error" (an event), "cut" (the
-            connection), "abort" (vLLM's finish reason), or "never", which repeats the answer until the client has left.
+        ending: How a stream ends: "done", "none" (done, after a chunk without tokens), "unfinished" (done, but not
+            said of the answer), "cut" (the connection), "abort" (vLLM's finish reason), "never", which repeats the
+            answer until the client has left, or an event that takes the place of the end.
         metrics: The text of /metrics.
         forgets: Fields of requests that the server does not know.
         gate: Awaited after the first chunk with tokens.
@@ -148,7 +149,8 @@ class RoutedOpenAIServer(OpenAIServer):
     ) -> None:
         super().__init__("", handler=_Streaming, **options)
         self.answer = answer
-        self.group, self.ending, self.forgets = 1, "done", ()
+        self.group, self.forgets = 1, ()
+        self.ending: str | dict[str, Any] = "done"
         self.piece: int | None = None
         self.indent: int | None = None
         self.gate: threading.Event | None = None
@@ -215,23 +217,26 @@ class _Streaming(Handler):
         try:
             if chat:
                 self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+            written = 0
             for number, group in enumerate(_groups(some, server.group, forever=server.ending == "never")):
+                written += len(group)
+                reason = "stop" if server.ending == "done" and written == len(some) else None
                 text = "".join(step.text for step in group)
                 said: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
                 said["logprobs"] = logprobs_of(group, body, chat=chat)
-                self._event({"choices": [{"index": 0, "finish_reason": None, **said}]})
+                self._event({"choices": [{"index": 0, "finish_reason": reason, **said}]})
                 if number == 0 and server.gate is not None:
                     assert server.gate.wait(60)
             if server.ending == "cut":
                 return
-            if server.ending == "error":
-                self._event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
+            if isinstance(server.ending, dict):
+                self._event(server.ending)
             if server.ending in ("none", "abort"):
                 said = {"delta": {"content": ""}} if chat else {"text": ""}
                 said["logprobs"] = logprobs_of([], body, chat=chat)
                 reason = "abort" if server.ending == "abort" else "stop"
                 self._event({"choices": [{"index": 0, "finish_reason": reason, **said}]})
-            self._write(b": a comment\n\ndata: [DONE]\n\n")
+            self._write(b": a comment\n\ndata:\n\ndata: [DONE]\n\n")
             self.wfile.write(b"0\r\n\r\n")
         except ConnectionError:
             server.left.set()

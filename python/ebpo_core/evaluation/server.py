@@ -70,7 +70,7 @@ class Server:
             except ServerError:
                 raise
             except urllib.error.HTTPError as error:
-                told = error.read()[:_ANSWER_SHOWN].decode(errors="replace").strip()
+                told = arrived(error, _ANSWER_SHOWN).decode(errors="replace").strip()
                 problem = f"status {error.code}: {told or error.reason}"
                 if error.code not in RETRIED and error.code < 500:
                     raise ServerError(f"{self.url}{path}: {problem}") from error
@@ -108,6 +108,17 @@ class Server:
     def models(self) -> dict[str, str]:
         """The models that the server offers, each with its owner ("vllm" says that it is vLLM)."""
         return offered_models(self.call("/models"), f"{self.url}/models")
+
+
+def arrived(answer: http.client.HTTPResponse | urllib.error.HTTPError, size: int) -> bytes:
+    """The content of an answer up to ``size`` bytes, or what there is of one that breaks off before: a server's words,
+    of which a half is better than none."""
+    try:
+        return answer.read(size)
+    except http.client.IncompleteRead as error:
+        return error.partial
+    except (OSError, http.client.HTTPException):
+        return b""
 
 
 def offered_models(answer: Any, url: str) -> dict[str, str]:

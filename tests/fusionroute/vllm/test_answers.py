@@ -68,6 +68,13 @@ def test_answers_without_the_routing_are_refused(chat: bool) -> None:
 
     for nothing in (None, {}, [], "x", {"content": None}, {"tokens": ["token_id:1"], "top_logprobs": None}):
         refused("expected the logprobs of", nothing)
+    top = {"token": f"token_id:{V}"}
+    for other in ({"content": [None]}, {"content": [{"token": "x", "top_logprobs": [top]}]}, {"content": [{}]}):
+        refused("expected the logprobs of", other)
+    for other in ({"tokens": ["x"], "top_logprobs": ["x"]}, {"tokens": ["x"], "top_logprobs": []}, {"tokens": 1}):
+        refused("expected the logprobs of", other)
+    unsaid = {"content": [{"token": "token_id:1", "top_logprobs": [{**top, "logprob": "-5000"}]}]}
+    refused(f"token 0 has no log-probability of 'token_id:{V}'", unsaid)
     refused(f"token 0 has no log-probability of 'token_id:{V}'", logprobs_of(SCRIPT, {"logprobs": 1}, chat=chat))
     refused("has no log-probability of", logprobs_of(SCRIPT, request, chat=chat), experts=3)
     refused("carry no routing", logprobs_of(SCRIPT, request | routing_request(V, 1, chat=chat), chat=chat), experts=1)

@@ -43,6 +43,8 @@ def test_another_server_than_one_of_fusionroute(served: RoutedOpenAIServer) -> N
         complete.replace('index="0"', 'index="2"'),
         complete.replace('expert="math"', 'name="math"'),
         complete + "fusionroute_vocab_size 7\n",
+        complete.replace(f"vocab_size {float(V)}", "vocab_size NaN"),
+        complete.replace(f"vocab_size {float(V)}", "vocab_size +Inf"),
     ):
         served.metrics = wrong
         fails(served, "no FusionRoute model is served there")
@@ -86,16 +88,32 @@ def test_the_words_of_a_refusal_are_shown(served: RoutedOpenAIServer, content: A
     fails(served, message, MESSAGES)
 
 
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_refusal_that_breaks_off(served: RoutedOpenAIServer, status: int) -> None:
+    longer = {"Content-Length": "1000", "Connection": "close"}
+    served.failures.append((status, {"detail": "no room"}, longer))
+    fails(served, r"status 500: no room$" if status == 500 else r'got application/json: \{"detail": "no room"\}$')
+
+
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize(
     ("ending", "message"),
     [
-        ("error", "the answer ended with an error: EngineCore died"),
+        ({"error": {"message": "EngineCore died", "code": 500}}, "the answer ended with an error: EngineCore died"),
+        ({"object": "error", "message": "EngineCore died"}, "the answer ended with an error: EngineCore died"),
+        ({"error": {}}, "the answer ended with an error"),
+        ({"choices": [{"index": 1, "text": ""}]}, "answers to several prompts"),
+        ({"choices": [{"index": 0, "delta": "x"}]}, "choices of another form"),
+        ({"choices": [None]}, "choices of another form"),
+        ({"choices": []}, "the answer ended in the middle"),
+        ("unfinished", r"the answer ended in the middle \(no finish_reason"),
         ("cut", "the answer ended in the middle"),
         ("abort", "the server aborted the request"),
     ],
 )
-def test_an_answer_that_ends_in_the_middle(served: RoutedOpenAIServer, ending: str, message: str, chat: bool) -> None:
+def test_an_answer_that_ends_in_the_middle(
+    served: RoutedOpenAIServer, ending: str | dict[str, Any], message: str, chat: bool
+) -> None:
     served.ending = ending
     tokens = RoutedServer(served.root).stream(MESSAGES if chat else "x")
     arrived = []

@@ -20,7 +20,7 @@ class _Row(NamedTuple):
     """One token of an answer: its placeholder, log-probabilities by placeholder, and its own text if it is said."""
 
     token: str
-    values: Mapping[str, float | None]
+    values: Mapping[str, Any]
     text: str | None
 
 
@@ -62,11 +62,11 @@ def routed_tokens(logprobs: Any, vocab_size: int, num_experts: int, text: str | 
     tokens = []
     texts = _texts(text, rows)
     for index, row in enumerate(rows):
-        values = [row.values.get(placeholder) for placeholder in ids]
-        known = [value for value in values if value is not None]
+        known = [value for value in map(row.values.get, ids) if isinstance(value, int | float)]
         if len(known) < len(ids):
+            missing = next(one for one in ids if not isinstance(row.values.get(one), int | float))
             raise ValueError(
-                f"token {index} has no log-probability of {ids[values.index(None)]!r}: the request must have "
+                f"token {index} has no log-probability of {missing!r}: the request must have "
                 f"logprob_token_ids {ids[0].removeprefix(_PLACEHOLDER)} to {ids[-1].removeprefix(_PLACEHOLDER)} and "
                 "return_tokens_as_token_ids (see routing_request), and the server must serve that FusionRoute "
                 "checkpoint with vLLM"
@@ -80,24 +80,23 @@ def routed_tokens(logprobs: Any, vocab_size: int, num_experts: int, text: str | 
 def _rows(logprobs: Any) -> list[_Row]:
     """The tokens in either of the API's two forms."""
     dumped = logprobs.model_dump() if hasattr(logprobs, "model_dump") else logprobs
-    if isinstance(dumped, Mapping):
-        if isinstance(tokens := dumped.get("tokens"), list):
-            tops = dumped.get("top_logprobs") or []
-            if len(tokens) == len(tops):
-                return [_Row(str(token), top or {}, None) for token, top in zip(tokens, tops, strict=True)]
-        elif isinstance(content := dumped.get("content"), list):
-            return [
-                _Row(
-                    str(entry.get("token")),
-                    {top["token"]: top["logprob"] for top in entry.get("top_logprobs") or []},
-                    _own_text(entry.get("bytes")),
-                )
-                for entry in content
-            ]
-    raise ValueError(
-        f"logprobs={str(dumped)[:_SHOWN]}: expected the logprobs of a chat completion (with content) or of a text "
-        "completion (with tokens and top_logprobs); the request must ask for them, see routing_request"
-    )
+    try:
+        if "tokens" in dumped:
+            pairs = zip(dumped["tokens"], dumped["top_logprobs"], strict=True)
+            return [_Row(str(token), dict(top or {}), None) for token, top in pairs]
+        return [
+            _Row(
+                str(entry["token"]),
+                {top["token"]: top["logprob"] for top in entry.get("top_logprobs") or []},
+                _own_text(entry.get("bytes")),
+            )
+            for entry in dumped["content"]
+        ]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # of another form, somewhere
+        raise ValueError(
+            f"logprobs={str(dumped)[:_SHOWN]}: expected the logprobs of a chat completion (with content) or of a text "
+            "completion (with tokens and top_logprobs); the request must ask for them, see routing_request"
+        ) from error
 
 
 def _id(placeholder: str) -> int:

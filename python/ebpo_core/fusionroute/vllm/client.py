@@ -13,7 +13,7 @@ import urllib.error
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from ebpo_core.evaluation.server import Server, ServerError, chosen_model, offered_models
+from ebpo_core.evaluation.server import Server, ServerError, arrived, chosen_model, offered_models
 from ebpo_core.fusionroute.traces.trace import RoutedToken, RoutingTrace
 from ebpo_core.fusionroute.vllm.answers import routed_tokens, routing_request
 
@@ -23,8 +23,8 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text or token ids, which the model goes on from, or a chat's messages."""
 
 _VERSION, _METRICS = "/v1", "/metrics"
-_SHOWN = 500
-_VOCAB_SIZE = re.compile(r"^fusionroute_vocab_size(?:\{.*\})? (\S+)", re.MULTILINE)
+_SHOWN, _READ = 500, 2**16
+_VOCAB_SIZE = re.compile(r"^fusionroute_vocab_size(?:\{.*\})? (\d+(?:\.\d*)?(?:e\+?\d+)?)(?: \d+)?$", re.MULTILINE)
 _EXPERT = re.compile(r"^fusionroute_tokens_total\{(.*)\} ", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _REMEDIES = {
@@ -34,6 +34,9 @@ _REMEDIES = {
 _NOT_ONE = (
     "no FusionRoute model is served there: install ebpo-core beside vLLM and serve a FusionRoute checkpoint; where a "
     "gateway hides or changes its /metrics, pass experts and vocab_size"
+)
+_IN_THE_MIDDLE = (
+    "the answer ended in the middle ({}). The part that arrived is incomplete: see the server's log, and ask again"
 )
 _NO_ROUTING = "serve the checkpoint with vLLM's own server, without parsers that hide reasoning"
 
@@ -109,7 +112,8 @@ class RoutedServer:
             seed: Of sampling.
             stop: Texts that end the answer. They are part of it, as with the ``stop_strings`` of ``generate``: a server
                 that cuts them off holds texts back, so that they arrive with other tokens than their own.
-            extra_body: Further fields of the request, which win over these.
+            extra_body: Further fields of the request, which win over these, but for ``n`` and ``stream``: what is read
+                here is one answer, token by token.
 
         Raises:
             ServerError: While iterating: the server is not to be reached, refuses (with its own words), sends no
@@ -157,13 +161,11 @@ class RoutedServer:
         where = f"{self._api.url}{path}"
         with _opened(self._api, path, body) as answer:
             if (kind := answer.headers.get_content_type()) != "text/event-stream":
-                content = answer.read(_SHOWN).decode(errors="replace")
+                content = arrived(answer, _SHOWN).decode(errors="replace")
                 raise ServerError(f"{where}: expected a stream of events, got {kind}: {content}")
-            ahead = ""  # text that came before its token
+            ahead, finished = "", False  # text that came before its token; whether the server called it an answer
             for event in _events(answer, where):
-                if event.get("error"):
-                    raise ServerError(f"{where}: the answer ended with an error: {_words(event)}")
-                for choice in event.get("choices") or ():
+                for choice in _choices(event, where):
                     text, logprobs = _said(choice), choice.get("logprobs")
                     if logprobs is None and text:
                         raise ServerError(f"{where}: an answer without log-probabilities; {_NO_ROUTING}")
@@ -175,8 +177,11 @@ class RoutedServer:
                     if tokens:
                         ahead = ""
                         yield from tokens
+                    finished = finished or choice.get("finish_reason") is not None
                     if choice.get("finish_reason") == "abort":
                         raise ServerError(f"{where}: the server aborted the request; is it shutting down?")
+            if not finished:
+                raise ServerError(f"{where}: {_IN_THE_MIDDLE.format('no finish_reason before [DONE]')}")
             if ahead:
                 raise ServerError(f"{where}: text that belongs to no token: {ahead[:_SHOWN]!r}; {_NO_ROUTING}")
 
@@ -208,6 +213,24 @@ def _shown(prompt: Prompt) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def _choices(event: Mapping[str, Any], where: str) -> list[Any]:
+    """The choices of an event, none of one that is about usage.
+
+    Raises:
+        ServerError: the event is an error, whatever its form, or no part of one answer.
+    """
+    if event.get("error") or "choices" not in event:
+        raise ServerError(f"{where}: the answer ended with an error: {_words(event)}")
+    choices: Any = event["choices"] or []
+    if not isinstance(choices, list) or not all(
+        isinstance(choice, Mapping) and isinstance(choice.get("delta") or {}, Mapping) for choice in choices
+    ):
+        raise ServerError(f"{where}: an event with choices of another form: {json.dumps(choices)[:_SHOWN]}")
+    if any(choice.get("index") for choice in choices):
+        raise ServerError(f"{where}: answers to several prompts in one stream: ask for them one at a time")
+    return choices
+
+
 def _said(choice: Mapping[str, Any]) -> str:
     """The text that a chunk adds: of a completion or a chat, reasoning before the answer."""
     delta = choice.get("delta") or {}
@@ -221,7 +244,7 @@ def _opened(server: Server, path: str, body: dict[str, Any] | None = None) -> ht
         return server.open(path, body)
     except urllib.error.HTTPError as error:
         with error:
-            content = error.read()
+            content = arrived(error, _READ)
         words = _words(content) or error.reason
         remedy = _REMEDIES.get(error.code, "")
         if path == _METRICS and not remedy:
@@ -254,15 +277,14 @@ def _events(answer: http.client.HTTPResponse, where: str) -> Iterator[dict[str, 
         except (OSError, http.client.HTTPException) as error:
             line, problem = b"", _problem(error)
         if not line:
-            raise ServerError(
-                f"{where}: the answer ended in the middle ({problem}). The part that arrived is incomplete: see the "
-                "server's log, and ask again"
-            )
+            raise ServerError(f"{where}: {_IN_THE_MIDDLE.format(problem)}")
         line = line.rstrip(b"\r\n")
         if line.startswith(b"data:"):
             data.append(line[len(b"data:") :].strip())
         elif not line and data:
             event, data = b"\n".join(data), []
+            if not event:  # which is no event, as a gateway's sign of life may be
+                continue
             if event == b"[DONE]":
                 return
             try:
