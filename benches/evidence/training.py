@@ -42,7 +42,7 @@ STEPS, ROLLOUTS = 75, 512
 RATES = (1e-4, 2e-4, 4e-4)
 TUNING_SEEDS = (1000, 1001)
 DEFAULT_RATE = 4e-4
-COMMON_RATE, COMMON_SIZES = 2e-4, (2, 4)
+COMMON_RATE, COMMON_SIZES = 2e-4, (2, 4, 8)
 STAGES = ("rates", "main", "common", "arms", "ladder", "scale", "calls", "repeat", "smollm2")
 Step = tuple[str, Sequence[str] | None, Sequence[int] | None, Sequence[int] | None]
 ORDER: tuple[Step, ...] = (
@@ -129,8 +129,10 @@ def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
         for G, seed, arm in product((2, 4), range(20), MAIN_ARMS):
             yield cell("countdown", "middle", G, arm, seed)
     elif stage == "common":  # where an arm was tuned to this rate, its run is the one of "main"
-        for G, seed, arm in product(COMMON_SIZES, range(20), MAIN_ARMS):
-            yield configuration("countdown", "middle", G, arm, seed, COMMON_RATE)
+        for G in COMMON_SIZES:  # at G = 8 the arms and seeds of the ladder
+            seeds, arms = (range(20), MAIN_ARMS) if G < 8 else (range(10), LADDER_ARMS)
+            for seed, arm in product(seeds, arms):
+                yield configuration("countdown", "middle", G, arm, seed, COMMON_RATE)
     elif stage == "arms":
         for G, arms in ((2, MORE_ARMS), (4, MORE_ARMS[:1])):
             for seed, arm in product(range(10, 20), arms):
