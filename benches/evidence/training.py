@@ -346,6 +346,9 @@ def main() -> None:
             tiny = configuration(task, "low", 2, arm, 0, DEFAULT_RATE)
             print(json.dumps(run({**tiny, "steps": 2, "rollouts": 32, "samples": 2})))
         return
+    limits = ("tasks", "rungs", "arms", "G", "seeds")
+    if arguments.stage is None and (given := [f"--{name}" for name in limits if getattr(arguments, name) is not None]):
+        parser.error(f"{' '.join(given)}: of which stage? add --stage")
     records = recorded()
     rates = tuned_rates(records)
     if arguments.only:
