@@ -98,7 +98,9 @@ test-python: build $(VENV)/.stamp-models ## pytest, the slow tests too; leave th
 bench-smoke: build $(VENV)/.stamp-models ## run every bench once, on tiny sizes
 	$(call say,benches: smoke run)
 	cargo bench --locked -p ebpo-core --bench '*' -- --test
-	@set -e; for bench in $(PY_BENCHES) $(EVIDENCE); do (set -x; $(CHECK_ENV) $(PY) $$bench --smoke); done
+	@# one thread each, as many at a time as there are workers; a bench's output comes when it has ended
+	@printf '%s\n' $(PY_BENCHES) $(EVIDENCE) | $(CHECK_ENV) xargs -P $(JOBS) -I BENCH sh -c \
+	  'output=$$($(PY) BENCH --smoke 2>&1); status=$$?; printf "+ %s --smoke\n%s\n" BENCH "$$output"; exit $$status'
 	@if [ -n "$(PYTEST_BENCHES)" ]; then set -x; $(CHECK_ENV) $(BIN)/pytest -q --benchmark-disable $(PYTEST_BENCHES); fi
 
 .PHONY: bench

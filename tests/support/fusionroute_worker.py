@@ -104,7 +104,13 @@ def content(cache: Dataset) -> list[list[Any]]:
 def job_cache(job: dict[str, Any], rank: int) -> dict[str, Any]:
     """Build an expert cache with experts that ``on_rank`` lets die or fail."""
     models = experts(**job["on_rank"].get(str(rank), {}))
-    cache = build_cache(Path(job["output"]) / "cache", models)
+    output = Path(job["output"])
+    try:
+        cache = build_cache(output / "cache", models)
+    except Exception as error:
+        (output / f"error_{rank}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        dist.barrier()  # the launcher ends the other ranks, whatever they were about to say, when one has ended
+        raise
     return {"calls": [model.calls for model in models], "content": content(cache)}
 
 
