@@ -32,6 +32,10 @@ EXTRAS       := train kernels fusionroute eval math dev docs
 MAIN         := tests/environments/main
 INTEGRATIONS := $(patsubst tests/environments/%/requirements.txt,%,$(wildcard tests/environments/*/requirements.txt))
 
+# Images of containers often set this, and then every process of the tests compiles torch and transformers anew: importing
+# TRL's trainer takes more than twice the CPU.
+unexport PYTHONDONTWRITEBYTECODE
+
 define say
 @printf '\n\033[1m== %s\033[0m\n' '$(1)'
 endef
