@@ -396,6 +396,10 @@ def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def draft_tokens(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one round")
@@ -404,7 +408,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--draft-tokens", type=int, default=4, help="of the drafts' column")
+    parser.add_argument("--draft-tokens", type=draft_tokens, default=4, help="of the drafts' column: a number or auto")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--experts", type=int, nargs="+", default=[NUM_EXPERTS], help="how many")
     parser.add_argument("--expert-size", type=int, choices=[1, 4], default=1, help="of synthetic ones, in routers")
