@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-from training import COMMON_RATE, COMMON_SIZES, tuned_rates, tuned_with
-
-HERE = Path(__file__).resolve().parent
+from training import COMMON_RATE, COMMON_SIZES, RECORDS, STAGES, WARM_UPS, lines_of, name_of, queue, tuned_rates
 
 Cell = tuple[str, str, int, str]
 """Task, rung, G and variant: the plain protocol "", or one of the names that ``cell_of`` gives."""
 
 MIDDLE: Cell = ("countdown", "middle", 2, "")
 """The cell of the learning rates' tuning."""
+PLAIN: set[Cell] = {(*MIDDLE[:2], G, "") for G in COMMON_SIZES}
 COMMON: dict[int, Cell] = {G: (*MIDDLE[:2], G, "one rate") for G in COMMON_SIZES}
 """By group size: the cells with one learning rate for all arms, beside those with each arm's own."""
 
@@ -41,45 +38,42 @@ class Contrast(NamedTuple):
     p: float  # of the paired t-test, uncorrected
     wins: int  # seeds in which ``arm`` is ahead
     visible: float  # smallest true difference that this cell sees in 80 % of repetitions, at 5 %
+    clustered: tuple[float, float] | None  # the 95 % t-interval over the means of each warm-up; None if one has no pair
 
 
 def read(name: str) -> list[dict[str, Any]]:
     """Records of a study, in the order in which they were written."""
-    file = HERE / "records" / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return lines_of(RECORDS.with_name(f"{name}.jsonl"))
 
 
-def cell_of(record: Mapping[str, Any]) -> Cell:
-    config = record["config"]
-    variant = "equal scale" if config["equal_rms"] else ""
-    if "prompts_per_call" in config:
-        variant = f"{config['prompts_per_call']} prompt a call"
-    if "train_size" in config:
-        variant = f"{config['train_size']} prompts"
-    return config["task"], config["rung"], config["G"], variant
+def cell_of(config: Mapping[str, Any]) -> Cell:
+    parts = ["equal scale"] * config["equal_rms"]
+    parts += [f"{config['prompts_per_call']} prompt a call"] if "prompts_per_call" in config else []
+    parts += [f"{config['train_size']} prompts"] if "train_size" in config else []
+    return config["task"], config["rung"], config["G"], ", ".join(parts)
 
 
 def by_cell(records: Iterable[Mapping[str, Any]]) -> dict[Cell, dict[str, dict[int, Mapping[str, Any]]]]:
-    """Records by cell, arm and seed, without those that tuned the learning rate.
+    """Records by cell, arm and seed: those alone that a stage of the runner asks for, without those of the tuning.
 
     A run at :data:`training.COMMON_RATE` is in the cell of that rate; it is in the plain one, too, if its arm was tuned
     to the same.
     """
     records = list(records)
-    rates = tuned_rates({record["hash"]: record for record in records if "hash" in record})
+    rates = tuned_rates({name_of(record["config"]): record for record in records})
+    planned: dict[str, set[Cell]] = {}
+    for stage in STAGES:
+        for config in () if stage == "rates" else queue(stage, rates):
+            cell = cell_of(config)
+            cells = {cell} if stage != "common" else set()
+            if config["rate"] == COMMON_RATE and cell in PLAIN:
+                cells.add(COMMON[cell[2]])
+            planned.setdefault(name_of(config), set()).update(cells)
     found: dict[Cell, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for record in records:
         config = record["config"]
-        if config["seed"] >= 1000:
-            continue
-        cell = cell_of(record)
-        cells = [cell]
-        if cell[:2] == MIDDLE[:2] and cell[2] in COMMON and not cell[3]:
-            rate = rates.get(tuned_with(config["arm"]), config["rate"])
-            cells = [cell] if config["rate"] == rate else []
-            cells += [COMMON[cell[2]]] if config["rate"] == COMMON_RATE else []
-        for each in cells:
-            found.setdefault(each, {}).setdefault(config["arm"], {})[config["seed"]] = record
+        for cell in sorted(planned.get(name_of(config), ())):
+            found.setdefault(cell, {}).setdefault(config["arm"], {})[config["seed"]] = record
     return found
 
 
@@ -115,7 +109,13 @@ def paired(
     reach = stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)
     visible = float(reach * differences.std(ddof=1) / np.sqrt(n))
     mean, wins = float(differences.mean()), int((differences > 0).sum())
-    return Contrast(arm, other, n, mean, float(interval.low), float(interval.high), float(test.pvalue), wins, visible)
+    by_warm_up = [differences[np.mod(seeds, WARM_UPS) == base] for base in range(WARM_UPS)]
+    clustered = None
+    if all(part.size for part in by_warm_up):
+        over = stats.ttest_1samp([part.mean() for part in by_warm_up], 0.0).confidence_interval(0.95)
+        clustered = float(over.low), float(over.high)
+    low, high, p = float(interval.low), float(interval.high), float(test.pvalue)
+    return Contrast(arm, other, n, mean, low, high, p, wins, visible, clustered)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

