@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import suppress
 from itertools import product
 from multiprocessing import get_context
@@ -336,15 +336,15 @@ def run_all(missing: list[Config], workers: int) -> None:
     version = commit()
     failed: BaseException | None = None
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        runs = {pool.submit(timed, config): config for config in missing}
-        for done in as_completed(runs):
-            if done.cancelled():
-                continue
-            if (error := done.exception()) is not None:
+        pending = {pool.submit(timed, config): config for config in missing}
+        while pending:
+            ended = next(iter(wait(pending, return_when=FIRST_COMPLETED).done))
+            config = pending.pop(ended)
+            if (error := ended.exception()) is not None:
                 failed = failed or error
-                pool.shutdown(wait=False, cancel_futures=True)
+                pending = {run: config for run, config in pending.items() if not run.cancel()}
                 continue
-            config, (result, seconds) = runs[done], done.result()
+            result, seconds = ended.result()
             known = {"hash": name_of(config), "commit": version, "config": config}
             append({**known, **result, "cpu_seconds": round(seconds, 1)})
             shown = (config[name] for name in ("task", "rung", "G", "arm", "seed", "rate"))
