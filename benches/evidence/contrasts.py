@@ -15,7 +15,8 @@ Cell = tuple[str, str, int, str]
 MIDDLE: Cell = ("countdown", "middle", 2, "")
 """The cell of the learning rates' tuning."""
 PLAIN: set[Cell] = {(*MIDDLE[:2], G, "") for G in COMMON_SIZES}
-COMMON: dict[int, Cell] = {G: (*MIDDLE[:2], G, "one rate") for G in COMMON_SIZES}
+ONE_RATE = "one rate"
+COMMON: dict[int, Cell] = {G: (*MIDDLE[:2], G, ONE_RATE) for G in COMMON_SIZES}
 """By group size: the cells with one learning rate for all arms, beside those with each arm's own."""
 
 BASELINES = ("grpo", "rloo", "constant", "batch_mean")
@@ -145,7 +146,7 @@ def main_family(cells: Mapping[Cell, Any]) -> list[tuple[int, Contrast, float]]:
 def over_tasks(
     cells: Mapping[Cell, Mapping[str, Mapping[int, Mapping[str, Any]]]], arm: str, other: str, draws: int = 4000
 ) -> dict[str, Any] | None:
-    """Interquartile mean of the difference and probability of improvement over all cells, with bootstrap intervals.
+    """Interquartile mean of the difference and share of pairs ahead over all cells, with bootstrap intervals.
 
     Seeds are drawn with replacement within a cell (stratified), pairs together. Only cells of the plain protocol count.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contrasts import by_cell, main_family, paired, read, saturated_at_start
+from contrasts import COMMON, ONE_RATE, Contrast, by_cell, main_family, paired, read, saturated_at_start
 from tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +27,7 @@ COLORS = {
     "rloo": "#0891b2",
     "constant": "#dc2626",
     "batch_mean": "#d97706",
+    "mix_50": "#059669",
 }
 
 
@@ -65,29 +66,34 @@ def draw_main(cells: Any) -> None:
 
 
 def draw_ladder(cells: Any) -> None:
-    """Gain over GRPO against the share of groups without a difference in the first batch: a point for each cell."""
-    figure, panel = _axes(7, 4)
-    for shift, arm in enumerate(("ebpo", "ebpo_options", "constant", "batch_mean")):
-        points = []
-        for (task, _, _, variant), arms in cells.items():
-            contrast = None if variant else paired(arms, arm, "grpo")
-            if contrast is not None:
-                points.append((100 * saturated_at_start(arms) + 0.4 * shift, contrast, task))
-        for x, c, task in points:
-            panel.plot([x, x], [c.low, c.high], color=COLORS[arm], lw=1.5)
-            panel.plot(x, c.mean, "o" if task == "countdown" else "s", color=COLORS[arm])
-        if points:
-            panel.plot([], [], "o", color=COLORS[arm], label=arm)
+    """Gain over GRPO against the share of groups without a difference in the first batch: a group of points a cell."""
+    figure, panel = _axes(7, 4.2)
+    one_rate_first = sorted(cells.items(), key=lambda item: item[0][3] != ONE_RATE)
+    for shift, arm in enumerate(("ebpo", "ebpo_options", "constant", "batch_mean", "mix_50")):
+        drawn: set[Contrast] = set()
+        for (task, rung, G, variant), arms in one_rate_first:
+            contrast = paired(arms, arm, "grpo") if variant in ("", ONE_RATE) else None
+            if contrast is None or contrast in drawn:  # an arm that was tuned to the common rate has one run for both
+                continue
+            drawn.add(contrast)
+            start = 100 * saturated_at_start(arms)
+            x = start + shift + 0.5 * (variant == "")
+            panel.plot([x, x], [contrast.low, contrast.high], color=COLORS[arm], lw=1.5, ls="-" if variant else ":")
+            shape, fill = "o" if task == "countdown" else "s", COLORS[arm] if variant else "white"
+            panel.plot(x, contrast.mean, shape, color=COLORS[arm], mfc=fill, label=arm if len(drawn) == 1 else None)
+            if arm == "ebpo" and variant == "":
+                panel.text(start, 0.02, f"{task}\n{rung}\nG = {G}", transform=panel.get_xaxis_transform(), fontsize=7)
     panel.axhline(0, color="black", lw=0.8)
-    panel.set_xlabel("groups without a difference in the first batch, % (circle: countdown, square: sorting)")
+    panel.set_xlabel("groups without a difference in the first batch, %")
     panel.set_ylabel("pass@1 over GRPO, points")
-    panel.legend(frameon=False)
+    panel.margins(y=0.2)
+    panel.legend(frameon=False, title="full: one rate; open: tuned rates", title_fontsize=8)
     _save(figure, "ladder")
 
 
 def draw_curves(cells: Any) -> None:
-    """Reward and entropy over the steps on the middle rung at G = 2, mean over seeds."""
-    arms = cells.get(("countdown", "middle", 2, ""), {})
+    """Reward and entropy over the steps on the middle rung at G = 2 and one rate for all, mean over seeds."""
+    arms = cells.get(COMMON[2], {})
     figure, panels = _axes(9, 3.2, ncols=3)
     for panel, (name, title) in zip(
         panels,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from contrasts import COMMON, Contrast, main_family, outcome, over_tasks, paired, saturated_at_start
+from contrasts import COMMON, MIDDLE, Contrast, main_family, outcome, over_tasks, paired, saturated_at_start
+from training import TUNING_SEEDS, WARM_UPS
 
 OUTCOMES = ("pass@1", "pass@16", "maj@16", "distinct", "entropy", "kl", "grad_norm")
 
@@ -21,6 +22,47 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def difference(c: Contrast | None, digits: int = 1) -> str:
     return "" if c is None else f"{c.mean:+.{digits}f} ({c.low:+.{digits}f} to {c.high:+.{digits}f})"
+
+
+def over_warm_ups(c: Contrast) -> str:
+    return "" if c.clustered is None else "{:+.1f} to {:+.1f}".format(*c.clustered)
+
+
+def answer(_: Any, cells: Any, __: Any) -> str:
+    """The page's first table: pass@1 at one learning rate, by group size."""
+    rows = []
+    for arm, other in (
+        ("ebpo", "grpo"),
+        ("mix_50", "grpo"),
+        ("batch_mean", "grpo"),
+        ("constant", "grpo"),
+        ("ebpo", "mix_50"),
+        ("ebpo", "batch_mean"),
+    ):
+        found = [paired(cells.get(cell, {}), arm, other) for cell in COMMON.values()]
+        rows.append([f"{arm} - {other}", *("" if c is None else f"{difference(c)}, {c.seeds} pairs" for c in found)])
+    return table(["pass@1, points (95 %)", *(f"G = {G}" for G in COMMON)], rows)
+
+
+def checks(_: Any, cells: Any, __: Any) -> str:
+    """EBPO less GRPO at G = 2 over parts of the seeds."""
+    parts: tuple[tuple[str, Callable[[int], bool]], ...] = (
+        ("all", lambda _: True),
+        ("from seed 10 on: run after the cell with one rate was added", lambda seed: seed >= 10),
+        ("warm-ups that tuned no rate", lambda seed: seed % WARM_UPS not in {s % WARM_UPS for s in TUNING_SEEDS}),
+    )
+    rows = []
+    for name, wanted in parts:
+        shown = []
+        for cell in (COMMON[2], MIDDLE):
+            arms = {
+                arm: {seed: run for seed, run in runs.items() if wanted(seed)}
+                for arm, runs in cells.get(cell, {}).items()
+            }
+            c = paired(arms, "ebpo", "grpo")
+            shown += ["", ""] if c is None else [difference(c), f"{c.wins}/{c.seeds}"]
+        rows.append([name, *shown])
+    return table(["seeds", "one rate, points (95 %)", "ahead", "tuned rates, points (95 %)", "ahead"], rows)
 
 
 def progress(training: Any, _: Any, __: Any) -> str:
@@ -48,11 +90,12 @@ def rates(training: Any, _: Any, __: Any) -> str:
 
 
 def main(_: Any, cells: Any, __: Any) -> str:
-    rows = [
-        [str(G), c.arm, c.other, str(c.seeds), difference(c), f"{c.wins}/{c.seeds}", f"{p:.3f}", f"{c.visible:.1f}"]
-        for G, c, p in main_family(cells)
-    ]
-    return table(["G", "arm", "against", "pairs", "pass@1, points (95 %)", "ahead", "p (Holm)", "visible"], rows)
+    rows = []
+    for G, c, p in main_family(cells):
+        ahead, corrected, visible = f"{c.wins}/{c.seeds}", f"{p:.3f}", f"{c.visible:.1f}"
+        rows.append([str(G), c.arm, c.other, str(c.seeds), difference(c), over_warm_ups(c), ahead, corrected, visible])
+    head = ["G", "arm", "against", "pairs", "pass@1, points (95 %)", "over warm-ups", "ahead", "p (Holm)", "visible"]
+    return table(head, rows)
 
 
 def levels(_: Any, cells: Any, __: Any) -> str:
@@ -118,13 +161,35 @@ def _compared(cells: Iterable[tuple[int, Any]], *names: str) -> str:
                 shown = [
                     difference(paired(arms, arm, other, name, unit), digits) for name, (unit, digits) in units.items()
                 ]
+                shown.insert(1, over_warm_ups(first))
                 rows.append([str(G), arm, other, str(first.seeds), *shown, f"{first.wins}/{first.seeds}"])
-    return table(["G", "arm", "against", "pairs", *(f"{name} (95 %)" for name in names), f"ahead in {names[0]}"], rows)
+    head = [f"{name} (95 %)" for name in names]
+    head.insert(1, f"{names[0]} over warm-ups")
+    return table(["G", "arm", "against", "pairs", *head, f"ahead in {names[0]}"], rows)
 
 
 def common(_: Any, cells: Any, __: Any) -> str:
     found = [(G, cells.get(cell, {})) for G, cell in COMMON.items()]
-    return _compared(found, "pass@1", "pass@16", "maj@16", "entropy")
+    return _compared(found, "pass@1", "pass@16", "maj@16", "entropy", "kl", "grad_norm")
+
+
+def higher_rate(_: Any, cells: Any, __: Any) -> str:
+    """Arms that were tuned to another rate than the common one: there, less at the common one."""
+    rows = []
+    for G, common_cell in COMMON.items():
+        for arm in ("ebpo", "ebpo_options"):
+            both = {"tuned": cells.get((*common_cell[:2], G, ""), {}), "common": cells.get(common_cell, {})}
+            runs = {rate: arms.get(arm, {}) for rate, arms in both.items()}
+            first = paired(runs, "tuned", "common")
+            if first is not None:
+                units = {"pass@1": (100.0, 1), "pass@16": (100.0, 1), "entropy": (1.0, 3)}
+                shown = [
+                    difference(paired(runs, "tuned", "common", name, unit), digits)
+                    for name, (unit, digits) in units.items()
+                ]
+                rows.append([str(G), arm, str(first.seeds), *shown, f"{first.wins}/{first.seeds}"])
+    head = ["G", "arm", "pairs", "pass@1 (95 %)", "pass@16 (95 %)", "entropy (95 %)", "ahead in pass@1"]
+    return table(head, rows)
 
 
 def scale(_: Any, cells: Any, __: Any) -> str:
@@ -159,7 +224,7 @@ def tasks(_: Any, cells: Any, __: Any) -> str:
                     f"{improvement[0]:.2f} ({improvement[1]:.2f} to {improvement[2]:.2f})",
                 ]
             )
-    return table(["contrast", "cells", "pairs", "interquartile mean, points", "probability of improvement"], rows)
+    return table(["contrast", "cells", "pairs", "interquartile mean, points", "share of pairs ahead"], rows)
 
 
 def _value(estimators: Any, metric: str, **wanted: Any) -> str:
@@ -251,6 +316,8 @@ def claims(_: Any, __: Any, estimators: Any) -> str:
 
 
 TABLES: dict[str, Callable[[Any, Any, Any], str]] = {
+    "answer": answer,
+    "checks": checks,
     "progress": progress,
     "rates": rates,
     "main": main,
@@ -258,6 +325,7 @@ TABLES: dict[str, Callable[[Any, Any, Any], str]] = {
     "outcomes": outcomes,
     "ladder": ladder,
     "common": common,
+    "higher_rate": higher_rate,
     "scale": scale,
     "variants": variants,
     "tasks": tasks,
