@@ -92,10 +92,27 @@ def load_rows(
         rows = list(_file_rows(path, label))
         # Named by all rows: the library's own `from_list` looks at the first alone.
         names = dict.fromkeys(name for row in rows for name in row)
-        data = dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        try:
+            data = dataset.from_dict(columns)
+        except (TypeError, ValueError, OverflowError) as error:  # pyarrow's, too, which names no column
+            raise ValueError(f"{label}: {_mixed(columns)} ({error})") from error
     if not len(data):
         raise ValueError(f"{label}: holds no rows")
     return data if size is None else data.select(range(min(size, len(data))))
+
+
+def _mixed(columns: Mapping[str, list[Any]]) -> str:
+    """What keeps values from being columns: the first whose rows hold values of several kinds, and where it changes."""
+    for name, values in columns.items():
+        kinds: dict[type[Any], int] = {}
+        for number, value in enumerate(values):
+            kinds.setdefault(type(value), number)
+        kinds.pop(type(None), None)
+        if len(kinds) > 1 and set(kinds) != {int, float}:
+            found = ", ".join(f"{kind.__name__} (row {number})" for kind, number in kinds.items())
+            return f"column {name!r} holds values of several kinds, {found}: give it one kind in all rows"
+    return "values that no column can hold: give each column one kind in all rows"
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

@@ -200,6 +200,23 @@ def test_rows_from_every_kind_of_file(folder: Path, tmp_path: Path) -> None:
     assert len(load_rows("data", str(folder / "samples.jsonl"), "train", 5)) == 5
 
 
+@pytest.mark.parametrize("odd", [7, [{"role": "user", "content": "w7"}], {"role": "user"}])
+def test_a_column_of_several_kinds_is_named(tmp_path: Path, odd: Any) -> None:
+    file = tmp_path / "rows.jsonl"
+    lines = [{"prompt": "w7", "weight": 1}, {"prompt": None, "weight": 0.5}, {"prompt": odd, "weight": 1}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    message = (
+        rf"^data='.*rows.jsonl': column 'prompt' holds .* kinds, str \(row 0\), {type(odd).__name__} \(row 2\): give"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_rows("data", str(file))
+    file.write_text("".join(json.dumps({**line, "prompt": "w7"}) + "\n" for line in lines))
+    assert load_rows("data", str(file))["weight"] == [1, 0.5, 1]
+    file.write_text(json.dumps({"input_ids": [1, 2**70]}) + "\n")
+    with pytest.raises(ValueError, match=r"^data='.*rows.jsonl': values that no column can hold"):
+        load_rows("data", str(file))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

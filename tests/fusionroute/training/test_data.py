@@ -131,6 +131,7 @@ def test_tokenized_rows_are_taken_as_they_are() -> None:
     assert one(padded, tokenizer=None) == ([5, 6, 7], [6, 7])
     for array in (np.array, np.float32):
         assert one({"input_ids": array([5, 6]), "labels": array([-100, 6])}) == ([5, 6], [6])
+    assert one({"input_ids": [[5, 6]], "labels": [[-100.0, 6.0]]}) == ([5, 6], [6])  # a batch of one; a nullable column
 
 
 def test_pairs_in_every_form() -> None:
@@ -187,6 +188,21 @@ def test_cutting_is_counted_and_what_is_left_empty_is_dropped() -> None:
         ({"input_ids": [5, 6], "labels": [5, -100]}, "row 1: nothing to learn"),
         ({"messages": []}, "row 1: .* is not a list of messages"),
         ({"messages": ["w7"]}, "row 1: .* is not a list of messages"),
+        ({"messages": 7}, "row 1: 7 is not a list of messages"),
+        ({"prompt": "w7", "completion": 8}, "row 1: 8 is not a list of messages"),
+        ({"conversations": [{"from": ["gpt"], "value": "w7"}]}, r"row 1: from=\['gpt'\]: use one of"),
+        ({"text": "w7 \ud800"}, "row 1: the tokenizer or its chat template does not take it"),
+        ({"input_ids": [5, 6.5], "labels": [5, 6]}, r"row 1: input_ids is \[5, 6.5\]: give a list of whole numbers"),
+        ({"input_ids": [5, None], "labels": [5, 6]}, "row 1: input_ids is"),
+        ({"input_ids": [5, 2**40], "labels": [5, 6]}, r"row 1: input_ids is \[5, 1099511627776\]: .* below 2\*\*31"),
+        ({"input_ids": [5, 2**70], "labels": [5, 6]}, "row 1: input_ids is"),
+        ({"input_ids": [5, 6], "labels": [5, float("nan")]}, "row 1: labels is"),
+        ({"input_ids": [[5, 6], [7, 8]], "labels": [[5, 6], [7, 8]]}, "row 1: input_ids is"),
+        ({"input_ids": [[5, 6], [7]], "labels": [[5, 6], [7]]}, "row 1: input_ids is"),
+        (
+            {"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [1]},
+            "row 1: 2 input_ids and an attention_mask",
+        ),
     ],
 )
 def test_rows_that_are_refused(row: dict[str, Any], message: str) -> None:
@@ -195,15 +211,33 @@ def test_rows_that_are_refused(row: dict[str, Any], message: str) -> None:
         tokenize_samples([good, row], TOKENIZER)
 
 
+def test_what_a_chat_template_refuses_is_named_by_its_row() -> None:
+    """As Gemma's does a system message; and what it cannot write."""
+    tokenizer = tiny_tokenizer(40)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ ' ' + m['content'] }}{% endfor %}"
+    )
+    good = {"messages": [user("w7"), reply("w8")]}
+    bad = {"messages": [{"role": "system", "content": "w9"}, *good["messages"]]}
+    with pytest.raises(ValueError, match=r"row 1: the tokenizer or its chat template .*\(no system role\)"):
+        tokenize_samples([good, bad], tokenizer)
+    with pytest.raises(ValueError, match="row 0: the tokenizer or its chat template"):
+        tokenize_samples([{"messages": [{"role": "user", "content": None}, reply("w8")]}], tokenizer)
+
+
 def test_pairs_that_are_refused() -> None:
+    with pytest.raises(ValueError, match="row 0: chosen_ids is None: give a list of whole numbers"):
+        tokenize_pairs([{"prompt_ids": [5], "rejected_ids": [6]}], TOKENIZER)
     with pytest.raises(ValueError, match=r"row 0: columns \['prompt'\]: a row of preference data must be one of"):
         tokenize_pairs([{"prompt": "w7"}], TOKENIZER)
     with pytest.raises(ValueError, match="no first message in common"):
         tokenize_pairs([{"chosen": [reply("w7")], "rejected": [reply("w8")]}], TOKENIZER)
     with pytest.raises(ValueError, match="pass processing_class"):
         tokenize_pairs([{"chosen": "w7", "rejected": "w8"}], None)
-    with pytest.raises(ValueError, match="max_length=1"):
-        tokenize_pairs([], TOKENIZER, max_length=1)
+    for length in (1, 3.5, "8"):
+        with pytest.raises(ValueError, match=f"max_length={length!r}: give a whole number of at least 2"):
+            tokenize_pairs([], TOKENIZER, max_length=length)  # type: ignore[arg-type]
     tokenizer = tiny_tokenizer(40)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token"):

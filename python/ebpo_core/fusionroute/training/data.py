@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from jinja2 import TemplateError
 
 from .losses import IGNORE
 from .sequences import PreferencePairs, TokenSequences, common_prefix
@@ -112,8 +113,7 @@ def tokenize_pairs(
 
     def one(row: Mapping[str, Any]) -> list[Row]:
         if row.get("prompt_ids") is not None:
-            prompt = _ids(row["prompt_ids"])
-            sides = [_ids(row["chosen_ids"]), _ids(row["rejected_ids"])]
+            prompt, *sides = (_ids(row, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
             return [(prompt + side, _labels(prompt + side, len(prompt))) for side in sides]
         _need(tokenizer)
         if row.get("chosen") is None or row.get("rejected") is None:
@@ -131,8 +131,10 @@ def tokenize_pairs(
 def _collect(
     rows: Iterable[Mapping[str, Any]], one: Callable[[Mapping[str, Any]], list[Row]], max_length: int | None
 ) -> TokenSequences:
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length={max_length}: give at least 2, a token and the one to predict")
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+        raise ValueError(
+            f"max_length={max_length!r}: give a whole number of at least 2, a token and the one to predict"
+        )
     kept: list[Row] = []
     truncated = dropped = 0
     for index, row in enumerate(rows):
@@ -142,6 +144,11 @@ def _collect(
             parts = one(row)
         except ValueError as error:
             raise ValueError(f"row {index}: {error}") from error
+        except (TemplateError, TypeError) as error:  # of a library, which knows nothing of rows
+            raise ValueError(
+                f"row {index}: the tokenizer or its chat template does not take it ({error}): mend or leave out the "
+                "row, or give another template (chat_template_kwargs)"
+            ) from error
         for ids, labels in parts:
             if len(ids) != len(labels):
                 raise ValueError(f"row {index}: {len(ids)} input_ids and {len(labels)} labels: give one per token")
@@ -167,16 +174,31 @@ def _labels(ids: Ids, start: int) -> Ids:
     return [IGNORE] * start + ids[start:]
 
 
-def _ids(values: Any) -> Ids:
-    return [int(value) for value in np.asarray(values).reshape(-1)]
+def _ids(row: Mapping[str, Any], name: str) -> Ids:
+    """A column of token ids, labels or a mask: ``[n]``, or ``[1, n]`` as tokenizers return a single text."""
+    values = row.get(name)
+    try:
+        found = np.asarray(values)
+        found = found[0] if found.ndim == 2 and len(found) == 1 else found
+        with np.errstate(invalid="ignore"):  # NaN, which is equal to nothing afterwards
+            whole = found.astype(np.int64) if found.dtype.kind in "biuf" else None
+    except ValueError:  # rows of different lengths
+        whole = None
+    limit = 2**31  # sequences are int32
+    if whole is None or whole.ndim != 1 or not ((whole == found) & (whole < limit) & (whole >= -limit)).all():
+        raise ValueError(f"{name} is {values!r:.80}: give a list of whole numbers below 2**31, one per token")
+    ids: Ids = whole.tolist()
+    return ids
 
 
 def _tokenized(row: Mapping[str, Any]) -> Row:
     """Tokens and labels without the padding that an attention mask marks."""
-    ids, labels = _ids(row["input_ids"]), _ids(row["labels"])
-    mask = row.get("attention_mask")
-    if mask is not None and len(ids) == len(labels):
-        kept = [i for i, real in enumerate(_ids(mask)) if real]
+    ids, labels = _ids(row, "input_ids"), _ids(row, "labels")
+    if row.get("attention_mask") is not None and len(ids) == len(labels):
+        mask = _ids(row, "attention_mask")
+        if len(mask) != len(ids):
+            raise ValueError(f"{len(ids)} input_ids and an attention_mask of {len(mask)}: give one entry per token")
+        kept = [i for i, real in enumerate(mask) if real]
         ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
     return ids, labels
 
@@ -213,9 +235,12 @@ def _turns(prompt: Any, *completions: Any) -> tuple[Any, list[Any]]:
 
 def _messages(part: Any, role: str) -> Messages:
     messages = [part] if isinstance(part, Mapping) else part
-    messages = [{"role": role, "content": part}] if isinstance(part, str) else list(messages)
+    messages = [{"role": role, "content": part}] if isinstance(part, str) else messages
+    messages = list(messages) if isinstance(messages, Iterable) else []
     if not messages or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f'{part!r} is not a list of messages: give [{{"role": ..., "content": ...}}, ...]')
+        raise ValueError(
+            f'{part!r} is not a list of messages: give [{{"role": ..., "content": ...}}, ...], or a string'
+        )
     return [_message(message) for message in messages]
 
 
@@ -223,7 +248,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message, or ShareGPT's ``{"from", "value"}`` as one."""
     if message.get("from") is None or message.get("role") is not None:
         return dict(message)
-    if message["from"] not in _SHAREGPT_ROLES:
+    if not isinstance(message["from"], str) or message["from"] not in _SHAREGPT_ROLES:
         raise ValueError(f"from={message['from']!r}: use one of {sorted(_SHAREGPT_ROLES)}")
     return {"role": _SHAREGPT_ROLES[message["from"]], "content": _text(message.get("value"))}
 
