@@ -218,6 +218,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ({"save_steps": 0}, "save_steps=0: expected"),
         ({"save_steps": 2.5}, "save_steps=2.5: expected"),
         ({"train_on": "answers"}, "train_on='answers': expected 'completion' or 'all'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not in this machine .*: name one that it has, such as cpu"),
         ({"max_length": 4}, "data has no row with a label .60 lost theirs to max_length"),
         ({"eval_data": []}, "eval_data has no row with a label"),
         ({"eval_data": [{"prompt": "w7"}]}, "eval_data: row 0: columns"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,68 @@ def test_what_a_kill_leaves_in_between_is_cleared(
     names = {file.relative_to(out / "compiled").as_posix() for file in (out / "compiled").rglob("*") if file.is_file()}
     files = ("adapter_config.json", "adapter_model.safetensors")
     assert names == {"report.json", *(f"{name}/{file}" for name in ("math", "code") for file in files)}
+
+
+def changed_config(checkpoint: Path, folder: Path, **changes: Any) -> Path:
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_a_killed_run_does_not_go_on_with_another_routing_or_teacher(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def killed(*_args: Any, **_kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compilation, "compare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compile_experts(checkpoint, out, rows(), **SHORT)
+    monkeypatch.undo()
+    other = changed_config(checkpoint, tmp_path / "other", hysteresis=2.0)
+    paths = {"math": str(checkpoint.parent / "math"), "code": str(checkpoint.parent / "code")}
+    with pytest.raises(ValueError, match=r"killed, and this one differs in hysteresis \(0.0, now 2.0\): start it as"):
+        compile_experts(other, out, rows(), expert_paths=paths, **SHORT)
+    with pytest.raises(ValueError, match=r"differs in experts, rank \(4, now 5\), alpha \(8.0, now 10.0\): start"):
+        compile_experts(checkpoint, out, rows(), expert_paths={"math": {"dtype": "bfloat16"}}, **{**SHORT, "rank": 5})
+    compile_experts(checkpoint, out, rows(), **SHORT)
+
+
+def test_a_broken_state_is_named_with_the_remedy(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(FloatingPointError):
+        compile_experts(checkpoint, out, rows(), **{**SHORT, "alpha": 1e30})
+    state = out / "compiled/math.state.safetensors"
+    state.write_bytes(b"broken")
+    monkeypatch.setattr(compilation.Distiller, "run", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=r"math.state.safetensors' is no state of a training .*: remove it, then"):
+        compile_experts(checkpoint, out, rows(), **{**SHORT, "alpha": 1e30})
+
+
+@pytest.mark.parametrize("where", ["data", "eval_data"])
+def test_an_expert_whose_logits_are_no_numbers_is_named(tmp_path: Path, where: str) -> None:
+    """In training, and on held-out rows alone, whose report would hold what JSON cannot."""
+    tokenizer = tiny_tokenizer(32)
+    expert = tiny_model("llama", 1, **SIZES)
+    with torch.no_grad():
+        expert.get_input_embeddings().weight[7] = torch.nan
+    expert.save_pretrained(tmp_path / "math")
+    tokenizer.save_pretrained(tmp_path / "math")
+    model = FusionRouteForCausalLM.from_experts(
+        tiny_model("qwen2", 0, **SIZES), {"math": tmp_path / "math"}, tokenizer=tokenizer
+    )
+    model.save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    parts = {"data": [{"prompt": "w8", "completion": " w9"}] * 4, "eval_data": [{"prompt": "w8", "completion": " w10"}]}
+    parts[where] = [{"prompt": "w7", "completion": " w9"}] * 4
+    message = "step 0: its own logits" if where == "data" else "its own logits on held-out rows"
+    with pytest.raises(FloatingPointError, match=f"expert 'math'.*{message} are no numbers: give it a wider dtype"):
+        compile_experts(tmp_path / "checkpoint", tmp_path / "out", **parts, **SHORT)
 
 
 def test_experts_are_counted_as_decoding_selects_them(checkpoint: Path) -> None:

@@ -160,6 +160,7 @@ def load_model(arguments: Namespace) -> Any:
 
     from ebpo_core.cli.quiet import hide_loading_bars
     from ebpo_core.fusionroute.decoding.routing import permitted_rows
+    from ebpo_core.fusionroute.experts.offload import OF_MODELS, exact_device
     from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 
     source, paths = _source(arguments), named_paths("expert-path", arguments.expert_path)
@@ -168,6 +169,7 @@ def load_model(arguments: Namespace) -> Any:
     permitted_rows(config.options().updated(**routing_options(arguments)), names)
     hide_loading_bars()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    exact_device(device, OF_MODELS)
     model: Any = FusionRouteForCausalLM.from_pretrained(
         source, dtype=arguments.dtype, expert_paths=paths or None, trust_remote_code=arguments.trust_remote_code
     )

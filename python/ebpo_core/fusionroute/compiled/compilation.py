@@ -18,6 +18,7 @@ from ebpo_core.fusionroute.card import model_card
 from ebpo_core.fusionroute.config import FusionRouteConfig
 from ebpo_core.fusionroute.context import check_positions
 from ebpo_core.fusionroute.experts.files import ADAPTER_WEIGHTS, free_folder
+from ebpo_core.fusionroute.experts.offload import OF_MODELS, exact_device
 from ebpo_core.fusionroute.experts.tokenizers import fingerprint
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 from ebpo_core.fusionroute.training.data import tokenize_samples
@@ -32,6 +33,7 @@ from .targets import target_modules
 FORM, VERSION = "fusionroute compilation", 1
 _STATE = "compiling.json"  # in `compiled/` until everything is there
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}")
+_ROUTING = ("alpha", "complementary", "hysteresis")  # of the config: which positions count, and what the report sums
 _HELD_OUT = 20  # without rows of their own, every 20th row is held out
 
 
@@ -93,6 +95,8 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     settings = Distillation(rank, alpha, same, batch_size, learning_rate, other_weight, seed)
     by_name = None if counts is None else {name: replace(settings, steps=count) for name, count in counts.items()}
     screen = Console(quiet=True) if console is None else console
+    if device is not None:
+        exact_device(device, OF_MODELS)
     folder = Path(output).expanduser().resolve()
     _remove_unfinished(folder / COMPILED_FOLDER)
     going_on = (folder / COMPILED_FOLDER / _STATE).is_file()
@@ -116,7 +120,12 @@ def compile(  # noqa: A001 -- the word of the documentation; used as a name of t
     made_from = {
         "settings": {**asdict(settings), "alpha": settings.lora_alpha, "steps": counts or settings.steps},
         "router": model_hash(model),
-        "experts": {expert.name: expert.hash for expert in model.experts},
+        # As they are loaded and read: another dtype, or other tokens in the place of one, is another teacher.
+        "experts": {
+            expert.name: [expert.hash, str(expert.model.dtype), expert.reference.substitutes]
+            for expert in model.experts
+        },
+        "routing": {name: getattr(model.config, name) for name in _ROUTING},
         "tokenizer": fingerprint(tokenizer),
         "data": train.fingerprint,
         "eval_data": held_out.fingerprint,
@@ -258,12 +267,13 @@ def _begin(folder: Path, made_from: Mapping[str, Any], going_on: bool) -> None:
         return
     then = read_json(state, form=FORM, version=VERSION, what="state of a compilation")
     changed = [name for name, value in made_from.items() if then.get(name) != value]
-    if "settings" in changed:
-        old, new = then.get("settings") or {}, made_from["settings"]
-        changed = [f"{name} ({old.get(name)}, now {new[name]})" for name in new if old.get(name) != new[name]]
-    if changed:
+    shown = [name for name in changed if name not in ("settings", "routing")]
+    for name in set(changed).difference(shown):
+        old, new = then.get(name) or {}, made_from[name]
+        shown += [f"{key} ({old.get(key)}, now {new[key]})" for key in new if old.get(key) != new[key]]
+    if shown:
         raise ValueError(
-            f"output={str(folder)!r} is of a run that was killed, and this one differs in {', '.join(changed)}: start "
+            f"output={str(folder)!r} is of a run that was killed, and this one differs in {', '.join(shown)}: start "
             "it as it was, or give another folder"
         )
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -258,10 +259,15 @@ class Distiller:
             same = (target[where].argmax(-1) == student[where].argmax(-1))[mine]
             now = torch.stack([kl[mine].sum(), same.sum(), mine.sum(), norm]).float().cpu()
         if not bool(now.isfinite().all()):
+            who = f"expert {self.model.experts[self.index].name!r}, step {self.step}"
+            if not bool(target[where].softmax(-1).isfinite().all()):
+                raise FloatingPointError(
+                    f"{who}: its own logits are no numbers: give it a wider dtype, in which they do not overflow, or "
+                    "weights that are not broken"
+                )
             raise FloatingPointError(
-                f"expert {self.model.experts[self.index].name!r}, step {self.step}: the loss or its gradient is no "
-                f"finite number: give a lower learning_rate (it is {self.settings.learning_rate}), or a wider dtype to "
-                "an expert whose logits overflow"
+                f"{who}: the loss or its gradient is no finite number: give a lower learning_rate (it is "
+                f"{self.settings.learning_rate}) or alpha (it is {self.settings.lora_alpha})"
             )
         self._shown = _SHOWN * self._shown + now[:3]
 
@@ -279,11 +285,14 @@ class Distiller:
         write_bytes(self.state_file, save(contiguous, {"step": str(self.step)}))
 
     def _load(self, file: Path) -> None:
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as opened:
-            self.step = int(opened.metadata()["step"])
-        stored = load_file(file)
+        try:
+            with safe_open(file, "pt") as opened:
+                self.step = int(opened.metadata()["step"])
+            stored = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(file)!r} is no state of a training ({error}): remove it, then this expert begins anew"
+            ) from error
         self._shown = stored["shown"]
         with torch.no_grad():
             for name, value in self.parameters.items():

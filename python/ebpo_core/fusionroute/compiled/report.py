@@ -41,6 +41,9 @@ def compare(model: Any, adapters: LowRank, sequences: TokenSequences) -> dict[st
                 share           of the tokens at which the router selects it
                 kl, agreement   of the expert and its adapter at these, None where there are none
                 kl_all, agreement_all   at all tokens
+
+    Raises:
+        FloatingPointError: logits of an expert, or of its adapter, that are no numbers.
     """
     adapters.to(model.device, model.router.dtype)
     modules = target_modules(model.router)
@@ -58,6 +61,13 @@ def compare(model: Any, adapters: LowRank, sequences: TokenSequences) -> dict[st
             student = adapted_of(model, adapters, modules, batch, index)
             mine = (batch.selected == index)[where]
             kl = _kl(target[where], student[where])
+            if not bool(kl.isfinite().all()):
+                broken = not bool(target[where].softmax(-1).isfinite().all())
+                whose, what = ("its own", "it") if broken else ("its adapter's", "the router")
+                raise FloatingPointError(
+                    f"expert {expert.name!r}: {whose} logits on held-out rows are no numbers: give {what} a wider "
+                    "dtype, in which they do not overflow, and compile into another folder"
+                )
             same = target[where].argmax(-1) == student[where].argmax(-1)
             own[index] += (
                 torch.stack([mine.sum(), kl[mine].sum(), same[mine].sum(), kl.sum(), same.sum()]).double().cpu()

@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+_OF_EXPERTS = (
+    "pass another one, expert_paths={name: {'device': ...}} when loading a checkpoint, or None to follow the router"
+)
+OF_MODELS = "name one that it has, such as cpu or cuda:0"
+
 
 class OffloadPool:
     """Models on the CPU, of which one at a time is on each execution device. Who runs one holds ``lock`` meanwhile."""
@@ -51,8 +56,8 @@ class OffloadPool:
             hook.hook.execution_device = device
 
 
-def exact_device(device: str | int | torch.device | None) -> torch.device:
-    """A device with its index: "cuda" is the current one, None the CPU.
+def exact_device(device: str | int | torch.device | None, remedy: str = _OF_EXPERTS) -> torch.device:
+    """A device with its index: "cuda" is the current one, None the CPU; ``remedy`` is for the message.
 
     Raises:
         ValueError: no such device in this machine.
@@ -61,6 +66,5 @@ def exact_device(device: str | int | torch.device | None) -> torch.device:
         return torch.empty(0, device="cpu" if device is None else device).device
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
         raise ValueError(
-            f"device {str(device)!r} is not in this machine ({str(error).splitlines()[0]}): pass another one, "
-            "expert_paths={name: {'device': ...}} when loading a checkpoint, or None to follow the router"
+            f"device {str(device)!r} is not in this machine ({str(error).splitlines()[0]}): {remedy}"
         ) from error
