@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fusionroute_tiny import save_tiny, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ebpo_core.fusionroute import FusionRouteConfig, FusionRouteForCausalLM
 from ebpo_core.fusionroute.cli import main
@@ -200,3 +200,21 @@ def test_saving_refuses_other_names(root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     model.save_pretrained(tmp_path / "out", save_experts=True, max_shard_size="1GB", safe_serialization=True)
     assert (tmp_path / "out" / "experts" / "one" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["draft_tokens", "output_routing", "alpha", "allowed_experts"])
+def test_a_generation_config_holds_nothing_that_would_not_be_read(root: Path, name: str) -> None:
+    """transformers keeps any name there, and says nothing."""
+    model = made(root)
+    config = GenerationConfig(max_new_tokens=2, **{name: 0})
+    message = f"generation_config has {name}=0, which is not read there: pass it to generate"
+    for arguments in ({"generation_config": config}, {"generation_config": config, "draft_tokens": 2}):
+        with pytest.raises(ValueError, match=message):
+            model.generate(IDS, **arguments)
+    with pytest.raises(ValueError, match=message):
+        model.generate(IDS, config)
+    plain, model.generation_config = model.generation_config, config
+    with pytest.raises(ValueError, match=message):
+        model.generate(IDS)
+    model.generation_config = plain
+    assert model.generate(IDS, GenerationConfig(max_new_tokens=2, eos_token_id=None, pad_token_id=0)).shape == (1, 6)

@@ -32,6 +32,7 @@ from .decoding.drafts import decode
 from .decoding.recorder import RoutingRecorder
 from .decoding.routing import OPTION_NAMES, RoutingOptions, permitted_rows
 from .families import check_cached
+from .keywords import check_generation_config
 
 if TYPE_CHECKING:
     from typing import Any as GenerationMixin  # typed for models of one class each; here the model is a mixin's
@@ -97,6 +98,8 @@ class FusionRouteGenerationMixin(GenerationMixin):  # type: ignore[misc]
             ValueError: options that are no options, or that do not go together; before anything has run.
         """
         check_draft_tokens(draft_tokens, kwargs)
+        check_generation_config(args[0] if args else kwargs.get("generation_config"), OPTION_NAMES)
+        check_generation_config(self.generation_config, OPTION_NAMES)
         given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
         options = self.config.options().updated(**given)
         if self.compiled is not None:

@@ -1,4 +1,4 @@
-"""Keywords checked by name, so that none is accepted and ignored: of the model's forward, and of loading a router."""
+"""Keywords checked by name, so that none is accepted and ignored: of `forward`, of `generate`, of loading a router."""
 
 from __future__ import annotations
 
@@ -111,6 +111,22 @@ def check_forward(router: type[Any], given: Mapping[str, Any], own: Iterable[str
             raise ValueError(
                 f"{name} with experts: rows that hold several texts are read by the router alone; pad them"
             )
+
+
+def check_generation_config(config: Any, options: Iterable[str]) -> None:
+    """See that a ``GenerationConfig``, which takes any name, holds none of ours: nothing would read it there.
+
+    Args:
+        config: given by the caller, or the model's; None where there is none.
+        options: names of the routing's options.
+
+    Raises:
+        ValueError: with the name and its value.
+    """
+    for name in ("draft_tokens", "output_routing", *options):
+        value = getattr(config, name, None)
+        if value is not None:
+            raise ValueError(f"generation_config has {name}={value!r}, which is not read there: pass it to generate")
 
 
 def check_saving(given: Iterable[str], own: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ebpo_core.fusionroute import FusionRouteForCausalLM
 from ebpo_core.fusionroute.compat import CACHE
+from ebpo_core.fusionroute.compiled.lowrank import LowRank
 from ebpo_core.fusionroute.compiled.targets import target_modules
 
 TOKENS = 30  # of windows of 8
@@ -160,6 +161,22 @@ def test_hooks_leave_the_routers_own_forward_alone(tmp_path: Path) -> None:
         before = model.router(input_ids=ids).logits
         model(input_ids=ids)
         assert torch.equal(model.router(input_ids=ids).logits, before)
+
+
+def test_no_thread_sees_adapters_half_converted() -> None:
+    """After a cast of the model, the first calls of several threads find the adapters in the dtype before."""
+    adapters = LowRank({"q": torch.ones(1, 2, 3)}, {"q": torch.ones(1, 2, 4)})
+    seen = []
+
+    class Slow:
+        def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+            seen.append(adapters.down["q"].dtype)
+            return torch.ones(1, 2, 4).to(device, dtype)
+
+    adapters.up["q"] = Slow()  # type: ignore[assignment]
+    adapters.to(torch.device("cpu"), torch.float64)
+    assert seen == [torch.float32]
+    assert adapters.down["q"].dtype == adapters.up["q"].dtype == torch.float64
 
 
 def test_target_modules_are_those_of_the_format() -> None:

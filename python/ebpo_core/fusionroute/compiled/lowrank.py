@@ -25,13 +25,16 @@ class LowRank:
         self.down, self.up = dict(down), dict(up)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move and convert in place; free where nothing changes."""
+        """Move and convert in place; free where nothing changes. Threads may ask for the same at once."""
         first = next(iter(self.down.values()))
         if first.device == device and first.dtype == dtype:
             return
-        for tensors in (self.down, self.up):
-            for name, value in tensors.items():
-                tensors[name] = value.to(device, dtype)
+        down, up = (
+            {name: value.to(device, dtype) for name, value in tensors.items()} for tensors in (self.down, self.up)
+        )
+        # The first of `down` says that all are done.
+        self.up = up
+        self.down = down
 
     def copy(self) -> LowRank:
         """The same tensors, which :meth:`to` will replace here alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any, Literal
@@ -92,7 +92,10 @@ def permitted_rows(options: RoutingOptions, names: Sequence[str]) -> Tensor | No
     if forced is not None:
         if allowed is not None:
             raise ValueError("forced_expert and allowed_experts are both given: pass one of them")
-        return _table("forced_expert", [[expert] for expert in _items(forced)], names)
+        items = _items("forced_expert", forced)
+        if not items:
+            raise ValueError(f"forced_expert is {forced!r}: pass one expert for all rows, or one per row")
+        return _table("forced_expert", [[expert] for expert in items], names)
     if allowed is None:
         return None
     if isinstance(allowed, Tensor) and allowed.dtype == torch.bool:
@@ -100,10 +103,11 @@ def permitted_rows(options: RoutingOptions, names: Sequence[str]) -> Tensor | No
             raise ValueError(f"allowed_experts has shape {list(allowed.shape)}: pass bool [B, {len(names)}], or names")
         table = allowed
     else:
-        items = _items(allowed)
+        items = _items("allowed_experts", allowed)
         one_for_all = all(isinstance(item, (str, Integral)) for item in items)
-        table = _table("allowed_experts", [items] if one_for_all else [_items(item) for item in items], names)
-    if not bool(table.any(dim=1).all()):
+        lists = [items] if one_for_all else [_items("allowed_experts", item) for item in items]
+        table = _table("allowed_experts", lists, names)
+    if not len(table) or not bool(table.any(dim=1).all()):
         raise ValueError("allowed_experts leaves a row without any expert: allow at least one in every row")
     return table
 
@@ -180,9 +184,11 @@ def expert_index(argument: str, expert: ExpertName, names: Sequence[str]) -> int
     raise ValueError(f"{argument} names {expert!r}: choose among {list(names)} or 0 to {len(names) - 1}")
 
 
-def _items(value: Any) -> list[Any]:
+def _items(argument: str, value: Any) -> list[Any]:
     if isinstance(value, Tensor):
         value = value.tolist()
+    if not isinstance(value, (str, Integral, Iterable)):
+        raise ValueError(f"{argument} is {value!r}: pass names or indices of experts")
     return [value] if isinstance(value, (str, Integral)) else list(value)
 
 
