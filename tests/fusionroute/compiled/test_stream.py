@@ -59,8 +59,8 @@ def test_one_pass_chunks_and_single_steps_are_the_definition(checkpoint: Path) -
     with torch.no_grad():
         assert close(model(input_ids=ids, use_cache=False).logits[0], expected)
         assert close(model(input_ids=ids, use_cache=True, logits_to_keep=3).logits[0], expected[-3:])
-        some = torch.tensor([4, 17])
-        assert close(model(input_ids=ids, use_cache=False, logits_to_keep=some).logits[0], expected[some])
+        for some in (torch.tensor([4, 17]), torch.tensor([-1, 3]), torch.arange(TOKENS) % 7 == 0):
+            assert close(model(input_ids=ids, use_cache=False, logits_to_keep=some).logits[0], expected[some])
     assert close(in_chunks(model, ids, [11, 12, 13, 20, 21, TOKENS])[0], expected)
     assert close(in_chunks(model, ids, list(range(1, TOKENS + 1)))[0], expected)
     # And the adapters matter: the terms are not zero.
@@ -86,6 +86,8 @@ def test_an_expert_alone_reads_the_routers_keys(checkpoint: Path) -> None:
     expected = reference_logits(model, checkpoint, text, 1)
     out = model.experts[1](input_ids=torch.tensor([text]), logits_to_keep=7, use_cache=False)
     assert close(out.logits[0], expected[-7:])
+    with pytest.raises(TypeError, match="a compiled expert alone takes no use_cache: use the whole model"):
+        model.experts[1](input_ids=torch.tensor([text]), use_cache=True)
 
 
 def test_many_rows_and_few_take_different_products_and_agree(tmp_path: Path) -> None:

@@ -55,8 +55,10 @@ class CompiledExpert(Expert):
         ids: Tensor = kwargs.pop("input_ids")
         mask, positions = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
         keep = kwargs.pop("logits_to_keep", 0)
-        if kwargs.pop("use_cache", False) or kwargs:
-            raise TypeError(f"a compiled expert alone takes no cache and no {sorted(kwargs)}: use the whole model")
+        if not kwargs.get("use_cache"):
+            kwargs.pop("use_cache", None)
+        if kwargs:
+            raise TypeError(f"a compiled expert alone takes no {', '.join(sorted(kwargs))}: use the whole model")
         new = new_tokens(ids, mask, positions, None)
         cache = self._group.lend(None)
         with torch.no_grad():
@@ -131,12 +133,13 @@ class CompiledExperts(Experts):
         """
         self.adapters.to(self.router.device, self.router.dtype)
         S = new.ids.shape[1]
-        places = keep if isinstance(keep, Tensor) else None
+        # As columns: negative ones and a mask, too, are positions of a stock model.
+        places = torch.arange(S, device=ids.device)[keep.to(ids.device)] if isinstance(keep, Tensor) else None
         K = ids.shape[1] if places is None else S
         wanted = ids.clamp(min=0)
         if places is not None:
             # Any positions: the stream runs on all, and those that nobody asked for take the first expert.
-            wanted = torch.zeros_like(new.ids).index_copy_(1, places.to(ids.device), wanted)
+            wanted = torch.zeros_like(new.ids).index_copy_(1, places, wanted)
         # Not as whole experts, out of a caller's autocast: queries must have the dtype of the router's keys.
         with torch.no_grad():
             logits = adapted_logits(
