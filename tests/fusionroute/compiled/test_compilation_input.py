@@ -71,9 +71,28 @@ def test_rows_beyond_a_table_of_positions_are_found_first(tmp_path: Path) -> Non
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     long = [{"prompt": "w7", "completion": " w8" * 20}]
     for part in ({"data": [*rows(), *long]}, {"data": rows(), "eval_data": long}):
-        with pytest.raises(ValueError, match=r"data has 23 tokens, and expert 'math' is a GPT2.*max_length=16"):
+        with pytest.raises(
+            ValueError, match=r"data: a sequence has 23 tokens, and expert 'math' is a GPT2.*max_length=16"
+        ):
             compile_experts(tmp_path / "checkpoint", tmp_path / "out", **part, **SHORT)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_cut_and_rows_beyond_a_context_are_told(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in training: nothing is left out in silence."""
+    dropped = {"prompt": "w7 w8 w9 w10 w11 w12 w13 w14", "completion": " w8"}
+    compile_experts(checkpoint, tmp_path / "cut", [*rows(), dropped], max_length=8, **SHORT)
+    message = "data: 61 sequences were cut to max_length=8, 1 rows had nothing to learn left and were dropped"
+    assert [record.getMessage() for record in caplog.records if "max_length" in record.getMessage()] == [message]
+    caplog.clear()
+    long = [{"prompt": "w7", "completion": " w8" * 520}]
+    compile_experts(checkpoint, tmp_path / "long", rows(2), eval_data=long, **SHORT)
+    assert (
+        "eval_data: a sequence has 523 tokens, and the shortest context among router and experts is 512" in caplog.text
+    )
+    assert " data: a sequence" not in caplog.text
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(checkpoint: Path, tmp_path: Path) -> None:

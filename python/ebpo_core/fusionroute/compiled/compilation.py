@@ -16,12 +16,12 @@ from transformers import AutoTokenizer
 from ebpo_core.files import read_json, write_json, write_text
 from ebpo_core.fusionroute.card import model_card
 from ebpo_core.fusionroute.config import FusionRouteConfig
-from ebpo_core.fusionroute.context import check_positions
 from ebpo_core.fusionroute.experts.files import ADAPTER_WEIGHTS, free_folder
 from ebpo_core.fusionroute.experts.offload import OF_MODELS, exact_device
 from ebpo_core.fusionroute.experts.tokenizers import fingerprint
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
 from ebpo_core.fusionroute.training.data import tokenize_samples
+from ebpo_core.fusionroute.training.lengths import check_lengths, report_cuts
 from ebpo_core.fusionroute.training.sequences import TokenSequences
 from ebpo_core.progress import bar
 
@@ -182,13 +182,12 @@ def _tokenized(
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name}: {error}") from error
+    report_cuts(name, sequences, options["max_length"])
     if not len(sequences):
         raise ValueError(
             f"{name} has no row with a label ({sequences.dropped} lost theirs to max_length): give more rows"
         )
-    models = [("the router", model.router), *((f"expert {expert.name!r}", expert.model) for expert in model.experts)]
-    longest = int(sequences.lengths.max())
-    check_positions(f"the longest row of {name}", longest, models, "cut the data to that, max_length={limit}")
+    check_lengths(name, sequences, model)
     return sequences
 
 

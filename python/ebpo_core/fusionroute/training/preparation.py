@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from datasets import Dataset
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ebpo_core.fusionroute.context import check_positions
 from ebpo_core.fusionroute.experts.experts import Experts
 from ebpo_core.fusionroute.experts.references import ExpertReference
 from ebpo_core.fusionroute.model import FusionRouteForCausalLM
@@ -21,9 +19,8 @@ from .batches import MixDataset
 from .config import FusionRouteArguments
 from .data import tokenize_pairs, tokenize_samples
 from .expert_cache import ExpertSource, expert_columns
+from .lengths import check_lengths, report_cuts
 from .sequences import PreferencePairs, TokenSequences
-
-logger = logging.getLogger(__name__)
 
 
 def fusion_model(model: Any) -> FusionRouteForCausalLM:
@@ -164,31 +161,13 @@ def _columns(
     fusion: FusionRouteForCausalLM, args: FusionRouteArguments, tokenizer: Any, name: str, sequences: TokenSequences
 ) -> Dataset:
     """The expert cache ``name`` of a run."""
-    if sequences.truncated or sequences.dropped:
-        logger.warning(
-            "%s: %d sequences were cut to max_length=%s, %d rows had nothing to learn left and were dropped",
-            name,
-            sequences.truncated,
-            args.max_length,
-            sequences.dropped,
-        )
+    report_cuts(name, sequences, args.max_length)
     if not len(sequences):
         raise ValueError(
             f"{name}: the data has no row to train on ({sequences.dropped} were dropped): give rows, or a larger "
             f"max_length than {args.max_length}"
         )
-    longest, shortest = int(sequences.lengths.max()), fusion.config.max_position_embeddings
-    if shortest is not None and longest > shortest:
-        models = [("router", fusion.router), *((f"expert {each.name!r}", each.model) for each in fusion.experts)]
-        check_positions(f"{name}: a sequence", longest, models, "pass max_length={limit}")
-        logger.warning(
-            "%s: a sequence has %d tokens, and the shortest context among router and experts is %d: pass "
-            "max_length=%d, or that model is asked beyond its context",
-            name,
-            longest,
-            shortest,
-            shortest,
-        )
+    check_lengths(name, sequences, fusion)
     root = Path(args.expert_cache_dir or Path(str(args.output_dir)) / "expert_cache")
     device = args.device  # sets up the process group
     fusion.experts.to(device)
