@@ -32,8 +32,8 @@ EXTRAS       := train kernels fusionroute eval math dev docs
 MAIN         := tests/environments/main
 INTEGRATIONS := $(patsubst tests/environments/%/requirements.txt,%,$(wildcard tests/environments/*/requirements.txt))
 
-# Images of containers often set this, and then every process of the tests compiles torch and transformers anew: importing
-# TRL's trainer takes more than twice the CPU.
+# Images of containers often set this, and then every process of the tests compiles torch and transformers anew, which
+# takes longer than importing them.
 unexport PYTHONDONTWRITEBYTECODE
 
 define say

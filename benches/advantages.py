@@ -243,17 +243,20 @@ def report(title: str, best: dict[str, float], goal: float | None = None, statef
     return {"size": title, "microseconds": {name: seconds * 1e6 for name, seconds in best.items()}}
 
 
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
     versions = {"python": platform.python_version(), "numpy": np.__version__, "ebpo_core": ebpo_core.__version__}
     for module in ("torch", "verl"):
         if module in sys.modules:
             versions[module] = str(sys.modules[module].__version__)
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system(), "versions": versions}
+    return {"cpu": processor(), "cores": os.cpu_count(), "system": platform.system(), "versions": versions}
 
 
 def main() -> None:

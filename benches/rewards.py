@@ -24,6 +24,7 @@ from itertools import count, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from advantages import processor
 from math_verify import parse, verify
 
 from ebpo_core.rewards import MathVerifier
@@ -112,13 +113,6 @@ def ours(verifier: MathVerifier) -> Score:
         return int(sum(verifier.score([f"\\boxed{{{answer}}}" for _, answer in chosen], [gold for gold, _ in chosen])))
 
     return score
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

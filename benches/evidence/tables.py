@@ -24,6 +24,16 @@ def difference(c: Contrast | None, digits: int = 1) -> str:
     return "" if c is None else f"{c.mean:+.{digits}f} ({c.low:+.{digits}f} to {c.high:+.{digits}f})"
 
 
+def _unit(name: str) -> tuple[float, int]:
+    """What an outcome is multiplied by, and its digits: rates are shown in points, others as they are."""
+    return (100.0, 1) if "@" in name else (1.0, 3)
+
+
+def _differences(arms: Any, arm: str, other: str, names: Iterable[str]) -> list[str]:
+    units = [(name, *_unit(name)) for name in names]
+    return [difference(paired(arms, arm, other, name, unit), digits) for name, unit, digits in units]
+
+
 def over_warm_ups(c: Contrast) -> str:
     return "" if c.clustered is None else "{:+.1f} to {:+.1f}".format(*c.clustered)
 
@@ -121,7 +131,7 @@ def outcomes(_: Any, cells: Any, __: Any) -> str:
     for G in (2, 4, 8):
         arms = cells.get(("countdown", "middle", G, ""), {})
         for name in OUTCOMES:
-            unit, digits = (100.0, 1) if "@" in name else (1.0, 3)
+            unit, digits = _unit(name)
             c = paired(arms, "ebpo", "grpo", name, unit)
             if c is not None:
                 rows.append([str(G), name, str(c.seeds), difference(c, digits), f"{c.wins}/{c.seeds}"])
@@ -157,10 +167,7 @@ def _compared(cells: Iterable[tuple[int, Any]], *names: str) -> str:
         for arm, other in [("ebpo", "grpo"), *(("ebpo", one) for one in others), *((one, "grpo") for one in others)]:
             first = paired(arms, arm, other, names[0])
             if first is not None:
-                units = {name: (100.0, 1) if "@" in name else (1.0, 3) for name in names}
-                shown = [
-                    difference(paired(arms, arm, other, name, unit), digits) for name, (unit, digits) in units.items()
-                ]
+                shown = _differences(arms, arm, other, names)
                 shown.insert(1, over_warm_ups(first))
                 rows.append([str(G), arm, other, str(first.seeds), *shown, f"{first.wins}/{first.seeds}"])
     head = [f"{name} (95 %)" for name in names]
@@ -175,21 +182,16 @@ def common(_: Any, cells: Any, __: Any) -> str:
 
 def higher_rate(_: Any, cells: Any, __: Any) -> str:
     """Arms that were tuned to another rate than the common one: there, less at the common one."""
-    rows = []
+    rows, names = [], ("pass@1", "pass@16", "entropy")
     for G, common_cell in COMMON.items():
         for arm in ("ebpo", "ebpo_options"):
             both = {"tuned": cells.get((*common_cell[:2], G, ""), {}), "common": cells.get(common_cell, {})}
             runs = {rate: arms.get(arm, {}) for rate, arms in both.items()}
             first = paired(runs, "tuned", "common")
             if first is not None:
-                units = {"pass@1": (100.0, 1), "pass@16": (100.0, 1), "entropy": (1.0, 3)}
-                shown = [
-                    difference(paired(runs, "tuned", "common", name, unit), digits)
-                    for name, (unit, digits) in units.items()
-                ]
+                shown = _differences(runs, "tuned", "common", names)
                 rows.append([str(G), arm, str(first.seeds), *shown, f"{first.wins}/{first.seeds}"])
-    head = ["G", "arm", "pairs", "pass@1 (95 %)", "pass@16 (95 %)", "entropy (95 %)", "ahead in pass@1"]
-    return table(head, rows)
+    return table(["G", "arm", "pairs", *(f"{name} (95 %)" for name in names), "ahead in pass@1"], rows)
 
 
 def scale(_: Any, cells: Any, __: Any) -> str:

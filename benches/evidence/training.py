@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "examples")]
+sys.path.append(str(HERE.parent))
 RECORDS = HERE / "records" / "training.jsonl"
 
 PROTOCOL = 1
@@ -302,11 +302,9 @@ def append(record: dict[str, Any]) -> None:
 def machine() -> dict[str, str]:
     """What, besides configuration and commit, decides the bits of a run."""
     import torch
+    from advantages import processor
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {"cpu": next(names, platform.processor() or platform.machine()), "torch": torch.__version__}
+    return {"cpu": processor(), "torch": torch.__version__}
 
 
 def timed(config: Config) -> tuple[dict[str, Any], float]:

@@ -102,14 +102,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(checkpoint: Path, tmp_path: Path
     assert not (tmp_path / "out/compiled/math/adapter_model.safetensors").exists()
 
 
-def test_what_a_kill_leaves_in_between_is_cleared(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the state is there, in the middle of a file, and between an adapter and the removal of its state."""
-    out = tmp_path / "out"
-    (out / "compiled").mkdir(parents=True)
-    (out / "compiled/.compiling.json.0123abcd").write_text("{")
-
+def kill_before_the_report(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_args: Any, **_kwargs: Any) -> None:
         raise KeyboardInterrupt
 
@@ -117,6 +110,16 @@ def test_what_a_kill_leaves_in_between_is_cleared(
     with pytest.raises(KeyboardInterrupt):
         compile_experts(checkpoint, out, rows(), **SHORT)
     monkeypatch.undo()
+
+
+def test_what_a_kill_leaves_in_between_is_cleared(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the state is there, in the middle of a file, and between an adapter and the removal of its state."""
+    out = tmp_path / "out"
+    (out / "compiled").mkdir(parents=True)
+    (out / "compiled/.compiling.json.0123abcd").write_text("{")
+    kill_before_the_report(checkpoint, out, monkeypatch)
     (out / "compiled/math.state.safetensors").write_bytes(b"of its last step")
     (out / "compiled/code/.adapter_model.safetensors.0123abcd").write_bytes(b"half")
     compile_experts(checkpoint, out, rows(), **SHORT)
@@ -136,14 +139,7 @@ def test_a_killed_run_does_not_go_on_with_another_routing_or_teacher(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-
-    def killed(*_args: Any, **_kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compilation, "compare", killed)
-    with pytest.raises(KeyboardInterrupt):
-        compile_experts(checkpoint, out, rows(), **SHORT)
-    monkeypatch.undo()
+    kill_before_the_report(checkpoint, out, monkeypatch)
     other = changed_config(checkpoint, tmp_path / "other", hysteresis=2.0)
     paths = {"math": str(checkpoint.parent / "math"), "code": str(checkpoint.parent / "code")}
     with pytest.raises(ValueError, match=r"killed, and this one differs in hysteresis \(0.0, now 2.0\): start it as"):
