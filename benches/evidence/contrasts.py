@@ -14,10 +14,9 @@ Cell = tuple[str, str, int, str]
 
 MIDDLE: Cell = ("countdown", "middle", 2, "")
 """The cell of the learning rates' tuning."""
-PLAIN: set[Cell] = {(*MIDDLE[:2], G, "") for G in COMMON_SIZES}
 ONE_RATE = "one rate"
 COMMON: dict[int, Cell] = {G: (*MIDDLE[:2], G, ONE_RATE) for G in COMMON_SIZES}
-"""By group size: the cells with one learning rate for all arms, beside those with each arm's own."""
+"""By group size: the middle rung with one learning rate for all arms, beside the cells with each arm's own."""
 
 BASELINES = ("grpo", "rloo", "constant", "batch_mean")
 """What the protocol's main contrasts compare the two forms of EBPO with."""
@@ -67,8 +66,8 @@ def by_cell(records: Iterable[Mapping[str, Any]]) -> dict[Cell, dict[str, dict[i
         for config in () if stage == "rates" else queue(stage, rates):
             cell = cell_of(config)
             cells = {cell} if stage != "common" else set()
-            if config["rate"] == COMMON_RATE and cell in PLAIN:
-                cells.add(COMMON[cell[2]])
+            if config["rate"] == COMMON_RATE and not cell[3]:
+                cells.add((*cell[:3], ONE_RATE))
             planned.setdefault(name_of(config), set()).update(cells)
     found: dict[Cell, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for record in records:

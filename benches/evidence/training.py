@@ -10,7 +10,7 @@ is never mixed in. ``--workers N`` runs N at once; where one fails, those under 
 ``--stage`` limits the queue to one of ``STAGES``: "rates" tunes the learning rates that the others use, "main" is the
 family of the protocol's contrasts, "arms" the other rules on the same rung, "ladder" the other rungs and tasks, "scale"
 the advantages of equal root mean square, "calls" one prompt in a call of the rule, "repeat" 512 prompts that come back,
-with a prior for each, "common" the main arms at one learning rate, "smollm2" a real pre-trained model.
+with a prior for each, "common" one learning rate for all arms, "smollm2" a real pre-trained model.
 """
 
 from __future__ import annotations
@@ -140,6 +140,9 @@ def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
             seeds, arms = (range(20), MAIN_ARMS) if G < 8 else (range(10), LADDER_ARMS)
             for seed, arm in product(seeds, arms):
                 yield configuration("countdown", "middle", G, arm, seed, COMMON_RATE)
+        rungs = (*product(("sorting",), ("middle", "low", "high")), ("countdown", "low"), ("countdown", "high"))
+        for (task, rung), G, seed, arm in product(rungs, (2, 4), range(10), (*LADDER_ARMS, "mix_50")):
+            yield configuration(task, rung, G, arm, seed, COMMON_RATE)
     elif stage == "arms":
         for G, arms in ((2, MORE_ARMS), (4, MORE_ARMS[:1])):
             for seed, arm in product(range(10, 20), arms):
@@ -153,8 +156,8 @@ def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
         for seed, (task, rung, G), arm in product(range(10), rungs, LADDER_ARMS):
             yield cell(task, rung, G, arm, seed)
     elif stage == "scale":
-        for seed, arm in product(range(10), MAIN_ARMS):
-            yield cell("countdown", "middle", 2, arm, seed, True)
+        for seed, arm in product(range(10), MAIN_ARMS):  # at one rate: a larger step is what this takes away
+            yield configuration("countdown", "middle", 2, arm, seed, COMMON_RATE, equal_rms=True)
     elif stage == "calls":  # the rule sees one prompt at a time, as in TRL on one device by default
         for seed, arm in product(range(10), ("grpo", "ebpo", "ebpo_options")):
             yield cell("countdown", "middle", 8, arm, seed, prompts_per_call=1)

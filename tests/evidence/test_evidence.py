@@ -97,17 +97,18 @@ def test_correction_counts_contrasts_that_have_not_been_run() -> None:
 def test_cells_are_never_mixed() -> None:
     records = [
         run_of("ebpo", 0, 0.4),
-        run_of("ebpo", 0, 0.4, equal_rms=True),
+        run_of("ebpo", 0, 0.4, equal_rms=True, rate=2e-4),
         run_of("ebpo", 0, 0.4, train_size=512),
         run_of("ebpo", 0, 0.4, prompts_per_call=1, G=8),
         run_of("ebpo", 0, 0.4, G=4),
         run_of("ebpo", 0, 0.4, rung="low"),
+        run_of("ebpo", 0, 0.4, rung="low", rate=2e-4),  # one rate for all
     ]
     strays = [
         run_of("ebpo", 1000, 0.9),  # tunes a learning rate
         run_of("ebpo", 0, 0.9, steps=10),
         run_of("ebpo", 0, 0.9, protocol=training.PROTOCOL + 1),
-        run_of("ebpo", 0, 0.9, rung="low", rate=2e-4),
+        run_of("ebpo", 0, 0.9, rung="low", rate=1e-4),
         run_of("ebpo", 0, 0.9, train_size=512, equal_rms=True),
     ]
     cells = contrasts.by_cell([*records, *strays])
