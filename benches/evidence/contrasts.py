@@ -143,16 +143,21 @@ def main_family(cells: Mapping[Cell, Any]) -> list[tuple[int, Contrast, float]]:
 
 
 def over_tasks(
-    cells: Mapping[Cell, Mapping[str, Mapping[int, Mapping[str, Any]]]], arm: str, other: str, draws: int = 4000
+    cells: Mapping[Cell, Mapping[str, Mapping[int, Mapping[str, Any]]]],
+    arm: str,
+    other: str,
+    variant: str = "",
+    draws: int = 4000,
 ) -> dict[str, Any] | None:
     """Interquartile mean of the difference and share of pairs ahead over all cells, with bootstrap intervals.
 
-    Seeds are drawn with replacement within a cell (stratified), pairs together. Only cells of the plain protocol count.
+    Seeds are drawn with replacement within a cell (stratified), pairs together. Only cells of the variant count: the
+    plain protocol, or one rate for all arms.
     """
     strata = []
-    for (_, _, _, variant), arms in cells.items():
+    for cell, arms in cells.items():
         seeds = shared_seeds(arms, arm, other)
-        if not variant and len(seeds) >= FEWEST:
+        if cell[3] == variant and len(seeds) >= FEWEST:
             strata.append(
                 100 * np.array([outcome(arms[arm][s], "pass@1") - outcome(arms[other][s], "pass@1") for s in seeds])
             )

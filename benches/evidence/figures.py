@@ -69,6 +69,7 @@ def draw_ladder(cells: Any) -> None:
     """Gain over GRPO against the share of groups without a difference in the first batch: a group of points a cell."""
     figure, panel = _axes(7, 4.2)
     one_rate_first = sorted(cells.items(), key=lambda item: item[0][3] != ONE_RATE)
+    named: set[tuple[str, str, int]] = set()
     for shift, arm in enumerate(("ebpo", "ebpo_options", "constant", "batch_mean", "mix_50")):
         drawn: set[Contrast] = set()
         for (task, rung, G, variant), arms in one_rate_first:
@@ -81,7 +82,8 @@ def draw_ladder(cells: Any) -> None:
             panel.plot([x, x], [contrast.low, contrast.high], color=COLORS[arm], lw=1.5, ls="-" if variant else ":")
             shape, fill = "o" if task == "countdown" else "s", COLORS[arm] if variant else "white"
             panel.plot(x, contrast.mean, shape, color=COLORS[arm], mfc=fill, label=arm if len(drawn) == 1 else None)
-            if arm == "ebpo" and variant == "":
+            if (task, rung, G) not in named:
+                named.add((task, rung, G))
                 panel.text(start, 0.02, f"{task}\n{rung}\nG = {G}", transform=panel.get_xaxis_transform(), fontsize=7)
     panel.axhline(0, color="black", lw=0.8)
     panel.set_xlabel("groups without a difference in the first batch, %")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
-from contrasts import COMMON, MIDDLE, Contrast, main_family, outcome, over_tasks, paired, saturated_at_start
+from contrasts import COMMON, MIDDLE, ONE_RATE, Contrast, main_family, outcome, over_tasks, paired, saturated_at_start
 from training import TUNING_SEEDS, WARM_UPS
 
 OUTCOMES = ("pass@1", "pass@16", "maj@16", "distinct", "entropy", "kl", "grad_norm")
@@ -139,23 +140,19 @@ def outcomes(_: Any, cells: Any, __: Any) -> str:
 
 
 def ladder(_: Any, cells: Any, __: Any) -> str:
+    """Gains over GRPO by cell: at one rate, then at the rates that were tuned on the middle rung of countdown."""
     rows = []
-    arms_shown = ("ebpo", "constant", "batch_mean")
-    for cell, arms in cells.items():
+    arms_shown = ("ebpo", "mix_50", "batch_mean", "constant")
+    for cell, arms in sorted(cells.items(), key=lambda item: item[0][3] != ONE_RATE):
         contrasts = [paired(arms, arm, "grpo") for arm in arms_shown]
         known = [c for c in contrasts if c is not None]
-        if cell[3] or not known:
+        if cell[3] not in ("", ONE_RATE) or not known:
             continue
         before = np.mean([record["before"]["pass@1"] for seeds in arms.values() for record in seeds.values()])
-        row = [
-            *cell[:2],
-            str(cell[2]),
-            f"{100 * before:.1f}",
-            f"{100 * saturated_at_start(arms):.0f}",
-            str(max(c.seeds for c in known)),
-        ]
+        row = [*cell[:2], str(cell[2]), cell[3] or "tuned", f"{100 * before:.1f}"]
+        row += [f"{100 * saturated_at_start(arms):.0f}", str(max(c.seeds for c in known))]
         rows.append([*row, *map(difference, contrasts), f"{known[0].visible:.1f}"])
-    head = ["task", "rung", "G", "pass@1 before", "saturated, %", "pairs"]
+    head = ["task", "rung", "G", "rates", "pass@1 before", "saturated, %", "pairs"]
     return table([*head, *(f"{arm} - grpo" for arm in arms_shown), "visible"], rows)
 
 
@@ -213,20 +210,13 @@ def variants(_: Any, cells: Any, __: Any) -> str:
 
 def tasks(_: Any, cells: Any, __: Any) -> str:
     rows = []
-    for other in ("grpo", "constant", "batch_mean"):
-        found = over_tasks(cells, "ebpo", other)
+    for variant, other in product((ONE_RATE, ""), ("grpo", "constant", "batch_mean")):
+        found = over_tasks(cells, "ebpo", other, variant)
         if found is not None:
-            iqm, improvement = found["iqm"], found["improvement"]
-            rows.append(
-                [
-                    f"ebpo - {other}",
-                    str(found["cells"]),
-                    str(found["runs"]),
-                    f"{iqm[0]:+.1f} ({iqm[1]:+.1f} to {iqm[2]:+.1f})",
-                    f"{improvement[0]:.2f} ({improvement[1]:.2f} to {improvement[2]:.2f})",
-                ]
-            )
-    return table(["contrast", "cells", "pairs", "interquartile mean, points", "share of pairs ahead"], rows)
+            shown = ("{:+.1f} ({:+.1f} to {:+.1f})".format(*found["iqm"]),)
+            shown += ("{:.2f} ({:.2f} to {:.2f})".format(*found["improvement"]),)
+            rows.append([f"ebpo - {other}", variant or "tuned", str(found["cells"]), str(found["runs"]), *shown])
+    return table(["contrast", "rates", "cells", "pairs", "interquartile mean, points", "share of pairs ahead"], rows)
 
 
 def _value(estimators: Any, metric: str, **wanted: Any) -> str:

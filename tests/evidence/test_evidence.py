@@ -71,7 +71,7 @@ def test_runs_from_another_base_are_no_pair() -> None:
     assert contrasts.shared_seeds(arms, "ebpo", "grpo") == [2, 3, 4, 5, 6]
     found, over = (
         contrasts.paired(arms, "ebpo", "grpo"),
-        contrasts.over_tasks({contrasts.MIDDLE: arms}, "ebpo", "grpo", 10),
+        contrasts.over_tasks({contrasts.MIDDLE: arms}, "ebpo", "grpo", draws=10),
     )
     assert found is not None
     assert over is not None
