@@ -14,7 +14,7 @@ Cell = tuple[str, str, int, str]
 
 MIDDLE: Cell = ("countdown", "middle", 2, "")
 """The cell of the learning rates' tuning."""
-ONE_RATE = "one rate"
+ONE_RATE, PRETRAINED = "one rate", "pre-trained"
 COMMON: dict[int, Cell] = {G: (*MIDDLE[:2], G, ONE_RATE) for G in COMMON_SIZES}
 """By group size: the middle rung with one learning rate for all arms, beside the cells with each arm's own."""
 
@@ -47,7 +47,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def cell_of(config: Mapping[str, Any]) -> Cell:
-    parts = ["equal scale"] * config["equal_rms"]
+    parts = ["equal scale"] * config["equal_rms"] + [PRETRAINED] * (config["rung"] == "smollm2")
     parts += [f"{config['prompts_per_call']} prompt a call"] if "prompts_per_call" in config else []
     parts += [f"{config['train_size']} prompts"] if "train_size" in config else []
     return config["task"], config["rung"], config["G"], ", ".join(parts)

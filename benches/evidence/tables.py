@@ -7,7 +7,18 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from contrasts import COMMON, MIDDLE, ONE_RATE, Contrast, main_family, outcome, over_tasks, paired, saturated_at_start
+from contrasts import (
+    COMMON,
+    MIDDLE,
+    ONE_RATE,
+    PRETRAINED,
+    Contrast,
+    main_family,
+    outcome,
+    over_tasks,
+    paired,
+    saturated_at_start,
+)
 from training import TUNING_SEEDS, WARM_UPS
 
 OUTCOMES = ("pass@1", "pass@16", "maj@16", "distinct", "entropy", "kl", "grad_norm")
@@ -195,6 +206,11 @@ def scale(_: Any, cells: Any, __: Any) -> str:
     return _compared([(2, cells.get(("countdown", "middle", 2, "equal scale"), {}))], "pass@1", "pass@16", "maj@16")
 
 
+def pretrained(_: Any, cells: Any, __: Any) -> str:
+    found = [(cell[2], arms) for cell, arms in cells.items() if cell[3] == PRETRAINED]
+    return _compared(found, "pass@1", "pass@4", "maj@4", "entropy")
+
+
 def variants(_: Any, cells: Any, __: Any) -> str:
     """Cells off the ladder: one prompt in each call of the rule, and few prompts that come back."""
     rows = []
@@ -319,6 +335,7 @@ TABLES: dict[str, Callable[[Any, Any, Any], str]] = {
     "common": common,
     "higher_rate": higher_rate,
     "scale": scale,
+    "pretrained": pretrained,
     "variants": variants,
     "tasks": tasks,
     "claims": claims,
