@@ -141,7 +141,7 @@ def queue(stage: str, rates: dict[str, float]) -> Iterator[Config]:
             for seed, arm in product(seeds, arms):
                 yield configuration("countdown", "middle", G, arm, seed, COMMON_RATE)
         rungs = (*product(("sorting",), ("middle", "low", "high")), ("countdown", "low"), ("countdown", "high"))
-        for (task, rung), G, seed, arm in product(rungs, (2, 4), range(10), (*LADDER_ARMS, "mix_50")):
+        for (task, rung), G, seed, arm in product(rungs, (2, 4), range(10), (*LADDER_ARMS, "mix_50", "ebpo_options")):
             yield configuration(task, rung, G, arm, seed, COMMON_RATE)
     elif stage == "arms":
         for G, arms in ((2, MORE_ARMS), (4, MORE_ARMS[:1])):
