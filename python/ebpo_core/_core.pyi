@@ -44,6 +44,7 @@ class Options:
         tau2: str,
         score: str,
         leave_one_out: bool | str,
+        shrinkage: float | None,
         decay: float,
         decay_by: str,
         eps: float,

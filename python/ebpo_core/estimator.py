@@ -42,6 +42,7 @@ class Options(TypedDict):
     tau2: Literal["raw", "debiased"]
     score: Literal["after", "before"]
     leave_one_out: bool | Literal["row"]
+    shrinkage: float | None
     decay: float
     decay_by: Literal["update", "visit"]
     eps: float
@@ -79,6 +80,9 @@ class EBPO:
             gives S = 1 (and V = 0 while the prior is empty). Nothing in the baseline then depends on the reward, so the
             policy gradient is unbiased. For that it needs ``normalize="none"``: the other two divide by a number that
             the reward is in. (Scored again, by ``update=False`` or an old ``step``, the batch is in the prior already.)
+        shrinkage: None (paper): S of each group is estimated. A number in [0, 1] is the S of every group, of whatever
+            size, once rewards that differ have been seen (0 until then): with groups of equal size a fixed mix of the
+            group's and the batch's mean. Raises with ``sigma2="within"`` or ``tau2="debiased"``, which estimate S.
         decay: rho in (0, 1]; before each update every count, M2 and sum is multiplied by it, so that the prior
             remembers about ``1 / (1 - rho)`` batches. 1 (paper) never forgets. A batch without valid rows is no update.
         decay_by: The updates that count for ``decay``. ``"update"``: every key is discounted at each update, as the
@@ -106,6 +110,7 @@ class EBPO:
         tau2: Literal["raw", "debiased"] = "raw",
         score: Literal["after", "before"] = "after",
         leave_one_out: bool | Literal["group", "row"] = False,
+        shrinkage: float | None = None,
         decay: float = 1.0,
         decay_by: Literal["update", "visit"] = "update",
         eps: float = 1e-6,
@@ -120,6 +125,7 @@ class EBPO:
             tau2=text("tau2", tau2),
             score=text("score", score),
             leave_one_out=left_out("leave_one_out", leave_one_out),  # type: ignore[typeddict-item]
+            shrinkage=None if shrinkage is None else real("shrinkage", shrinkage),
             decay=real("decay", decay),
             decay_by=text("decay_by", decay_by),
             eps=real("eps", eps),

@@ -2,7 +2,7 @@
 
 ::
 
-    {"version": 2, "options": {...}, "step": 40, "idle_decay": 0.99, "updates": 40,
+    {"version": 3, "options": {...}, "step": 40, "idle_decay": 0.99, "updates": 40,
      "prior": {"rewards": {count, mean, m2}, "group_means": {...}, "ssw": ..., "dof": ..., "inv_n": ...},
      "keys": [{"key": ["algebra"], ...the same nine numbers, "idle": 0}, {"key": ["algebra", 3], ...}]}
 
@@ -19,7 +19,8 @@ That is plain JSON. For many keys ``"keys"`` may be a dict of arrays instead, on
     statistics  float64   (n, 9) rewards.count, .mean, .m2, group_means.count, .mean, .m2, ssw, dof, inv_n
     idle        int64     (n,)
 
-Version 1 had neither ``idle``, ``idle_decay`` nor the option ``decay_by``; it is read.
+Version 2 had no option ``shrinkage``, version 1 besides neither ``idle``, ``idle_decay`` nor the option ``decay_by``;
+both are read.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Version of the state written here; newer ones are refused."""
 
 ARRAYS: dict[str, tuple[Any, int]] = {
@@ -61,6 +62,7 @@ _FREE = frozenset(
         "tau2",
         "score",
         "leave_one_out",
+        "shrinkage",
         "decay",
         "decay_by",
         "eps",
@@ -95,8 +97,8 @@ def write_state(options: Mapping[str, Any], state: _core.State, arrays: bool) ->
 def read_state(options: Mapping[str, Any], target: _core.State, state: Mapping[str, Any]) -> None:
     """Check ``state`` and put it into ``target``, which stays as it was where the check fails."""
     check_version(state, "an EBPO state", VERSION)
-    if state["version"] == 1:
-        state = _from_version_1(state)
+    if state["version"] < VERSION:
+        state = _upgraded(state)
     stored, prior, keys = state.get("options"), state.get("prior"), state.get("keys")
     if not isinstance(stored, Mapping) or not isinstance(prior, Mapping):
         raise ValueError("state has no fields 'options' and 'prior': pass what EBPO.state_dict() returned")
@@ -110,8 +112,13 @@ def read_state(options: Mapping[str, Any], target: _core.State, state: Mapping[s
         )
 
 
-def _from_version_1(state: Mapping[str, Any]) -> dict[str, Any]:
+def _upgraded(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of an older version with what came later, as it was then."""
     options, keys = state.get("options"), state.get("keys")
+    if isinstance(options, Mapping):
+        options = {"shrinkage": None, **options}
+    if state["version"] == 2:
+        return {**state, "options": options}
     return {
         **state,
         "idle_decay": 1.0,

@@ -17,8 +17,11 @@ pytest.importorskip("trl")
 
 import contrasts
 import ladder
+import rules
 import training
 from scipy import stats
+
+import ebpo_core
 
 FIGURES = Path(training.HERE) / "figures.py"
 
@@ -155,6 +158,13 @@ def test_interval_over_warm_ups_takes_the_mean_of_each() -> None:
     found = contrasts.paired(arms, "ebpo", "grpo")
     assert found is not None
     assert found.clustered is None
+
+
+def test_a_fixed_mix_is_the_packages_fixed_shrinkage() -> None:
+    rewards, groups = np.random.default_rng(0).random(24), np.repeat(np.arange(12), 2)
+    for share in (0.25, 0.5, 0.75):
+        mix = rules.RULES[f"mix_{round(100 * share)}"]()(rewards, groups)
+        np.testing.assert_allclose(mix, ebpo_core.EBPO(shrinkage=share)(rewards, groups), atol=1e-12)
 
 
 def test_a_record_after_a_line_that_a_kill_cut_short_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "tau2": draw(st.sampled_from(["raw", "debiased"])),
         "score": draw(st.sampled_from(["after", "before"])),
         "leave_one_out": draw(st.sampled_from([False, True, "row"])),
+        "shrinkage": draw(st.sampled_from([None, None, 0.0, 0.3, 1.0])),
         "decay": draw(st.sampled_from([1.0, 0.95, 0.5])),
         "decay_by": draw(st.sampled_from(["update", "visit"])),
         "eps": draw(st.sampled_from([1e-6, 1e-4, 1.0])),
@@ -85,6 +86,8 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "norm_ddof": draw(st.integers(0, 1)),
         "kappa": draw(st.sampled_from([10.0, 1.0, 0.0])),
     }
+    if chosen["shrinkage"] is not None:
+        chosen["sigma2"], chosen["tau2"] = "total", "raw"
     if chosen["leave_one_out"] == "row":
         chosen["normalize"] = "none"
     elif chosen["score"] == "before":

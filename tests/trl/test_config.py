@@ -72,6 +72,8 @@ def test_shadow_mode_keeps_trls_scaling(tmp_path: Path, value: Any, expected: st
         ({"ebpo_normalize": "group"}, "normalize.*group"),
         ({"ebpo_decay": 0.0}, "decay"),
         ({"ebpo_kappa": -1.0}, "kappa"),
+        ({"ebpo_shrinkage": 2.0}, "shrinkage=2"),
+        ({"ebpo_shrinkage": 0.5, "ebpo_sigma2": "within"}, "shrinkage=0.5.*within"),
         ({"ebpo_max_keys": -1}, "max_keys"),
         ({"ebpo_score": "before", "ebpo_leave_one_out": True}, "leave_one_out"),
     ],
@@ -87,6 +89,9 @@ def test_command_line(tmp_path: Path) -> None:
     (built,) = HfArgumentParser(EBPOConfig).parse_args_into_dataclasses(arguments)
     assert (built.ebpo_tau2, built.ebpo_decay, built.ebpo_prior) == ("debiased", 0.99, "somewhere")
     assert built.ebpo_shadow
+    assert built.ebpo_shrinkage is None
+    given = [*arguments, "--ebpo_shrinkage", "0.5", "--ebpo_tau2", "raw"]
+    assert HfArgumentParser(EBPOConfig).parse_args_into_dataclasses(given)[0].ebpo_shrinkage == 0.5
     assert built.scale_rewards == "batch"
     with pytest.raises(SystemExit):
         HfArgumentParser(EBPOConfig).parse_args_into_dataclasses([*arguments, "--ebpo_tau2", "biased"])
@@ -97,7 +102,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         HfArgumentParser(EBPOConfig).parse_args(["--help"])
     printed = capsys.readouterr().out
     fields = {name: field for name, field in EBPOConfig.__dataclass_fields__.items() if name.startswith("ebpo_")}
-    assert len(fields) == 20
+    assert len(fields) == 21
     for name, field in fields.items():
         assert f"--{name}" in printed
         assert len(field.metadata["help"]) > 30

@@ -35,6 +35,7 @@ class EBPO:
     tau2: str = "raw"
     score: str = "after"
     leave_one_out: bool | str = False
+    shrinkage: float | None = None
     decay: float = 1.0
     decay_by: str = "update"
     eps: float = 1e-6
@@ -70,8 +71,7 @@ class EBPO:
             return np.full(group.size, self.baseline(theta, group))
         return np.array([self.baseline(theta, np.delete(group, i)) for i in range(group.size)])
 
-    @staticmethod
-    def baseline(theta: tuple[float, float, float], group: Array) -> float:
+    def baseline(self, theta: tuple[float, float, float], group: Array) -> float:
         """V, the posterior mean of the group's expected reward; taken from mu_m so that S = 0 gives it exactly.
 
         S is 0 for an empty prior and where all rewards seen are equal, and 1 where the group has no row.
@@ -80,7 +80,8 @@ class EBPO:
         if group.size == 0:
             return mu_glob
         noise = sigma2 / group.size
-        S = noise / (noise + tau2) if noise + tau2 > 0 else 0.0
+        estimated = noise / (noise + tau2) if noise + tau2 > 0 else 0.0
+        S = self.shrinkage if self.shrinkage is not None and noise + tau2 > 0 else estimated
         return mean(group) + S * (mu_glob - mean(group))
 
     def __call__(

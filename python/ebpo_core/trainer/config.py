@@ -50,6 +50,13 @@ class EBPOArguments:
             "const": True,
         },
     )
+    ebpo_shrinkage: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the prior's mean in every baseline, in [0, 1], such as 0.5. Unset: estimated for each "
+            "group, as in the paper."
+        },
+    )
     ebpo_decay: float = field(
         default=1.0,
         metadata={"help": "Exponential forgetting of the prior per generation batch, in (0, 1]; 1 never forgets."},

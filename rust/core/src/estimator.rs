@@ -91,6 +91,8 @@ pub struct Shrinkage {
     pub sigma2: f64,
     /// Variance of the groups' true means.
     pub tau2: f64,
+    /// What stands in for the estimated S.
+    pub fixed: Option<f64>,
 }
 
 impl Shrinkage {
@@ -100,6 +102,7 @@ impl Shrinkage {
             mu: prior.rewards().mean(),
             sigma2: prior.sigma2(options.sigma2, options.ddof),
             tau2: prior.tau2(options.tau2, options.ddof),
+            fixed: options.shrinkage,
         }
     }
 
@@ -117,15 +120,16 @@ impl Shrinkage {
             mu: blend(own.mu, parent.mu),
             sigma2: blend(own.sigma2, parent.sigma2),
             tau2: blend(own.tau2, parent.tau2),
+            fixed: own.fixed,
         }
     }
 
-    /// S of a group of `n` rows: 0 where all rewards seen are equal, and for an empty prior.
+    /// S of a group of `n` rows: 0 where all rewards seen are equal, and for an empty prior, a fixed one included.
     #[inline]
     pub fn factor(&self, n: f64) -> f64 {
         let noise = self.sigma2 / n;
         let total = noise + self.tau2;
-        if total > 0.0 { noise / total } else { 0.0 }
+        if total > 0.0 { self.fixed.unwrap_or(noise / total) } else { 0.0 }
     }
 
     /// S and mean for a row of a group of `n`: S of the rows that its group's mean holds, 1 where it holds none.

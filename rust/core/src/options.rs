@@ -107,6 +107,8 @@ pub struct Options {
     pub score: Score,
     /// What a row's baseline leaves out.
     pub leave_one_out: LeaveOneOut,
+    /// S of every group, in [0, 1], in the place of the estimated one.
+    pub shrinkage: Option<f64>,
     /// Weight that the past keeps at each update, in (0, 1].
     pub decay: f64,
     /// The updates that the past of a prior is discounted at.
@@ -131,6 +133,7 @@ impl Default for Options {
             tau2: Tau2::Raw,
             score: Score::After,
             leave_one_out: LeaveOneOut::Nothing,
+            shrinkage: None,
             decay: 1.0,
             decay_by: DecayBy::Update,
             eps: 1e-6,
@@ -151,6 +154,17 @@ impl Options {
     /// Refuse values outside their domain and combinations without a meaning.
     pub fn validate(&self) -> Result<(), Error> {
         let invalid = |name, value: String, expected| Err(Error::InvalidOption { name, value, expected });
+        if let Some(share) = self.shrinkage {
+            if !(0.0..=1.0).contains(&share) {
+                let expected = "None, which estimates it, or a number in [0, 1]";
+                return invalid("shrinkage", share.to_string(), expected);
+            }
+            if self.sigma2 != Sigma2::Total || self.tau2 != Tau2::Raw {
+                let expected = "None beside sigma2=\"within\" or tau2=\"debiased\", which estimate the S that it replaces: \
+                                leave it or them out";
+                return invalid("shrinkage", share.to_string(), expected);
+            }
+        }
         if !(self.decay > 0.0 && self.decay <= 1.0) {
             return invalid("decay", self.decay.to_string(), "a number in (0, 1]; 1 never forgets");
         }

@@ -70,15 +70,17 @@ fn equal<T: Float>(
 
 fn options() -> impl Strategy<Value = Options> {
     let normalize = prop_oneof![Just(Normalize::Batch), Just(Normalize::Scale), Just(Normalize::None)];
-    (normalize, any::<[bool; 4]>(), prop_oneof![Just(1.0), 0.1_f64..1.0], 0.0_f64..20.0).prop_map(
-        |(normalize, [before, by_visit, within, debiased], decay, kappa)| Options {
+    let shrinkage = prop_oneof![Just(None), prop_oneof![Just(0.0), Just(1.0), 0.0_f64..1.0].prop_map(Some)];
+    (normalize, any::<[bool; 4]>(), prop_oneof![Just(1.0), 0.1_f64..1.0], 0.0_f64..20.0, shrinkage).prop_map(
+        |(normalize, [before, by_visit, within, debiased], decay, kappa, shrinkage)| Options {
             normalize,
             decay,
             kappa,
             score: if before { Score::Before } else { Score::After },
             decay_by: if by_visit { DecayBy::Visit } else { DecayBy::Update },
-            sigma2: if within { Sigma2::Within } else { Sigma2::Total },
-            tau2: if debiased { Tau2::Debiased } else { Tau2::Raw },
+            sigma2: if within && shrinkage.is_none() { Sigma2::Within } else { Sigma2::Total },
+            tau2: if debiased && shrinkage.is_none() { Tau2::Debiased } else { Tau2::Raw },
+            shrinkage,
             ..Options::default()
         },
     )

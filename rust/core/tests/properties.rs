@@ -280,6 +280,9 @@ fn options_outside_their_domain_are_refused() {
         Options { ddof: 2, ..Options::default() },
         Options { leave_one_out: LeaveOneOut::Group, score: Score::Before, ..Options::default() },
         Options { leave_one_out: LeaveOneOut::Row, ..Options::default() },
+        Options { shrinkage: Some(1.1), ..Options::default() },
+        Options { shrinkage: Some(f64::NAN), ..Options::default() },
+        Options { shrinkage: Some(0.5), tau2: Tau2::Debiased, ..Options::default() },
         Options { leave_one_out: LeaveOneOut::Row, normalize: Normalize::Scale, ..Options::default() },
     ];
     assert!(bad.iter().all(|options| options.validate().is_err()));

@@ -21,7 +21,7 @@ pub(crate) struct PyOptions(pub(crate) Options);
 #[pymethods]
 impl PyOptions {
     #[new]
-    #[pyo3(signature = (*, normalize, sigma2, tau2, score, leave_one_out, decay, decay_by, eps, ddof, norm_ddof, kappa, max_keys))]
+    #[pyo3(signature = (*, normalize, sigma2, tau2, score, leave_one_out, shrinkage, decay, decay_by, eps, ddof, norm_ddof, kappa, max_keys))]
     #[allow(clippy::too_many_arguments)] // one per option of the estimator, all by keyword
     fn new(
         normalize: &str,
@@ -29,6 +29,7 @@ impl PyOptions {
         tau2: &str,
         score: &str,
         leave_one_out: LeftOut,
+        shrinkage: Option<f64>,
         decay: f64,
         decay_by: &str,
         eps: f64,
@@ -47,6 +48,7 @@ impl PyOptions {
                 LeftOut::Flag(true) => LeaveOneOut::Group,
                 LeftOut::Name(name) => LeaveOneOut::parse(&name)?,
             },
+            shrinkage,
             decay,
             decay_by: DecayBy::parse(decay_by)?,
             eps,

@@ -202,7 +202,7 @@ impl PyState {
 
     /// Mean, sigma2 and tau2 of a key, blended with its parents'.
     fn shrunken(&self, options: &PyOptions, path: KeyPath) -> (f64, f64, f64) {
-        let Shrinkage { mu, sigma2, tau2 } = self.lock().tree().shrunken(&path.0, &options.0);
+        let Shrinkage { mu, sigma2, tau2, .. } = self.lock().tree().shrunken(&path.0, &options.0);
         (mu, sigma2, tau2)
     }
 

@@ -48,6 +48,7 @@ def test_steps_of_a_run_equal_the_twins() -> None:
         {"normalize": "none", "tau2": "debiased", "sigma2": "within"},
         {"leave_one_out": True, "decay": 0.9},
         {"score": "before", "ddof": 1, "norm_ddof": 0},
+        {"shrinkage": 0.5},
     ],
 )
 def test_options_under_algorithm_ebpo_reach_the_estimator(options: dict[str, Any]) -> None:
