@@ -17,6 +17,8 @@ MIDDLE: Cell = ("countdown", "middle", 2, "")
 ONE_RATE, PRETRAINED = "one rate", "pre-trained"
 COMMON: dict[int, Cell] = {G: (*MIDDLE[:2], G, ONE_RATE) for G in COMMON_SIZES}
 """By group size: the middle rung with one learning rate for all arms, beside the cells with each arm's own."""
+SORTING: Cell = ("sorting", "middle", 2, ONE_RATE)
+"""The other task, whose rewards are graded."""
 
 BASELINES = ("grpo", "rloo", "constant", "batch_mean")
 """What the protocol's main contrasts compare the two forms of EBPO with."""

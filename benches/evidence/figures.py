@@ -84,7 +84,9 @@ def draw_ladder(cells: Any) -> None:
             panel.plot(x, contrast.mean, shape, color=COLORS[arm], mfc=fill, label=arm if len(drawn) == 1 else None)
             if (task, rung, G) not in named:
                 named.add((task, rung, G))
-                panel.text(start, 0.02, f"{task}\n{rung}\nG = {G}", transform=panel.get_xaxis_transform(), fontsize=7)
+                place = {"y": 0.02, "va": "bottom"} if task == "countdown" else {"y": 0.98, "va": "top"}
+                name = f"{task}\n{rung}\nG = {G}"
+                panel.text(start, s=name, transform=panel.get_xaxis_transform(), fontsize=7, **place)
     panel.axhline(0, color="black", lw=0.8)
     panel.set_xlabel("groups without a difference in the first batch, %")
     panel.set_ylabel("pass@1 over GRPO, points")

@@ -12,6 +12,7 @@ from contrasts import (
     MIDDLE,
     ONE_RATE,
     PRETRAINED,
+    SORTING,
     Contrast,
     main_family,
     outcome,
@@ -51,19 +52,21 @@ def over_warm_ups(c: Contrast) -> str:
 
 
 def answer(_: Any, cells: Any, __: Any) -> str:
-    """The page's first table: pass@1 at one learning rate, by group size."""
+    """The page's first table: pass@1 at one learning rate, by task and group size."""
+    shown = (COMMON[2], SORTING, COMMON[4], COMMON[8])
     rows = []
     for arm, other in (
         ("ebpo", "grpo"),
         ("mix_50", "grpo"),
+        ("ebpo_options", "grpo"),
         ("batch_mean", "grpo"),
         ("constant", "grpo"),
         ("ebpo", "mix_50"),
         ("ebpo", "batch_mean"),
     ):
-        found = [paired(cells.get(cell, {}), arm, other) for cell in COMMON.values()]
+        found = [paired(cells.get(cell, {}), arm, other) for cell in shown]
         rows.append([f"{arm} - {other}", *("" if c is None else f"{difference(c)}, {c.seeds} pairs" for c in found)])
-    return table(["pass@1, points (95 %)", *(f"G = {G}" for G in COMMON)], rows)
+    return table(["pass@1, points (95 %)", *(f"{task}, G = {G}" for task, _, G, _ in shown)], rows)
 
 
 def checks(_: Any, cells: Any, __: Any) -> str:
@@ -157,7 +160,8 @@ def ladder(_: Any, cells: Any, __: Any) -> str:
     for cell, arms in sorted(cells.items(), key=lambda item: item[0][3] != ONE_RATE):
         contrasts = [paired(arms, arm, "grpo") for arm in arms_shown]
         known = [c for c in contrasts if c is not None]
-        if cell[3] not in ("", ONE_RATE) or not known:
+        # Where EBPO has no run at its tuned rate, all arms have the one rate.
+        if cell[3] not in ("", ONE_RATE) or not known or (cell[3] == "" and contrasts[0] is None):
             continue
         before = np.mean([record["before"]["pass@1"] for seeds in arms.values() for record in seeds.values()])
         row = [*cell[:2], str(cell[2]), cell[3] or "tuned", f"{100 * before:.1f}"]
@@ -186,6 +190,10 @@ def _compared(cells: Iterable[tuple[int, Any]], *names: str) -> str:
 def common(_: Any, cells: Any, __: Any) -> str:
     found = [(G, cells.get(cell, {})) for G, cell in COMMON.items()]
     return _compared(found, "pass@1", "pass@16", "maj@16", "entropy", "kl", "grad_norm")
+
+
+def sorting(_: Any, cells: Any, __: Any) -> str:
+    return _compared([(2, cells.get(SORTING, {}))], "pass@1", "pass@16", "maj@16", "entropy", "kl", "reward")
 
 
 def higher_rate(_: Any, cells: Any, __: Any) -> str:
@@ -226,7 +234,7 @@ def variants(_: Any, cells: Any, __: Any) -> str:
 
 def tasks(_: Any, cells: Any, __: Any) -> str:
     rows = []
-    for variant, other in product((ONE_RATE, ""), ("grpo", "constant", "batch_mean")):
+    for variant, other in product((ONE_RATE, ""), ("grpo", "constant", "batch_mean", "mix_50", "ebpo_options")):
         found = over_tasks(cells, "ebpo", other, variant)
         if found is not None:
             shown = ("{:+.1f} ({:+.1f} to {:+.1f})".format(*found["iqm"]),)
@@ -333,6 +341,7 @@ TABLES: dict[str, Callable[[Any, Any, Any], str]] = {
     "outcomes": outcomes,
     "ladder": ladder,
     "common": common,
+    "sorting": sorting,
     "higher_rate": higher_rate,
     "scale": scale,
     "pretrained": pretrained,
