@@ -167,6 +167,15 @@ def test_prior_show_table(checkpoint: Path, capsys: pytest.CaptureFixture[str]) 
     assert "mean reward" in shown
 
 
+def test_prior_show_of_a_fixed_shrinkage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ebpo = ebpo_core.EBPO(shrinkage=0.25)
+    for rewards, wanted in (([[1.0, 1.0]], 0.0), ([[0.0, 1.0]], 0.25)):  # 0 until rewards that differ have been seen
+        ebpo(rewards)
+        file = write_prior(tmp_path / "prior.json", ebpo.state_dict())
+        assert main(["prior", "show", str(file), "--json"]) == 0
+        assert set(json.loads(capsys.readouterr().out)["shrinkage"].values()) == {wanted}
+
+
 def test_prior_show_of_an_empty_prior(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_prior(tmp_path / "empty.json", ebpo_core.EBPO().state_dict())
     assert main(["prior", "show", str(file), "--json"]) == 0

@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "decay": {"decay": 0.8},
     "refined": {"sigma2": "within", "tau2": "debiased", "leave_one_out": True, "decay": 0.9, "normalize": "scale"},
     "before": {"score": "before", "kappa": 1.0, "norm_ddof": 0},
+    "fixed": {"shrinkage": 0.5, "decay": 0.9},
     "turns": {"leave_one_out": "row", "normalize": "none", "decay": 0.9},  # the one whose rows are turns
 }
 

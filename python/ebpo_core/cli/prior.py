@@ -19,9 +19,9 @@ def summarize(path: str) -> dict[str, Any]:
     """The prior at ``path`` as plain numbers: mean, sigma2 and tau2 as its options compute them, counts, options, keys.
 
     ``file`` is where it was found (see :func:`ebpo_core.checkpoint.find_prior`). ``shrinkage`` maps a
-    group size to S = (sigma2 / G) / (sigma2 / G + tau2), paper section 3.2. Each entry of ``keys`` has the key's own
-    numbers, those it is blended to, and the weight of its parent in them. What an empty prior cannot say is None.
-    With one prior per reward function there is a list of such summaries under ``per_reward``.
+    group size to S = (sigma2 / G) / (sigma2 / G + tau2), paper section 3.2, or to the option's fixed one. Each entry of
+    ``keys`` has the key's own numbers, those it is blended to, and the weight of its parent in them. What an empty
+    prior cannot say is None. With one prior per reward function there is a list of such summaries under ``per_reward``.
     """
     file = find_prior(path)
     content = read_prior(file)
@@ -43,10 +43,10 @@ def _summary(path: str, state: dict[str, Any]) -> dict[str, Any]:
     root = _numbers(priors.pop(()), options)
     shrinkage: dict[str, float] = {}
     if root["mean"] is not None:
-        sigma2, tau2 = root["sigma2"], root["tau2"]
-        shrinkage = {
-            str(size): (sigma2 / size) / (sigma2 / size + tau2) if sigma2 + tau2 > 0 else 0.0 for size in (2, 4, 8, 16)
-        }
+        sigma2, tau2, fixed = root["sigma2"], root["tau2"], options["shrinkage"]
+        for size in (2, 4, 8, 16):
+            estimated = (sigma2 / size) / (sigma2 / size + tau2) if sigma2 + tau2 > 0 else 0.0
+            shrinkage[str(size)] = fixed if fixed is not None and sigma2 + tau2 > 0 else estimated
     keys = []
     for key, prior in priors.items():
         groups = prior.group_count
