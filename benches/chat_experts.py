@@ -106,10 +106,10 @@ def course(steps: int, batch_size: int, learning_rate: float) -> dict[str, Any]:
         "warmup_steps": max(1, steps // 20),
         "logging_steps": 10,
         "save_strategy": "no",
-        "gradient_checkpointing": False,  # TRL's default takes a third longer, and the batches are small
+        "gradient_checkpointing": False,  # TRL's default computes each forward twice, and the batches are small
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": torch.cuda.is_available(),  # a CPU without instructions for it takes five times as long
+        "bf16": torch.cuda.is_available(),  # slow on a CPU without instructions for it
     }
 
 

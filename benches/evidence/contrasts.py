@@ -79,6 +79,11 @@ def by_cell(records: Iterable[Mapping[str, Any]]) -> dict[Cell, dict[str, dict[i
     return found
 
 
+def one_rate_first(cells: Mapping[Cell, Any]) -> list[tuple[Cell, Any]]:
+    """The cells with one learning rate for all arms, then the others, in their order."""
+    return sorted(cells.items(), key=lambda item: item[0][3] != ONE_RATE)
+
+
 def outcome(record: Mapping[str, Any], name: str) -> float:
     """An outcome of a run: of the evaluation after it, or the mean over the last fifth of a curve."""
     if name in record["after"]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contrasts import COMMON, ONE_RATE, Contrast, by_cell, main_family, paired, read, saturated_at_start
+from contrasts import COMMON, ONE_RATE, Contrast, by_cell, main_family, one_rate_first, paired, read, saturated_at_start
 from tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,11 +68,10 @@ def draw_main(cells: Any) -> None:
 def draw_ladder(cells: Any) -> None:
     """Gain over GRPO against the share of groups without a difference in the first batch: a group of points a cell."""
     figure, panel = _axes(7, 4.2)
-    one_rate_first = sorted(cells.items(), key=lambda item: item[0][3] != ONE_RATE)
     named: set[tuple[str, str, int]] = set()
     for shift, arm in enumerate(("ebpo", "ebpo_options", "constant", "batch_mean", "mix_50")):
         drawn: set[Contrast] = set()
-        for (task, rung, G, variant), arms in one_rate_first:
+        for (task, rung, G, variant), arms in one_rate_first(cells):
             contrast = paired(arms, arm, "grpo") if variant in ("", ONE_RATE) else None
             if contrast is None or contrast in drawn:  # an arm that was tuned to the common rate has one run for both
                 continue

@@ -15,6 +15,7 @@ from contrasts import (
     SORTING,
     Contrast,
     main_family,
+    one_rate_first,
     outcome,
     over_tasks,
     paired,
@@ -157,7 +158,7 @@ def ladder(_: Any, cells: Any, __: Any) -> str:
     """Gains over GRPO by cell: at one rate, then at the rates that were tuned on the middle rung of countdown."""
     rows = []
     arms_shown = ("ebpo", "mix_50", "batch_mean", "constant")
-    for cell, arms in sorted(cells.items(), key=lambda item: item[0][3] != ONE_RATE):
+    for cell, arms in one_rate_first(cells):
         contrasts = [paired(arms, arm, "grpo") for arm in arms_shown]
         known = [c for c in contrasts if c is not None]
         # Where EBPO has no run at its tuned rate, all arms have the one rate.
